@@ -160,7 +160,6 @@ TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
 TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
 TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick ppsfreq "
                 "jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
-ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def adjtimex(**fields):
@@ -189,6 +188,20 @@ def adjtimex(**fields):
 # ==== end shared with some ====
 
 
+# ==== shared with some: stepping (the same bytes in each script that has it) ====
+ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
+
+
+def step_kernel(adjtimex, delta_ns):
+    """Let the kernel add delta_ns to the system clock, so that no time is lost between reading and setting."""
+    nano = adjtimex()["status"] & STA_NANO
+    sec, frac = divmod(delta_ns, 10**9)
+    adjtimex(modes=ADJ_SETOFFSET | ADJ_NANO, sec=sec, frac=frac)
+    if not nano:
+        adjtimex(modes=ADJ_MICRO)  # ADJ_NANO stays set, and would mislead a daemon that counts microseconds
+# ==== end shared with some ====
+
+
 # ==== shared with some: a packet from stdin (the same bytes in each script that has it) ====
 def read_packet():
     """12 or 16 bytes from stdin, however many reads they take; b"" or less than that at its end."""
@@ -211,11 +224,7 @@ def step_ns(now_ns, adjustment_atto, rows):
 def step_clock(delta_ns):
     """Add delta_ns to the system clock."""
     try:
-        micro = 0 if adjtimex()["status"] & STA_NANO else ADJ_MICRO
-        sec, nano = divmod(delta_ns, 10**9)
-        adjtimex(modes=ADJ_SETOFFSET | ADJ_NANO, sec=sec, frac=nano)
-        if micro:
-            adjtimex(modes=micro)  # ADJ_NANO stays set, and would mislead a daemon that counts microseconds
+        step_kernel(adjtimex, delta_ns)
     except (ImportError, AttributeError):  # no ctypes; no adjtimex
         time.clock_settime_ns(time.CLOCK_REALTIME, time.time_ns() + delta_ns)
 
@@ -248,7 +257,7 @@ def main(argv, now_ns=time.time_ns, step=step_clock):
         if limit_ns is not None and abs(delta_ns) > limit_ns:
             raise ValueError("a step of %.3f s is over the limit of -e; -f steps even so" % (delta_ns / 10**9))
         step(delta_ns)
-    except (OSError, OverflowError, ValueError) as err:
+    except (OSError, OverflowError, ValueError, struct.error) as err:  # struct: over a 32-bit kernel's seconds
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
     return 0

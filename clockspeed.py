@@ -1,0 +1,925 @@
+#!/bin/sh
+"""exec" python3 -IS "$0" "$@"  # sh starts Python isolated: no PYTHONPATH, no current directory
+clockspeed - keep the system clock right between rare looks at a time server
+
+SYNOPSIS
+    clockspeed [-n] [-S] [-u user] [home]
+    sntpclock 192.0.2.1 > /usr/local/clockspeed/adjust      (better: clockctl mark)
+
+DESCRIPTION
+    A daemon, to be run in the foreground by daemontools, runit or s6.  It learns from the
+    adjustments written into the FIFO `adjust` how fast the machine's counter really ticks,
+    and keeps the system clock at that rate, for as long as nobody asks a time server.
+
+    An adjustment is real time minus system clock, 16 bytes of TAI64NA in one write, as
+    sntpclock and taiclock make it.  A positive offset below means a system clock that is
+    behind; a positive rate, a counter that ticks too slowly: rate is (real seconds per
+    counter second - 1) x 10^6 ppm.
+
+    The counter is CLOCK_MONOTONIC_RAW, which nobody steers.  Where there is none it is
+    CLOCK_MONOTONIC, the start line says so, and what is learned is less exact.
+
+    On Linux the rate goes into the kernel (adjtimex), so that the clock runs right between
+    wake-ups and when clockspeed is killed; what the clock is off by is slewed away by the
+    kernel at 500 ppm.  Elsewhere adjtime() nudges the clock every 3 seconds.
+
+    The first mark of a boot may step the clock, when it is over 0.5 s off.  After that
+    clockspeed never steps: `clockctl set` does.
+
+OPTIONS
+    -n       observe only: learn and tell, never touch the clock; needs no privilege
+    -S       never step, not even at the first mark of a boot
+    -u user  after the start as root become that user and keep CAP_SYS_TIME alone (Linux)
+    home     the directory below, instead of $CLOCKSPEED_HOME or /usr/local/clockspeed
+
+FILES (in home)
+    adjust      the FIFO; made with mode 0600 when missing, kept with its owner when there
+    etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it
+    etc/state   what the estimator knows, for the next start
+    etc/status  the same for people and programs (JSON): clockctl status reads it
+
+OUTPUT
+    One line for each event on stdout; multilog adds the time.
+
+ENVIRONMENT
+    CLOCKSPEED_HOME, CLOCK_SCALE (utc or tai: what the system clock counts; without it the
+    time zone tells), LEAPSECS (a leap second table to use before the system's own)
+
+EXIT STATUS
+    0 after TERM or INT; 100 wrong usage; 111 no home, no permission, a system error
+
+SEE ALSO
+    clockctl, sntpclock, taiclock, clockadd, clockview
+"""
+import errno
+import fcntl
+import getopt
+import os
+import select
+import signal
+import stat
+import struct
+import sys
+import time
+
+PROGRAM = "clockspeed"
+USAGE = "clockspeed [-n] [-S] [-u user] [home]"
+HOME = "/usr/local/clockspeed"
+RELEASE_SEC = 1793491200  # 2026-11-01: real time is later than this release
+ERA_SEC = 2**32  # an NTP era, 136 years: no mark from beyond it can be meant
+STEP_NS = 5 * 10**8  # over 0.5 s the first mark of a boot steps: slewing that takes 17 minutes
+SLEW_PPM = 500  # what Linux and the BSDs slew at
+LONG_SLEW_SEC = 60  # from here on a slew is worth a line
+SETTLED_NS = 5000  # below this the clock is looked at once a minute, above it every 3 seconds
+BUSY_SEC, SETTLED_SEC = 3, 60
+MOVED_NS = 10**7  # a clock that moved this much against the prediction was set by somebody else...
+MOVED_PPM = 1000  # ...unless slews and rates, which never reach this, had the time for it
+SUSPENDED_NS = 10**8  # CLOCK_BOOTTIME gains as much on CLOCK_MONOTONIC only in a suspend
+STATUS_SEC = 600  # etc/status is never older
+STATE_SEC = 3600  # nor is etc/state, which wears out flash memory and changes with marks only
+FOREIGN_SEC = 3600  # how often a second program on the same clock is worth a line
+ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x4000
+ADJ_OFFSET_SINGLESHOT, STA_UNSYNC = 0x8001, 0x40
+PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
+RATE_RANGE = (0.9, 1.1)  # ns of real time per tick; an atto outside was made with another counter
+UNKNOWN_PPM = 50  # a rate error from here on is ignorance, not worth an etc/atto
+REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
+
+
+# ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
+# An adjustment is real time minus system clock.  A label is an absolute TAI time.  Both are
+# seconds in two's complement, nanoseconds and attoseconds, the fraction always counted upwards.
+TAI64NA = struct.Struct(">qII")
+LABEL_ZERO_SEC = 2**62  # the seconds of the label of 1970-01-01 00:00:00 TAI
+LEAP_FILES = ("/usr/local/etc/leapsecs.dat", "/etc/leapsecs.dat", "/usr/share/zoneinfo/leap-seconds.list")
+# The days since 1970-01-01 that began right after a leap second; none is announced after the last.
+LEAP_DAYS = (912, 1096, 1461, 1826, 2191, 2557, 2922, 3287, 3652, 4199, 4564, 4929, 5660, 6574, 7305,
+             7670, 8217, 8582, 8947, 9496, 10043, 10592, 13149, 14245, 15522, 16617, 17167)
+BEFORE_LEAPS = (-2**63, 10)  # TAI - UTC was 10 s in 1972, and by djb's convention ever before
+
+
+def complain(kind, text):
+    """One line on stderr, `PROGRAM: kind: text`; a stderr that can't take it is no reason to stop."""
+    try:
+        os.write(2, ("%s: %s: %s\n" % (PROGRAM, kind, text)).encode(errors="replace"))
+    except OSError:
+        pass
+
+
+def emit(data):
+    """All of the bytes to stdout."""
+    while data:
+        data = data[os.write(1, data):]
+
+
+def emit_manual():
+    """The docstring but for its first line, which starts Python."""
+    emit(__doc__.partition("\n")[2].encode())
+
+
+def reason(err):
+    """What an exception says, without its number and path."""
+    return getattr(err, "strerror", None) or str(err)
+
+
+def pack(atto):
+    """Signed attoseconds -> 16 bytes of TAI64NA."""
+    nano, atto = divmod(atto, 10**9)
+    return TAI64NA.pack(*divmod(nano, 10**9), atto)
+
+
+def unpack(packet):
+    """16 bytes of TAI64NA, or 12 of TAI64N -> signed attoseconds, exact; ValueError when they are neither."""
+    if len(packet) not in (12, 16):
+        raise ValueError("%d bytes, not 16" % len(packet))
+    sec, nano, atto = TAI64NA.unpack(packet.ljust(16, b"\0"))
+    if max(nano, atto) >= 10**9:
+        raise ValueError("not a TAI64NA packet")
+    return (sec * 10**9 + nano) * 10**9 + atto
+
+
+def parse_leap_table(data):
+    """A leapsecs.dat or leap-seconds.list -> (rows, expiry in Unix seconds or None); ValueError if damaged.
+
+    A row is (first UTC second as Unix counts, TAI - UTC from then on), oldest first.
+    """
+    rows, expiry = [BEFORE_LEAPS], None
+    if data and len(data) % 8 == 0 and data[0] == 0x40:  # djb's: the TAI64 label of each 23:59:60
+        for count, (label,) in enumerate(struct.iter_unpack(">Q", data)):
+            rows.append((label - LABEL_ZERO_SEC - 10 - count, 11 + count))
+    else:  # NTP's: seconds since 1900 and TAI - UTC, the first row being 1972-01-01 and 10
+        for line in data.decode("ascii").splitlines():
+            words = line.partition("#")[0].split()
+            if line.startswith("#@"):
+                expiry = int(line[2:]) - 2208988800
+            elif words:
+                rows.append((int(words[0]) - 2208988800, int(words[1])))
+        if rows.pop(1)[1] != 10:
+            raise ValueError
+    for (start, offset), (next_start, next_offset) in zip(rows, rows[1:]):
+        if next_start <= start or next_start % 86400 or abs(next_offset - offset) != 1:
+            raise ValueError
+    return rows, expiry
+
+
+def read_leap_table():
+    """-> (rows, expiry or None, the file's name) of the first table that can be read, else of the one
+    built in; ValueError when the first one is damaged: a wrong table is worse than none."""
+    for path in (os.environ.get("LEAPSECS", ""),) + LEAP_FILES:
+        try:
+            with open(path, "rb") as file:
+                data = file.read(65536)  # the real ones have 216 and 5000 bytes
+        except OSError:
+            continue
+        try:
+            return parse_leap_table(data) + (path,)
+        except (ValueError, IndexError):
+            raise ValueError("leap second table %s is damaged" % path) from None
+    return [BEFORE_LEAPS] + [(day * 86400, 11 + n) for n, day in enumerate(LEAP_DAYS)], None, "built in"
+
+
+def clock_table(leap_rows):
+    """The rows of the system clock itself: on the utc scale it is off TAI by the leap seconds so far, on
+    the tai scale always by 10 s.  CLOCK_SCALE tells, else the time zone: a right/ one has 23:59:60."""
+    scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
+    if scale not in ("tai", "utc"):
+        raise ValueError("CLOCK_SCALE is neither utc nor tai")
+    return leap_rows if scale == "utc" else [BEFORE_LEAPS]
+
+
+def to_tai(clock_ns, rows):
+    """Nanoseconds of the clock with that table -> nanoseconds of TAI since 1970-01-01 00:00:00 TAI."""
+    return clock_ns + next(offset for start, offset in reversed(rows) if clock_ns >= start * 10**9) * 10**9
+
+
+def from_tai(tai_ns, rows):
+    """The inverse; within a leap second the clock shows 23:59:59 again, as kernels do."""
+    for (start, offset), (_, offset_before) in zip(rows[:0:-1], rows[-2::-1]):
+        if tai_ns >= (start + min(offset, offset_before)) * 10**9:
+            return tai_ns - offset * 10**9
+    return tai_ns - 10 * 10**9
+# ==== end shared ====
+
+
+# ==== shared with some: adjtimex (the same bytes in each script that has it) ====
+# struct timex with 64-bit fields, as 64-bit libcs and clock_adjtime64 have it, and with 32-bit ones.
+TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
+TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
+TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick ppsfreq "
+                "jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
+
+
+def adjtimex(**fields):
+    """adjtimex(2): sets the fields named, returns all of them and `state`; OSError, ImportError (no ctypes).
+
+    `frac` is the kernel's time.tv_usec.  Without fields it reads, for which no privilege is needed.
+    """
+    import ctypes  # here, since python3-minimal has none
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(layout, function, *before):
+        buffer = ctypes.create_string_buffer(layout.pack(*(fields.get(name, 0) for name in TIMEX_FIELDS)))
+        state = function(*before, buffer)
+        if state < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
+
+    if ctypes.sizeof(ctypes.c_long) == 8:
+        return call(TIMEX, libc.adjtimex)
+    try:  # the libcs disagree on the name of their 64-bit call: clock_adjtime64 of CLOCK_REALTIME itself
+        return call(TIMEX, libc.syscall, 4405 if os.uname().machine.startswith("mips") else 405, 0)
+    except OSError as err:
+        if err.errno != errno.ENOSYS:  # Linux before 5.1
+            raise
+    return call(TIMEX32, libc.adjtimex)
+# ==== end shared with some ====
+
+
+# ==== shared with some: stepping (the same bytes in each script that has it) ====
+ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
+
+
+def step_kernel(adjtimex, delta_ns):
+    """Let the kernel add delta_ns to the system clock, so that no time is lost between reading and setting."""
+    nano = adjtimex()["status"] & STA_NANO
+    sec, frac = divmod(delta_ns, 10**9)
+    adjtimex(modes=ADJ_SETOFFSET | ADJ_NANO, sec=sec, frac=frac)
+    if not nano:
+        adjtimex(modes=ADJ_MICRO)  # ADJ_NANO stays set, and would mislead a daemon that counts microseconds
+# ==== end shared with some ====
+
+
+class Estimator:
+    """The original's: the rate is that between the first mark and the latest; one that is 10 ns away or less
+    tells none.
+
+    A mark's error is not known to it: error_ns is how far the latest mark was from what was predicted.
+    """
+
+    def __init__(self, rate_ppm=0.0, rate_error_ppm=100.0):
+        self.ppm, self.error_ppm = rate_ppm, rate_error_ppm
+        self.first = self.latest = None
+        self.error_ns = 1e6
+
+    def has_phase(self):
+        return self.latest is not None
+
+    def doubts(self):
+        return False
+
+    def mark(self, tick_ns, real_ns):
+        if self.latest and tick_ns <= self.latest[0]:
+            return "refused"
+        if self.latest:
+            self.error_ns = abs(self.real(tick_ns)[0] - real_ns)
+        self.latest = tick_ns, real_ns
+        self.first = self.first or self.latest
+        ticks_ns = tick_ns - self.first[0]
+        if ticks_ns > 10:
+            self.ppm = (real_ns - self.first[1] - ticks_ns) / ticks_ns * 1e6
+            self.error_ppm = self.error_ns / ticks_ns * 1e6
+        return "used"
+
+    def real(self, tick_ns):
+        ticks_ns = tick_ns - self.latest[0]
+        return (self.latest[1] + ticks_ns + round(ticks_ns * self.ppm / 1e6),
+                self.error_ns + abs(ticks_ns) * self.error_ppm / 1e6)
+
+    def rate(self):
+        return self.ppm, self.error_ppm
+
+    def variance(self, tick_ns):
+        error_ns = self.real(tick_ns)[1]
+        return [error_ns ** 2, 2 * error_ns * self.error_ppm * 1e3, (self.error_ppm * 1e3) ** 2, 0.0]
+
+    def next_mark(self, tick_ns, target_ns):
+        return max(0.0, (target_ns - self.real(tick_ns)[1]) / (self.error_ppm * 1e3 or 1e-9))
+
+    def learned(self):
+        return 0.0, self.error_ns
+
+    def forget_phase(self, rate_error_ppm):
+        self.first = self.latest = None
+        self.error_ppm += rate_error_ppm
+
+    def state(self):
+        return {"ppm": self.ppm, "error_ppm": self.error_ppm, "first": self.first, "latest": self.latest,
+                "error_ns": self.error_ns}
+
+    @classmethod
+    def from_state(cls, state):
+        self = cls(float(state["ppm"]), float(state["error_ppm"]))
+        self.error_ns = float(state["error_ns"])
+        for name in ("first", "latest"):
+            setattr(self, name, state[name] and tuple(map(int, state[name])))
+        return self
+
+
+# ==== the counter and the clock ====
+
+def reads(clock_id):
+    """A function that reads a clock in nanoseconds; None where the system hasn't got it."""
+    try:
+        clock = getattr(time, clock_id)
+        time.clock_gettime_ns(clock)
+    except (AttributeError, OSError):
+        return None
+    return lambda: time.clock_gettime_ns(clock)
+
+
+class Clock:
+    """The counter and the system clock, looked at only.
+
+    What steers a system clock derives from this.  A clock's `steer` is told at each wake-up how it
+    should run, and answers in how many seconds it wants to be told again.
+    """
+    doing = "observing"
+
+    def __init__(self):
+        self.counter = "CLOCK_MONOTONIC_RAW" if reads("CLOCK_MONOTONIC_RAW") else "CLOCK_MONOTONIC"
+        self.ticks = reads(self.counter)
+        self.bias_ppm = 0.0  # of the kernel's clock, see KernelClock.learn_bias
+        self.foreign = False  # somebody else has set the frequency since
+
+    def read(self):
+        """-> (tick_ns, clock_ns) at one moment: of 5 readings the one with the least time around it."""
+        def once():
+            before, clock_ns = self.ticks(), time.time_ns()
+            after = self.ticks()
+            return after - before, (before + after) // 2, clock_ns
+        return min(once() for _ in range(5))[1:]
+
+    def suspended_ns(self):
+        """The time that this boot slept, during which the counter stood still."""
+        boottime = reads("CLOCK_BOOTTIME")
+        return boottime() - time.monotonic_ns() if boottime else 0
+
+    def boot_id(self):
+        """What tells this boot from every other; empty where the system doesn't say."""
+        try:
+            with open("/proc/sys/kernel/random/boot_id") as file:
+                return file.read(64).strip()
+        except OSError:
+            return ""
+
+    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, changed):
+        return SETTLED_SEC
+
+    def step(self, delta_ns):
+        raise OSError(errno.EPERM, "observing only")
+
+    def announce(self, error_ns, offset_ns):
+        """Tell the kernel how wrong the clock may be (one standard deviation)."""
+
+    def report(self):
+        """The kernel's view for etc/status."""
+
+
+class AdjtimeClock(Clock):
+    """adjtime(), as every Unix has it: no rate, so the clock is nudged every 3 seconds."""
+    doing = "nudging the system clock with adjtime"
+
+    def __init__(self):
+        super().__init__()
+        import ctypes
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.adjtime(0)  # fails here and now without the privilege
+
+    def adjtime(self, delta_ns):
+        import ctypes
+        # struct timeval: both of them long, on every system that comes this way
+        delta = (ctypes.c_long * 2)(*divmod(delta_ns // 1000, 10**6))
+        if self.libc.adjtime(delta, None) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, changed):
+        self.adjtime(offset_ns)  # it replaces the slew before
+        return BUSY_SEC
+
+    def step(self, delta_ns):
+        time.clock_settime_ns(time.CLOCK_REALTIME, time.time_ns() + delta_ns)
+
+
+class KernelClock(Clock):
+    """Linux: the rate by ADJ_FREQUENCY and ADJ_TICK, the phase by ADJ_OFFSET_SINGLESHOT.
+
+    The kernel applies a single shot second by second, 500 us in each; until it is through, and the
+    second it is in is over, what the clock is off by can't be told from what is on its way.
+    """
+    doing = "steering the system clock with adjtimex"
+    SECOND_NS = 1100000000  # from a request to the end of the second it came in, and some
+    BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
+    BIAS_GAIN = 0.25  # of a new reading of the bias; it averages about 4 of them
+    BIAS_LIMIT_PPM = 50  # a kernel is not off by more: then somebody else was at work
+
+    def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
+        super().__init__()
+        self.adjtimex, self.nominal_tick = adjtimex, nominal_tick
+        now = adjtimex()
+        adjtimex(modes=ADJ_FREQUENCY, freq=now["freq"])  # fails here and now without the privilege
+        self.set_to = None  # the (freq, tick) that we gave the kernel
+        self.busy_until_ns = 0
+        self.quiet = None  # (tick, what the clock shows by then but for its rate) at the last look
+
+    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, changed):
+        if tick_ns < self.busy_until_ns:
+            if changed:
+                self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=0)
+                self.busy_until_ns, self.quiet = tick_ns + self.SECOND_NS, None
+            self.set_rate(rate_ppm)
+            return min(SETTLED_SEC, (self.busy_until_ns - tick_ns) / 10**9)
+        self.learn_bias(tick_ns, clock_ns)
+        self.set_rate(rate_ppm)
+        slew_us = round(offset_ns / 1000)
+        self.quiet = tick_ns, clock_ns + slew_us * 1000
+        if slew_us:
+            self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=slew_us)
+            self.busy_until_ns = tick_ns + -(-abs(slew_us) // SLEW_PPM) * 10**9 + self.SECOND_NS
+        if abs(offset_ns) <= SETTLED_NS:
+            return SETTLED_SEC
+        return min(SETTLED_SEC, max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9))
+
+    def learn_bias(self, tick_ns, clock_ns):
+        """The kernel's clock is some ppm off the rate that it was given (its own rounding, and the
+        counter's calibration that went on after the boot): measured where nothing else moved it."""
+        if not self.quiet or tick_ns - self.quiet[0] < self.BIAS_NS:
+            return
+        moved_ns = clock_ns - self.quiet[1] - (tick_ns - self.quiet[0])
+        bias_ppm = moved_ns / (tick_ns - self.quiet[0]) * 1e6 - self.given_ppm()
+        if abs(bias_ppm) < self.BIAS_LIMIT_PPM:
+            self.bias_ppm += (bias_ppm - self.bias_ppm) * (self.BIAS_GAIN if self.bias_ppm else 1)
+
+    def given_ppm(self):
+        freq, tick = self.set_to
+        return freq / 65536 + (tick - self.nominal_tick) * 1e6 / self.nominal_tick
+
+    def set_rate(self, rate_ppm):
+        """Let the clock gain rate_ppm on the counter."""
+        rate_ppm -= self.bias_ppm
+        ppm_per_tick = 1e6 / self.nominal_tick
+        ticks = round(rate_ppm / ppm_per_tick) if abs(rate_ppm) > SLEW_PPM else 0
+        want = round((rate_ppm - ticks * ppm_per_tick) * 65536), self.nominal_tick + ticks
+        now = self.adjtimex()
+        have = now["freq"], now["tick"]
+        self.foreign = self.set_to is not None and have != self.set_to
+        if have[1] != want[1]:
+            self.adjtimex(modes=ADJ_TICK, tick=want[1])
+        if have[0] != want[0]:
+            self.adjtimex(modes=ADJ_FREQUENCY, freq=want[0])
+        self.set_to = want
+
+    def step(self, delta_ns):
+        step_kernel(self.adjtimex, delta_ns)
+        self.busy_until_ns, self.quiet = 0, None  # the kernel drops its slews at a step
+
+    def announce(self, error_ns, offset_ns):
+        # maxerror is a bound: 4 standard deviations, and what is still to be slewed
+        self.adjtimex(modes=ADJ_STATUS | ADJ_MAXERROR | ADJ_ESTERROR,
+                      status=self.adjtimex()["status"] & ~STA_UNSYNC,
+                      esterror=min(16 * 10**6, int(error_ns / 1000) + 1),
+                      maxerror=min(16 * 10**6, int((4 * error_ns + abs(offset_ns)) / 1000) + 1))
+
+    def report(self):
+        now = self.adjtimex()
+        return {"freq_ppm": now["freq"] / 65536, "tick": now["tick"], "maxerror_us": now["maxerror"],
+                "esterror_us": now["esterror"], "synchronised": not now["status"] & STA_UNSYNC}
+
+
+# ==== files ====
+
+def replace_file(etc_fd, name, data):
+    """Write etc/NAME whole: a temporary file, fsync, rename, fsync of the directory; OSError.
+
+    The temporary file is always a new one, so that no planted link is followed.
+    """
+    temporary = name + ".tmp"
+    try:
+        os.unlink(temporary, dir_fd=etc_fd)
+    except FileNotFoundError:
+        pass
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=etc_fd)
+    try:
+        while data:
+            data = data[os.write(fd, data):]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, name, src_dir_fd=etc_fd, dst_dir_fd=etc_fd)
+    os.fsync(etc_fd)
+
+
+def read_file(etc_fd, name):
+    """The bytes of etc/NAME, 64 KiB at most; OSError."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=etc_fd)
+    try:
+        return os.read(fd, 65536)
+    finally:
+        os.close(fd)
+
+
+class Fifo:
+    """`adjust`: made when missing, kept when there, looked for again when it was deleted or replaced."""
+
+    def __init__(self, path):
+        self.path, self.reader, self.writer = path, None, None
+
+    def open(self):
+        """Make and open it where that isn't done yet; OSError."""
+        try:
+            there = os.lstat(self.path)
+        except FileNotFoundError:
+            os.mkfifo(self.path, 0o600)
+            there = os.lstat(self.path)
+        if self.reader is not None:
+            if os.path.samestat(there, os.fstat(self.reader)):
+                return
+            self.close()
+        flags = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        reader = os.open(self.path, os.O_RDONLY | flags) if stat.S_ISFIFO(there.st_mode) else None
+        try:
+            if reader is None or not stat.S_ISFIFO(os.fstat(reader).st_mode):
+                raise OSError(errno.EEXIST, "there is something that is not a FIFO")
+            self.writer = os.open(self.path, os.O_WRONLY | flags)  # or the reader sees an end after each write
+            self.reader, reader = reader, None
+        finally:
+            if reader is not None:
+                os.close(reader)
+
+    def close(self):
+        os.close(self.reader)
+        os.close(self.writer)
+        self.reader = None
+
+    def packets(self):
+        """What was written: a list of 16-byte packets and, where a write had another size, what came at once."""
+        try:
+            data = os.read(self.reader, 65536)
+        except BlockingIOError:
+            return []
+        if len(data) % 16:
+            return [data]  # where one packet ends and the next begins can't be told any more
+        return [data[i:i + 16] for i in range(0, len(data), 16)]
+
+
+# ==== the daemon ====
+
+def say(text):
+    """One line for the log; a log that is gone or full is no reason to stop."""
+    try:
+        emit((text + "\n").encode(errors="replace"))
+    except OSError:
+        pass
+
+
+def duration(sec):
+    """Seconds as people say them: 45 s, 12 min, 5.6 h, 3.2 d."""
+    for limit, unit_sec, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if sec < limit:
+            return "%.3g %s" % (sec / unit_sec, unit)
+    return "%.3g d" % (sec / 86400)
+
+
+def rate_from_atto(packet):
+    """The bytes of etc/atto -> rate in ppm; ValueError."""
+    ns_per_tick = unpack(packet) / 10**9
+    if not RATE_RANGE[0] <= ns_per_tick <= RATE_RANGE[1]:
+        raise ValueError("%.9g ns per tick, so it was made with another counter" % ns_per_tick)
+    return (ns_per_tick - 1) * 1e6
+
+
+class Clockspeed:
+    """What happens at a start, a mark and a wake-up.
+
+    `clock` is a Clock, `etc_fd` the directory of the files, `rows` the system clock's table (clock_table).
+    Real time is in nanoseconds of TAI; an offset is real time minus system clock.
+    """
+
+    def __init__(self, clock, etc_fd, rows, may_step=True, say=say):
+        self.clock, self.etc_fd, self.rows, self.may_step, self.say = clock, etc_fd, rows, may_step, say
+        self.estimator = Estimator()
+        self.marks = {"used": 0, "doubted": 0, "refused": 0}  # of this boot
+        self.last_mark = None
+        self.troubles = {}  # what failed -> why, so that the same trouble is said once
+        self.foreign_said_ns = None
+        self.written_ns = {}  # file -> tick when it was last written
+        self.look()
+        self.begin_phase()
+
+    def look(self):
+        self.tick_ns, self.clock_ns = self.clock.read()
+
+    def begin_phase(self):
+        """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
+        self.anchor = self.tick_ns, to_tai(self.clock_ns, self.rows)
+        self.suspended_ns = self.clock.suspended_ns()
+        self.offset_ns = 0
+
+    def real(self):
+        """-> (real time at the last look, its standard deviation or None before the first mark)."""
+        if self.estimator.has_phase():
+            return self.estimator.real(self.tick_ns)
+        ticks_ns = self.tick_ns - self.anchor[0]
+        return self.anchor[1] + ticks_ns + round(ticks_ns * self.estimator.rate()[0] / 1e6), None
+
+    def trouble(self, doing, err=None):
+        """Say that something fails, once as long as it fails for that reason; without err, it works."""
+        if err is None:
+            self.troubles.pop(doing, None)
+        elif self.troubles.get(doing) != reason(err):
+            self.troubles[doing] = reason(err)
+            complain("warning", "unable to %s: %s" % (doing, reason(err)))
+
+    # -- files
+
+    def load(self):
+        """Take up what an earlier run knew -> where it came from, for the start line."""
+        atto = self.read_atto()
+        try:
+            import json  # here, since python3-minimal has none
+            state = json.loads(read_file(self.etc_fd, "state"))
+            # another atto than ours: the C clockspeed has been at work since
+            if state["counter"] == self.clock.counter and state["atto"] in (atto.hex(), ""):
+                estimator = Estimator.from_state(state["estimator"])
+                if self.same_boot(state):
+                    marks = {outcome: int(state["marks"][outcome]) for outcome in self.marks}
+                    self.clock.bias_ppm = float(state["bias_ppm"])
+                    self.estimator, self.marks, self.last_mark = estimator, marks, state["last_mark"]
+                    return "phase and rate of etc/state"
+                estimator.forget_phase(REBOOT_PPM)
+                self.estimator = estimator
+                return "rate of etc/state"
+        except FileNotFoundError:
+            pass
+        except (OSError, ImportError, ValueError, KeyError, TypeError, RecursionError) as err:
+            self.trouble("use etc/state", err)
+        try:
+            if atto:
+                self.estimator = Estimator(rate_from_atto(atto), REBOOT_PPM)
+                return "rate of etc/atto"
+        except ValueError as err:
+            self.trouble("use etc/atto", err)
+        return "no rate known"
+
+    def read_atto(self):
+        try:
+            return read_file(self.etc_fd, "atto")
+        except FileNotFoundError:
+            return b""
+        except OSError as err:
+            self.trouble("read etc/atto", err)
+            return b""
+
+    def same_boot(self, state):
+        """Whether the counter has run on since that state was written."""
+        return (bool(state["boot_id"]) and state["boot_id"] == self.clock.boot_id()
+                and abs(self.suspended_ns - int(state["suspended_ns"])) < SUSPENDED_NS)
+
+    def atto(self):
+        """The bytes of etc/atto; empty while no rate is known."""
+        ppm, error_ppm = self.estimator.rate()
+        return pack(round(10**9 * (1 + ppm / 1e6))) if error_ppm < UNKNOWN_PPM else b""
+
+    def save(self, name, data):
+        try:
+            replace_file(self.etc_fd, name, data)
+            self.trouble("write etc/" + name)
+        except OSError as err:
+            self.trouble("write etc/" + name, err)
+        self.written_ns[name] = self.tick_ns
+
+    def save_state(self):
+        """etc/atto and etc/state."""
+        atto = self.atto()
+        if atto and atto != self.read_atto():
+            self.save("atto", atto)
+        self.save_json("state", {
+            "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter, "atto": atto.hex(),
+            "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm, "clock_ns": self.clock_ns,
+            "marks": self.marks, "last_mark": self.last_mark, "estimator": self.estimator.state()})
+
+    def save_status(self):
+        known = self.estimator.has_phase()
+        (ppm, error_ppm), (wander, noise_ns) = self.estimator.rate(), self.estimator.learned()
+        self.save_json("status", {
+            "version": 1, "pid": os.getpid(), "boot_id": self.clock.boot_id(), "doing": self.clock.doing,
+            "observe_only": type(self.clock) is Clock, "tick_ns": self.tick_ns, "written_ns": self.clock_ns,
+            "offset_ns": self.offset_ns if known else None,
+            "variance": self.estimator.variance(self.tick_ns) if known else None,
+            "rate_ppm": ppm, "rate_error_ppm": error_ppm, "noise_ns": noise_ns, "wander": wander,
+            "marks": self.marks, "last_mark": self.last_mark, "asking_early": self.estimator.doubts(),
+            "kernel": self.clock.report()})
+
+    def save_json(self, name, content):
+        try:
+            import json
+        except ImportError as err:
+            return self.trouble("write etc/" + name, err)
+        self.save(name, json.dumps(content, indent=1).encode() + b"\n")
+
+    # -- events
+
+    def mark(self, packet):
+        """An adjustment has come out of the FIFO."""
+        self.look()
+        clock_tai_ns = to_tai(self.clock_ns, self.rows)
+        try:
+            if len(packet) != 16:
+                raise ValueError("%d bytes at once, not 16" % len(packet))
+            offset_ns = (unpack(packet) + 5 * 10**8) // 10**9
+            if not 0 <= clock_tai_ns + offset_ns - RELEASE_SEC * 10**9 < ERA_SEC * 10**9:
+                raise ValueError("no real time is %s from the system clock" % duration(abs(offset_ns) / 10**9))
+        except ValueError as err:
+            self.marks["refused"] += 1
+            return self.say("refused: %s" % err)
+        outcome = self.estimator.mark(self.tick_ns, clock_tai_ns + offset_ns)
+        self.marks[outcome] += 1
+        self.last_mark = {"tick_ns": self.tick_ns, "offset_ns": offset_ns, "outcome": outcome}
+        real_ns, error_ns = self.real()
+        self.say("mark: offset %+.9f s, error %.9f s, rate %+.4f ppm, rate error %.4f ppm, %s"
+                 % (offset_ns / 1e9, error_ns / 1e9, *self.estimator.rate(), outcome))
+        self.offset_ns = real_ns - clock_tai_ns
+        if outcome == "used" and self.marks["used"] == 1 and abs(self.offset_ns) > STEP_NS and self.may_step:
+            self.step()
+        self.tell_slew()
+        self.save_state()
+        self.save_status()
+
+    def step(self):
+        """Set the clock to the predicted real time."""
+        try:
+            self.clock.step(from_tai(to_tai(self.clock_ns, self.rows) + self.offset_ns, self.rows) - self.clock_ns)
+            self.say("step: the system clock by %+.9f s, at the first mark of this boot" % (self.offset_ns / 1e9))
+            self.look()
+            self.offset_ns = self.real()[0] - to_tai(self.clock_ns, self.rows)
+        except OSError as err:
+            self.trouble("step the clock", err)
+
+    def tell_slew(self):
+        slew_sec = abs(self.offset_ns) / 1e9 / (SLEW_PPM / 1e6)
+        if slew_sec > LONG_SLEW_SEC and type(self.clock) is not Clock:
+            self.say("slew: %+.3f s will take %s; clockctl set steps at once"
+                     % (self.offset_ns / 1e9, duration(slew_sec)))
+
+    def wake(self, changed=False):
+        """Look at the clock and steer it -> seconds until the next time.  changed: a mark has come."""
+        before_ns, offset_before_ns = self.tick_ns, self.offset_ns
+        self.look()
+        slept_ns = self.clock.suspended_ns() - self.suspended_ns
+        if abs(slept_ns) > SUSPENDED_NS:
+            self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
+            self.estimator.forget_phase(0)
+            self.begin_phase()
+        real_ns, error_ns = self.real()
+        self.offset_ns = real_ns - to_tai(self.clock_ns, self.rows)
+        moved_ns = offset_before_ns - self.offset_ns
+        if abs(moved_ns) > MOVED_NS + (self.tick_ns - before_ns) * MOVED_PPM // 10**6 and not slept_ns:
+            self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
+            if error_ns is None:
+                self.begin_phase()
+            self.tell_slew()
+        try:
+            wait_sec = self.clock.steer(self.estimator.rate()[0], self.offset_ns, self.tick_ns, self.clock_ns, changed)
+            if error_ns is not None:
+                self.clock.announce(error_ns, self.offset_ns)
+            self.trouble("steer the clock")
+        except OSError as err:
+            self.trouble("steer the clock", err)
+            wait_sec = SETTLED_SEC
+        self.tell_foreign()
+        if self.older("state", STATE_SEC):
+            self.save_state()
+        if self.older("status", STATUS_SEC):
+            self.save_status()
+        return wait_sec
+
+    def tell_foreign(self):
+        if self.clock.foreign and not (self.foreign_said_ns and self.tick_ns - self.foreign_said_ns < FOREIGN_SEC * 10**9):
+            self.say("foreign: another program sets the clock's frequency; one of the two must go")
+            self.foreign_said_ns = self.tick_ns
+
+    def older(self, name, sec):
+        """Whether etc/NAME is due."""
+        return name not in self.written_ns or self.tick_ns - self.written_ns[name] > sec * 10**9
+
+
+# ==== main ====
+
+def choose_clock(observe):
+    """The best way to steer the clock that there is; without a way or the privilege, only looking at it."""
+    if observe:
+        return Clock()
+    try:
+        return KernelClock() if sys.platform == "linux" else AdjtimeClock()
+    except (OSError, ImportError, AttributeError) as err:
+        complain("warning", "unable to steer the clock: %s; observing only" % reason(err))
+        return Clock()
+
+
+def become(user, capabilities, etc_fd, fifo):
+    """Give etc/ and adjust to user, become it and keep those capabilities alone; OSError, LookupError."""
+    import ctypes
+    import pwd
+    entry = pwd.getpwnam(user)
+    for fd in (etc_fd, fifo.reader):
+        if fd is not None:
+            os.fchown(fd, entry.pw_uid, -1)
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def check(status):
+        if status != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    check(libc.prctl(PR_SET_KEEPCAPS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
+    os.setgroups([])
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+    check(libc.capset(struct.pack("=Ii", CAPABILITY_VERSION, 0),
+                      struct.pack("=6I", capabilities, capabilities, 0, 0, 0, 0)))
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
+
+
+def serve(daemon, fifo, signal_fd):
+    """Until TERM or INT: marks as they come, the clock when it is time."""
+    changed = False
+    while True:
+        try:
+            fifo.open()
+            daemon.trouble("read adjust")
+        except OSError as err:
+            daemon.trouble("read adjust", err)
+        wait_sec = daemon.wake(changed)
+        changed = False
+        fds = [signal_fd] + ([] if fifo.reader is None else [fifo.reader])
+        ready = select.select(fds, [], [], wait_sec)[0]
+        if signal_fd in ready:
+            return
+        if fifo.reader in ready:
+            for packet in fifo.packets():
+                daemon.mark(packet)
+                changed = True
+
+
+def main(argv):
+    try:
+        options, operands = getopt.getopt(argv[1:], "nSu:", ["help"])
+        options = dict(options)
+        if len(operands) > 1:
+            raise getopt.GetoptError("one home")
+    except getopt.GetoptError:
+        complain("usage", USAGE)
+        return 100
+    home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or HOME
+    signal_fd, signal_writer = os.pipe()
+    os.set_blocking(signal_writer, False)
+    signal.set_wakeup_fd(signal_writer)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # what it sends through the pipe ends serve()
+    try:
+        doing = "write output"
+        if "--help" in options:
+            emit_manual()
+            return 0
+        doing = "read leap seconds"
+        rows = clock_table(read_leap_table()[0])
+        doing = "use " + home
+        os.umask(0o022)
+        home_fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(home_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        doing = "use %s/etc" % home
+        try:
+            os.mkdir("etc", 0o755, dir_fd=home_fd)
+        except FileExistsError:
+            pass
+        etc_fd = os.open("etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home_fd)
+    except BlockingIOError:
+        complain("fatal", "unable to use %s: another clockspeed is running there" % home)
+        return 111
+    except (OSError, ValueError) as err:
+        complain("fatal", "unable to %s: %s" % (doing, reason(err)))
+        return 111
+    fifo = Fifo(os.path.join(home, "adjust"))
+    clock = choose_clock("-n" in options)
+    daemon = Clockspeed(clock, etc_fd, rows, "-S" not in options)
+    try:
+        fifo.open()
+    except OSError as err:
+        daemon.trouble("read adjust", err)
+    if "-u" in options and os.getuid() == 0:
+        try:
+            become(options["-u"], 0 if "-n" in options else 1 << CAP_SYS_TIME, etc_fd, fifo)
+        except (OSError, LookupError, ImportError, AttributeError) as err:
+            complain("warning", "unable to become %s: %s; running on as root" % (options["-u"], reason(err)))
+    source = daemon.load()
+    say("start: %s, %s, rate %+.4f ppm, rate error %.4f ppm, %s"
+        % (clock.doing, clock.counter, *daemon.estimator.rate(), source))
+    try:
+        serve(daemon, fifo, signal_fd)
+    finally:
+        daemon.save_state()
+        daemon.save_status()
+    say("stop: the clock runs on at the rate it has")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
