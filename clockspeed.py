@@ -61,6 +61,10 @@ import stat
 import struct
 import sys
 import time
+try:
+    import json
+except ImportError:  # python3-minimal has none
+    json = None
 
 PROGRAM = "clockspeed"
 USAGE = "clockspeed [-n] [-S] [-u user] [home]"
@@ -81,6 +85,7 @@ FOREIGN_SEC = 3600  # how often a second program on the same clock is worth a li
 ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x4000
 ADJ_OFFSET_SINGLESHOT, STA_UNSYNC = 0x8001, 0x40
 PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
+BIAS_LIMIT_PPM = 50  # no kernel's clock is off the rate that it was given by more: somebody else was at work
 RATE_RANGE = (0.9, 1.1)  # ns of real time per tick; an atto outside was made with another counter
 UNKNOWN_PPM = 50  # a rate error from here on is ignorance, not worth an etc/atto
 REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
@@ -410,7 +415,6 @@ class KernelClock(Clock):
     SECOND_NS = 1100000000  # from a request to the end of the second it came in, and some
     BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
     BIAS_GAIN = 0.25  # of a new reading of the bias; it averages about 4 of them
-    BIAS_LIMIT_PPM = 50  # a kernel is not off by more: then somebody else was at work
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
         super().__init__()
@@ -446,7 +450,7 @@ class KernelClock(Clock):
             return
         moved_ns = clock_ns - self.quiet[1] - (tick_ns - self.quiet[0])
         bias_ppm = moved_ns / (tick_ns - self.quiet[0]) * 1e6 - self.given_ppm()
-        if abs(bias_ppm) < self.BIAS_LIMIT_PPM:
+        if abs(bias_ppm) < BIAS_LIMIT_PPM:
             self.bias_ppm += (bias_ppm - self.bias_ppm) * (self.BIAS_GAIN if self.bias_ppm else 1)
 
     def given_ppm(self):
@@ -634,31 +638,42 @@ class Clockspeed:
     def load(self):
         """Take up what an earlier run knew -> where it came from, for the start line."""
         atto = self.read_atto()
+        return self.load_state(atto) or self.load_atto(atto) or "no rate known"
+
+    def load_state(self, atto):
+        if not json:
+            self.trouble("keep more than etc/atto", ImportError("this Python has no json module"))
+            return None
         try:
-            import json  # here, since python3-minimal has none
             state = json.loads(read_file(self.etc_fd, "state"))
-            # another atto than ours: the C clockspeed has been at work since
-            if state["counter"] == self.clock.counter and state["atto"] in (atto.hex(), ""):
-                estimator = Estimator.from_state(state["estimator"])
-                if self.same_boot(state):
-                    marks = {outcome: int(state["marks"][outcome]) for outcome in self.marks}
-                    self.clock.bias_ppm = float(state["bias_ppm"])
-                    self.estimator, self.marks, self.last_mark = estimator, marks, state["last_mark"]
-                    return "phase and rate of etc/state"
-                estimator.forget_phase(REBOOT_PPM)
-                self.estimator = estimator
-                return "rate of etc/state"
+            if state["counter"] != self.clock.counter or state["atto"] != atto.hex():
+                return None  # another counter, or the C clockspeed has been at work since
+            estimator = Estimator.from_state(state["estimator"])
+            marks = {outcome: int(state["marks"][outcome]) for outcome in self.marks}
+            bias_ppm = float(state["bias_ppm"])
+            if not abs(bias_ppm) < BIAS_LIMIT_PPM:
+                raise ValueError("a bias of %s ppm" % bias_ppm)
+            same_boot, last_mark = self.same_boot(state), state["last_mark"]
         except FileNotFoundError:
-            pass
-        except (OSError, ImportError, ValueError, KeyError, TypeError, RecursionError) as err:
+            return None
+        except (OSError, AttributeError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
             self.trouble("use etc/state", err)
+            return None
+        self.estimator = estimator
+        if not same_boot:
+            estimator.forget_phase(REBOOT_PPM)
+            return "rate of etc/state"
+        self.marks, self.last_mark, self.clock.bias_ppm = marks, last_mark, bias_ppm
+        return "phase and rate of etc/state"
+
+    def load_atto(self, atto):
         try:
             if atto:
                 self.estimator = Estimator(rate_from_atto(atto), REBOOT_PPM)
                 return "rate of etc/atto"
         except ValueError as err:
             self.trouble("use etc/atto", err)
-        return "no rate known"
+        return None
 
     def read_atto(self):
         try:
@@ -674,11 +689,6 @@ class Clockspeed:
         return (bool(state["boot_id"]) and state["boot_id"] == self.clock.boot_id()
                 and abs(self.suspended_ns - int(state["suspended_ns"])) < SUSPENDED_NS)
 
-    def atto(self):
-        """The bytes of etc/atto; empty while no rate is known."""
-        ppm, error_ppm = self.estimator.rate()
-        return pack(round(10**9 * (1 + ppm / 1e6))) if error_ppm < UNKNOWN_PPM else b""
-
     def save(self, name, data):
         try:
             replace_file(self.etc_fd, name, data)
@@ -689,11 +699,13 @@ class Clockspeed:
 
     def save_state(self):
         """etc/atto and etc/state."""
-        atto = self.atto()
-        if atto and atto != self.read_atto():
+        ppm, error_ppm = self.estimator.rate()
+        atto = pack(round(10**9 * (1 + ppm / 1e6)))
+        if error_ppm < UNKNOWN_PPM and atto != self.read_atto():
             self.save("atto", atto)
         self.save_json("state", {
-            "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter, "atto": atto.hex(),
+            "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
+            "atto": self.read_atto().hex(),
             "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm, "clock_ns": self.clock_ns,
             "marks": self.marks, "last_mark": self.last_mark, "estimator": self.estimator.state()})
 
@@ -710,11 +722,8 @@ class Clockspeed:
             "kernel": self.clock.report()})
 
     def save_json(self, name, content):
-        try:
-            import json
-        except ImportError as err:
-            return self.trouble("write etc/" + name, err)
-        self.save(name, json.dumps(content, indent=1).encode() + b"\n")
+        if json:
+            self.save(name, json.dumps(content, indent=1).encode() + b"\n")
 
     # -- events
 

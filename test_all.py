@@ -57,6 +57,7 @@ import importlib.util
 import random
 import shutil
 import struct
+import tempfile
 import time
 
 import pytest
@@ -467,5 +468,454 @@ class Simulation:
         real_ns = self.kernel.tai - 37 * 10**9
         self.daemon.mark(CODES.pack((real_ns + error_ns - self.kernel.clock_ns()) * 10**9))
         self.due = self.daemon.wake(True)
+
+
+@pytest.fixture
+def simulate(tmp_path):
+    """Makes Simulations on directories below the test's own."""
+    made = []
+
+    def make(kernel, name="etc", **options):
+        directory = tmp_path / name
+        directory.mkdir(exist_ok=True)
+        made.append(Simulation(directory, kernel, **options))
+        return made[-1]
+    yield make
+    for simulation in made:
+        os.close(simulation.etc_fd)
+
+
+def test_a_clock_5_s_and_80_ppm_off_comes_right_and_stays_right_alone(simulate):
+    kernel = FakeKernel(ppm=80, behind_ns=5 * 10**9, bias_ppm=2)
+    simulation = simulate(kernel)
+    simulation.mark()
+    assert abs(kernel.clock) < 1000, "the first mark of a boot steps"
+    for wait_sec in (60, 300, 541, 1623):
+        simulation.run(wait_sec)
+        simulation.mark()
+    simulation.run(600)
+    assert abs(kernel.clock) < 20000
+    assert abs(kernel.rate_error_ppm()) < 0.1, "killed now, the clock runs on at the right rate"
+
+
+def test_the_first_mark_only_steps_and_not_with_the_option_against_it(simulate):
+    for may_step, steps in ((True, 1), (False, 0)):
+        kernel = FakeKernel(behind_ns=2 * 10**9)
+        simulation = simulate(kernel, "steps-%d" % steps, may_step=may_step)
+        simulation.mark()
+        assert [modes for modes, _ in kernel.calls if modes & 0x100 and not modes & 0x8000] == [0x2100] * steps
+        assert any(line.startswith("slew: ") for line in simulation.lines) == (not steps)
+    kernel.clock += 3e9
+    for wait_sec in (64, 64, 541):
+        simulation.run(wait_sec)
+        simulation.mark()
+    assert not [modes for modes, _ in kernel.calls if modes & 0x100 and not modes & 0x8000]
+
+
+def test_rates_beyond_500_ppm_use_the_kernels_tick(simulate):
+    for ppm in (-3000, 700, 499, 20000):
+        kernel = FakeKernel(ppm=ppm)
+        simulation = simulate(kernel, "rate%d" % ppm)
+        simulation.mark()
+        for wait_sec in (64, 128, 541, 541):
+            simulation.run(wait_sec)
+            simulation.mark()
+        simulation.run(3600)
+        assert abs(kernel.rate_error_ppm()) < 0.5
+        assert (kernel.fields["tick"] == 10000) == (abs(ppm) < 500)
+
+
+def test_the_kernel_is_told_how_wrong_the_clock_can_be(simulate):
+    kernel = FakeKernel(ppm=30)
+    kernel.fields["status"] |= 0x2001  # STA_PLL and STA_NANO of somebody else
+    simulation = simulate(kernel)
+    simulation.run(300)
+    assert kernel.fields["status"] == 0x2041, "unsynchronised before the first mark"
+    for _ in range(4):
+        simulation.mark()
+        simulation.run(300)
+        assert kernel.fields["status"] == 0x2001, "synchronised, and the others' bits survive"
+        assert abs(kernel.clock) / 1000 <= kernel.fields["maxerror"] < 16 * 10**6
+    simulation.run(6 * 3600)
+    assert kernel.fields["status"] == 0x2001 and kernel.fields["maxerror"] < 10**6
+
+
+def test_a_slew_that_is_replaced_does_not_overshoot(simulate):
+    kernel = FakeKernel()
+    simulation = simulate(kernel, may_step=False)
+    simulation.mark()
+    simulation.run(64)
+    kernel.clock += 8e6  # under what counts as somebody else's step
+    worst = 0
+    for _ in range(40):
+        simulation.run(1.7)
+        simulation.mark()
+        worst = min(worst, kernel.clock)
+    simulation.run(60)
+    assert worst > -100000 and abs(kernel.clock) < 5000
+
+
+def test_a_settled_daemon_wakes_once_a_minute(simulate):
+    kernel = FakeKernel(ppm=12)
+    simulation = simulate(kernel)
+    for _ in range(5):
+        simulation.mark()
+        simulation.run(541)
+    looks = []
+    wake = simulation.daemon.wake
+    simulation.daemon.wake = lambda *args: looks.append(1) or wake(*args)
+    simulation.run(3600)
+    assert len(looks) <= 61
+
+
+def test_a_restart_in_the_same_boot_goes_on_as_if_nothing_had_happened(simulate):
+    kernel = FakeKernel(ppm=-42, bias_ppm=1)
+    simulation = simulate(kernel)
+    for wait_sec in (64, 541, 1623):
+        simulation.mark()
+        simulation.run(wait_sec)
+    kernel.sleep(600)  # killed; nobody looks after the clock
+    frequency = kernel.fields["freq"]
+    restarted = simulate(kernel)
+    assert restarted.source == "phase and rate of etc/state"
+    assert abs(kernel.fields["freq"] - frequency) <= 65.536, "within 0.001 ppm"
+    assert restarted.daemon.estimator.real(kernel.tick) == simulation.daemon.estimator.real(kernel.tick)
+    assert restarted.daemon.marks["used"] == simulation.daemon.marks["used"]
+    assert not [line for line in restarted.lines if "step" in line]
+
+
+def test_a_reboot_keeps_the_rate_and_begins_the_phase_anew(simulate):
+    kernel = FakeKernel(ppm=-42)
+    simulation = simulate(kernel)
+    for wait_sec in (64, 541, 1623, 4869):
+        simulation.mark()
+        simulation.run(wait_sec)
+    rebooted = FakeKernel(ppm=-42.3, behind_ns=10**9)
+    rebooted.boot = "boot-2"
+    simulation = simulate(rebooted)
+    assert simulation.source == "rate of etc/state"
+    ppm, error_ppm = simulation.daemon.estimator.rate()
+    assert abs(ppm + 42) < 0.1 and 0.3 < error_ppm < 5
+    assert abs(rebooted.rate_error_ppm() - 0.3) < 0.2, "the kept rate is in the kernel before any mark"
+    simulation.mark()
+    assert abs(rebooted.clock) < 1e6, "and the first mark of the new boot may step"
+
+
+def test_an_atto_of_the_c_clockspeed_is_taken_when_it_is_newer(simulate, tmp_path):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "atto").write_bytes(CODES.pack(1000050000))
+    simulation = simulate(FakeKernel())
+    assert simulation.source == "rate of etc/atto"
+    assert simulation.daemon.estimator.rate()[0] == pytest.approx(50)
+    for _ in range(3):
+        simulation.mark()
+        simulation.run(3600)
+    assert (tmp_path / "etc" / "atto").read_bytes() != CODES.pack(1000050000)
+    assert simulate(simulation.kernel).source == "phase and rate of etc/state"
+    (tmp_path / "etc" / "atto").write_bytes(CODES.pack(1000049000))
+    simulation = simulate(simulation.kernel)
+    assert simulation.source == "rate of etc/atto" and simulation.daemon.estimator.rate()[0] == pytest.approx(49)
+
+
+def test_an_atto_of_another_counter_is_refused_with_a_line(simulate, tmp_path, capfd):
+    (tmp_path / "etc").mkdir()
+    for atto in (4 * 10**8, 0, -10**9, 10**20):
+        (tmp_path / "etc" / "atto").write_bytes(CODES.pack(atto))
+        assert simulate(FakeKernel()).source == "no rate known"
+        assert capfd.readouterr().err.count("unable to use etc/atto: ") == 1
+    (tmp_path / "etc" / "atto").write_bytes(b"garbage")
+    assert simulate(FakeKernel()).source == "no rate known"
+
+
+def test_damaged_states_are_refused_and_never_kill(simulate, tmp_path, capfd):
+    kernel = FakeKernel(ppm=5)
+    simulation = simulate(kernel)
+    for wait_sec in (64, 541):
+        simulation.mark()
+        simulation.run(wait_sec)
+    path = tmp_path / "etc" / "state"
+    good = path.read_bytes()
+    rng = random.Random(SEED)
+    for number in range(300):
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 9)):
+            data[rng.randrange(len(data))] = rng.choice(b'0123456789{}[]",:eE-nultrfas \0\xff')
+        path.write_bytes(data if number % 3 else data[:rng.randrange(len(data))])
+        damaged = simulate(kernel)
+        assert damaged.source in ("phase and rate of etc/state", "rate of etc/state", "rate of etc/atto", "no rate known")
+    for text in ("[]", "0", "null", '{"estimator":', "[" * 100000):
+        path.write_text(text)
+        assert simulate(kernel).source == "rate of etc/atto"
+
+
+def test_a_step_by_somebody_else_is_said_and_slewed_back(simulate):
+    kernel = FakeKernel(ppm=3)
+    simulation = simulate(kernel)
+    for wait_sec in (64, 541, 541):
+        simulation.mark()
+        simulation.run(wait_sec)
+    rate = simulation.daemon.estimator.rate()
+    kernel.clock += 1e9
+    simulation.run(60)
+    assert [line for line in simulation.lines if line.startswith("moved: ")] == [
+        "moved: somebody set the system clock by +1.000 s"]
+    assert simulation.daemon.estimator.rate() == rate, "and it is not learned as drift"
+    simulation.run(2100)
+    assert abs(kernel.clock) < 1e6, "1 s takes 2000 s at 500 ppm"
+    assert not [modes for modes, _ in kernel.calls if modes == 0x2100]
+
+
+def test_before_the_first_mark_the_system_clock_is_taken_as_it_is(simulate):
+    kernel = FakeKernel()
+    simulation = simulate(kernel)
+    simulation.run(300)
+    kernel.clock -= 3600e9
+    simulation.run(300)
+    assert kernel.clock == pytest.approx(-3600e9, abs=1e6)
+    assert "moved: somebody set the system clock by -3600.000 s" in simulation.lines
+
+
+def test_a_suspend_is_said_and_not_learned_as_drift(simulate):
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel)
+    for wait_sec in (64, 541, 1623):
+        simulation.mark()
+        simulation.run(wait_sec)
+    kernel.tai += 8 * 3600 * 10**9  # the counter stands still, the kernel sets the clock from the hardware's
+    kernel.slept_ns += 8 * 3600 * 10**9
+    kernel.clock -= 4e8
+    simulation.run(64)
+    assert [line for line in simulation.lines if line.startswith("suspend: ")] == [
+        "suspend: the counter stood still for 8 h; a mark is wanted"]
+    assert kernel.clock == pytest.approx(-4e8, abs=2e6)
+    simulation.mark()
+    simulation.run(1200)
+    assert abs(kernel.clock) < 1e6 and abs(simulation.daemon.estimator.rate()[0] - 20) < 0.5
+
+
+def test_another_program_at_the_frequency_is_said_once_an_hour(simulate):
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel)
+    simulation.mark()
+    for _ in range(60):
+        simulation.run(120)
+        kernel.fields["freq"] = 7 << 16
+    assert 2 <= len([line for line in simulation.lines if line.startswith("foreign: ")]) <= 3
+
+
+def test_garbage_in_the_fifo_is_a_line_each_and_harmless(simulate):
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel)
+    for wait_sec in (64, 541):
+        simulation.mark()
+        simulation.run(wait_sec)
+    rng = random.Random(SEED)
+    rate, lines = simulation.daemon.estimator.rate(), len(simulation.lines)
+    for number in range(10000):
+        size = rng.choice((0, 1, 12, 15, 17, 32, 512))
+        # every other one has the right size, and a fraction that no packet has
+        simulation.daemon.mark(os.urandom(8) + b"\xff" * 8 if number % 2 else bytes(size))
+    assert len(simulation.lines) - lines == 10000
+    assert all(line.startswith("refused: ") for line in simulation.lines[lines:])
+    assert simulation.daemon.estimator.rate() == rate and simulation.daemon.marks["refused"] == 10000
+
+
+def test_no_real_time_before_the_release_or_an_era_later_is_believed(simulate):
+    kernel = FakeKernel()
+    simulation = simulate(kernel)
+    for sec in (-10**9, -2**63, 2**32, 2**63 - 1):
+        simulation.daemon.mark(CODES.pack(sec * 10**18))
+    assert simulation.daemon.marks == {"used": 0, "doubted": 0, "refused": 4}
+
+
+def test_a_denied_kernel_is_said_once_and_survived(simulate, capfd):
+    kernel = FakeKernel()
+    simulation = simulate(kernel)
+    kernel.denied = True
+    simulation.mark()
+    simulation.run(600)
+    assert capfd.readouterr().err.count("unable to steer the clock: Operation not permitted") == 1
+
+
+def test_a_full_disk_is_said_once_and_the_old_file_stays(simulate, capfd, monkeypatch, tmp_path):
+    simulation = simulate(FakeKernel())
+    simulation.mark()
+    before = (tmp_path / "etc" / "state").read_bytes()
+    with monkeypatch.context() as patch:
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(simulation.module.os, "fsync", full)
+        for _ in range(3):
+            simulation.run(64)
+            simulation.mark()
+    assert capfd.readouterr().err.count("unable to write etc/state: No space left on device") == 1
+    assert (tmp_path / "etc" / "state").read_bytes() == before
+    simulation.run(64)
+    simulation.mark()
+    assert (tmp_path / "etc" / "state").read_bytes() != before
+
+
+# ==== clockspeed: the process ======================================================================
+
+class Daemon:
+    """clockspeed -n as a process; its lines come out of a file."""
+
+    def __init__(self, home, *options, name="clockspeed"):
+        self.home, self.log = str(home), str(home) + ".log"
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen([path_of(name), *(options or ["-n"]), self.home], stdout=log, stderr=log,
+                                            env=UTC_ENV)
+        self.wait_for("start: ")
+
+    def lines(self):
+        with open(self.log) as log:
+            return log.read().splitlines()
+
+    def wait_for(self, text, count=1, timeout=30):
+        deadline = time.monotonic() + timeout
+        while sum(text in line for line in self.lines()) < count:
+            assert time.monotonic() < deadline, "%r not in %s" % (text, self.lines())
+            time.sleep(0.02)
+
+    def write(self, data):
+        with open(os.path.join(self.home, "adjust"), "wb", buffering=0) as fifo:
+            fifo.write(data)
+
+    def stop(self, number=15):
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def daemon(tmp_path):
+    (tmp_path / "home").mkdir()
+    made = []
+
+    def make(*options):
+        made.append(Daemon(tmp_path / "home", *options))
+        return made[-1]
+    yield make
+    for process in made:
+        process.process.kill()
+        process.process.wait()
+        assert "Traceback" not in "\n".join(process.lines())
+
+
+def test_clockspeed_learns_from_its_fifo_and_ends_cleanly_on_term(daemon):
+    process = daemon()
+    mode = os.lstat(process.home + "/adjust").st_mode
+    assert oct(mode) == "0o10600"
+    for count in range(1, 4):
+        process.write(CODES.pack(count * 10**12))
+        process.wait_for("mark: offset +0.00000%d000 s" % count)
+    process.write(b"short")
+    process.wait_for("refused: 5 bytes at once, not 16")
+    assert process.stop() == 0
+    assert process.lines()[-1].startswith("stop: ")
+    assert [line for line in process.lines() if "start: observing, CLOCK_MONOTONIC_RAW" in line]
+    assert os.lstat(process.home + "/adjust").st_mode == mode
+
+
+def test_atto_is_the_c_programs(daemon, tmp_path):
+    process = daemon()
+    for count in range(3):  # real time gains 50 ppm: 50 us in a second
+        process.write(CODES.pack(count * 50 * 10**12))
+        process.wait_for("mark: ", count + 1)
+        time.sleep(1)
+    process.stop()
+    atto = (tmp_path / "home" / "etc" / "atto").read_bytes()
+    assert len(atto) == 16 and 1.00001 < CODES.unpack(atto) / 1e9 < 1.0002
+    before, after = view(atto)
+    assert after - before == CODES.unpack(atto)
+
+
+def test_kill_9_loses_no_mark(daemon):
+    process = daemon()
+    for count in range(3):
+        process.write(CODES.pack(0))
+        process.wait_for("mark: ", count + 1)
+    time.sleep(0.3)  # the files follow the line
+    process.stop(9)
+    process = daemon()
+    process.wait_for("phase and rate of etc/state")
+    process.stop()
+
+
+def test_a_second_clockspeed_refuses_to_run_beside_the_first(daemon):
+    process = daemon()
+    done = run("clockspeed", "-n", process.home)
+    assert done.returncode == 111
+    assert done.stderr == "clockspeed: fatal: unable to use %s: another clockspeed is running there\n" % process.home
+
+
+def test_a_missing_home_is_a_clear_line(tmp_path):
+    for home, why in ((tmp_path / "none", "No such file or directory"), (path_of("clockview"), "Not a directory")):
+        done = run("clockspeed", "-n", home)
+        assert (done.returncode, done.stdout) == (111, b"")
+        assert done.stderr == "clockspeed: fatal: unable to use %s: %s\n" % (home, why)
+
+
+@pytest.mark.parametrize("make", (lambda path: path.write_bytes(b""), lambda path: path.mkdir(),
+                                  lambda path: path.symlink_to("elsewhere")), ids=("file", "directory", "symlink"))
+def test_what_is_no_fifo_is_said_and_left_alone(daemon, tmp_path, make):
+    make(tmp_path / "home" / "adjust")
+    before = os.lstat(str(tmp_path / "home" / "adjust"))
+    process = daemon()
+    process.wait_for("clockspeed: warning: unable to read adjust: there is something that is not a FIFO")
+    assert process.stop() == 0
+    assert os.lstat(str(tmp_path / "home" / "adjust")) == before and not (tmp_path / "home" / "elsewhere").exists()
+
+
+def test_a_fifo_that_is_deleted_or_replaced_is_found_again(tmp_path):
+    module = load("clockspeed")
+    fifo = module.Fifo(str(tmp_path / "adjust"))
+    fifo.open()
+    first = fifo.reader
+    fifo.open()
+    assert fifo.reader == first, "the same one stays open"
+    for renew in (lambda: None, lambda: os.mkfifo(fifo.path)):
+        os.unlink(fifo.path)
+        renew()
+        fifo.open()
+        with open(fifo.path, "wb", buffering=0) as writer:
+            writer.write(b"0123456789abcdef" * 2)
+        assert fifo.packets() == [b"0123456789abcdef"] * 2
+        assert fifo.packets() == []
+    fifo.close()
+
+
+def test_files_are_replaced_whole_and_follow_no_link(tmp_path):
+    module = load("clockspeed")
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "status.tmp").symlink_to(victim)
+    etc_fd = os.open(str(tmp_path), os.O_RDONLY)
+    module.replace_file(etc_fd, "status", b"new")
+    assert victim.read_bytes() == b"precious" and module.read_file(etc_fd, "status") == b"new"
+    assert sorted(os.listdir(str(tmp_path))) == ["status", "victim"]
+    (tmp_path / "link").symlink_to(victim)
+    with pytest.raises(OSError):
+        module.read_file(etc_fd, "link")
+    os.close(etc_fd)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+def test_clockspeed_becomes_the_user_and_keeps_no_more_than_it_needs():
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)  # pytest's own are root's alone
+        os.mkdir(directory + "/home")
+        check_the_user(Daemon(directory + "/home", "-n", "-u", "nobody"))
+
+
+def check_the_user(process):
+    with open("/proc/%d/status" % process.process.pid) as file:
+        status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    assert status["Uid"].split() == ["65534"] * 4 and status["NoNewPrivs"] == "1" and not status["Groups"].strip()
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0, "observing needs none"
+    process.write(CODES.pack(0))
+    process.wait_for("mark: ")
+    assert process.stop() == 0
+    assert os.stat(process.home + "/etc/state").st_uid == os.stat(process.home + "/adjust").st_uid == 65534
+    assert os.stat(process.home).st_uid == 0, "the programs beside it stay root's"
 
 
