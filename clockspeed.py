@@ -81,9 +81,12 @@ MOVED_PPM = 1000  # ...unless slews and rates, which never reach this, had the t
 SUSPENDED_NS = 10**8  # CLOCK_BOOTTIME gains as much on CLOCK_MONOTONIC only in a suspend
 STATUS_SEC = 600  # etc/status is never older
 STATE_SEC = 3600  # nor is etc/state, which wears out flash memory and changes with marks only
+TABLE_SEC = 21600  # how often the leap second table is read again; leaps are announced half a year ahead
+ARM_SEC = 86400  # the kernel leaps at the next UTC midnight: it is told on the last day only
+LEAP_NS = 2 * 10**9  # so near to a leap second the clock's reading is ambiguous, and let alone
 FOREIGN_SEC = 3600  # how often a second program on the same clock is worth a line
-ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x4000
-ADJ_OFFSET_SINGLESHOT, STA_UNSYNC = 0x8001, 0x40
+ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TAI, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x80, 0x4000
+ADJ_OFFSET_SINGLESHOT, STA_INS, STA_DEL, STA_UNSYNC = 0x8001, 0x10, 0x20, 0x40
 PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
 BIAS_LIMIT_PPM = 50  # no kernel's clock is off the rate that it was given by more: somebody else was at work
 RATE_RANGE = (0.9, 1.1)  # ns of real time per tick; an atto outside was made with another counter
@@ -373,8 +376,9 @@ class Clock:
     def step(self, delta_ns):
         raise OSError(errno.EPERM, "observing only")
 
-    def announce(self, error_ns, offset_ns):
-        """Tell the kernel how wrong the clock may be (one standard deviation)."""
+    def announce(self, error_ns, offset_ns, tai_offset_sec, leap):
+        """Tell the kernel how wrong the clock may be (one standard deviation), TAI minus clock, and
+        whether this UTC day ends with a leap second more (1), less (-1) or neither (0)."""
 
     def report(self):
         """The kernel's view for etc/status."""
@@ -476,12 +480,15 @@ class KernelClock(Clock):
         step_kernel(self.adjtimex, delta_ns)
         self.busy_until_ns, self.quiet = 0, None  # the kernel drops its slews at a step
 
-    def announce(self, error_ns, offset_ns):
+    def announce(self, error_ns, offset_ns, tai_offset_sec, leap):
+        now = self.adjtimex()
         # maxerror is a bound: 4 standard deviations, and what is still to be slewed
         self.adjtimex(modes=ADJ_STATUS | ADJ_MAXERROR | ADJ_ESTERROR,
-                      status=self.adjtimex()["status"] & ~STA_UNSYNC,
+                      status=now["status"] & ~(STA_UNSYNC | STA_INS | STA_DEL) | (0, STA_INS, STA_DEL)[leap],
                       esterror=min(16 * 10**6, int(error_ns / 1000) + 1),
                       maxerror=min(16 * 10**6, int((4 * error_ns + abs(offset_ns)) / 1000) + 1))
+        if now["tai"] != tai_offset_sec:
+            self.adjtimex(modes=ADJ_TAI, constant=tai_offset_sec)
 
     def report(self):
         now = self.adjtimex()
@@ -594,19 +601,20 @@ def rate_from_atto(packet):
 class Clockspeed:
     """What happens at a start, a mark and a wake-up.
 
-    `clock` is a Clock, `etc_fd` the directory of the files, `rows` the system clock's table (clock_table).
-    Real time is in nanoseconds of TAI; an offset is real time minus system clock.
+    `clock` is a Clock, `etc_fd` the directory of the files.  Real time is in nanoseconds of TAI; an offset is
+    real time minus system clock.  ValueError when the leap second table is damaged.
     """
 
-    def __init__(self, clock, etc_fd, rows, may_step=True, say=say):
-        self.clock, self.etc_fd, self.rows, self.may_step, self.say = clock, etc_fd, rows, may_step, say
+    def __init__(self, clock, etc_fd, may_step=True, say=say):
+        self.clock, self.etc_fd, self.may_step, self.say = clock, etc_fd, may_step, say
         self.estimator = Estimator()
         self.marks = {"used": 0, "doubted": 0, "refused": 0}  # of this boot
         self.last_mark = None
         self.troubles = {}  # what failed -> why, so that the same trouble is said once
-        self.foreign_said_ns = None
-        self.written_ns = {}  # file -> tick when it was last written
+        self.done_ns = {}  # what is done now and then -> tick when it was last done
+        self.known_ns = RELEASE_SEC * 10**9  # no system clock is right that shows less
         self.look()
+        self.read_leaps()
         self.begin_phase()
 
     def look(self):
@@ -648,6 +656,7 @@ class Clockspeed:
             state = json.loads(read_file(self.etc_fd, "state"))
             if state["counter"] != self.clock.counter or state["atto"] != atto.hex():
                 return None  # another counter, or the C clockspeed has been at work since
+            known_ns = int(state["known_ns"])
             estimator = Estimator.from_state(state["estimator"])
             marks = {outcome: int(state["marks"][outcome]) for outcome in self.marks}
             bias_ppm = float(state["bias_ppm"])
@@ -659,7 +668,7 @@ class Clockspeed:
         except (OSError, AttributeError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
             self.trouble("use etc/state", err)
             return None
-        self.estimator = estimator
+        self.estimator, self.known_ns = estimator, max(self.known_ns, known_ns)
         if not same_boot:
             estimator.forget_phase(REBOOT_PPM)
             return "rate of etc/state"
@@ -695,10 +704,12 @@ class Clockspeed:
             self.trouble("write etc/" + name)
         except OSError as err:
             self.trouble("write etc/" + name, err)
-        self.written_ns[name] = self.tick_ns
+        self.done_ns[name] = self.tick_ns
 
     def save_state(self):
         """etc/atto and etc/state."""
+        if self.estimator.has_phase():
+            self.known_ns = max(self.known_ns, from_tai(self.real()[0], self.rows))
         ppm, error_ppm = self.estimator.rate()
         atto = pack(round(10**9 * (1 + ppm / 1e6)))
         if error_ppm < UNKNOWN_PPM and atto != self.read_atto():
@@ -706,12 +717,13 @@ class Clockspeed:
         self.save_json("state", {
             "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
             "atto": self.read_atto().hex(),
-            "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm, "clock_ns": self.clock_ns,
+            "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm, "known_ns": self.known_ns,
             "marks": self.marks, "last_mark": self.last_mark, "estimator": self.estimator.state()})
 
     def save_status(self):
         known = self.estimator.has_phase()
         (ppm, error_ppm), (wander, noise_ns) = self.estimator.rate(), self.estimator.learned()
+        tai_offset_sec, leap = self.leap()
         self.save_json("status", {
             "version": 1, "pid": os.getpid(), "boot_id": self.clock.boot_id(), "doing": self.clock.doing,
             "observe_only": type(self.clock) is Clock, "tick_ns": self.tick_ns, "written_ns": self.clock_ns,
@@ -719,11 +731,32 @@ class Clockspeed:
             "variance": self.estimator.variance(self.tick_ns) if known else None,
             "rate_ppm": ppm, "rate_error_ppm": error_ppm, "noise_ns": noise_ns, "wander": wander,
             "marks": self.marks, "last_mark": self.last_mark, "asking_early": self.estimator.doubts(),
+            "leap": {"source": self.leap_source, "expires": self.leap_expiry, "tai_offset": tai_offset_sec, "next": leap},
             "kernel": self.clock.report()})
 
     def save_json(self, name, content):
         if json:
             self.save(name, json.dumps(content, indent=1).encode() + b"\n")
+
+    # -- leap seconds
+
+    def read_leaps(self):
+        """The leap second table, and what it makes of the system clock; ValueError when it is damaged."""
+        leaps, self.leap_expiry, self.leap_source = read_leap_table()
+        self.rows = clock_table(leaps)
+        self.done_ns["leaps"] = self.tick_ns
+        if self.leap_expiry is not None and self.leap_expiry < self.clock_ns // 10**9:
+            self.trouble("rely on " + self.leap_source, ValueError("it expired on %s; a newer table is wanted"
+                         % time.strftime("%Y-%m-%d", time.gmtime(self.leap_expiry))))
+
+    def leap(self):
+        """-> (TAI minus system clock in s, [the Unix second after the next leap second, 1 or -1] or None)."""
+        offset_sec = (to_tai(self.clock_ns, self.rows) - self.clock_ns) // 10**9
+        later = [row for row in self.rows if row[0] > self.clock_ns // 10**9]
+        return offset_sec, [later[0][0], later[0][1] - offset_sec] if later else None
+
+    def near_leap(self):
+        return any(abs(self.clock_ns - start * 10**9) < LEAP_NS for start, _ in self.rows)
 
     # -- events
 
@@ -734,6 +767,8 @@ class Clockspeed:
         try:
             if len(packet) != 16:
                 raise ValueError("%d bytes at once, not 16" % len(packet))
+            if self.near_leap():
+                raise ValueError("a mark within %d s of a leap second" % (LEAP_NS // 10**9))
             offset_ns = (unpack(packet) + 5 * 10**8) // 10**9
             if not 0 <= clock_tai_ns + offset_ns - RELEASE_SEC * 10**9 < ERA_SEC * 10**9:
                 raise ValueError("no real time is %s from the system clock" % duration(abs(offset_ns) / 10**9))
@@ -747,21 +782,30 @@ class Clockspeed:
         self.say("mark: offset %+.9f s, error %.9f s, rate %+.4f ppm, rate error %.4f ppm, %s"
                  % (offset_ns / 1e9, error_ns / 1e9, *self.estimator.rate(), outcome))
         self.offset_ns = real_ns - clock_tai_ns
-        if outcome == "used" and self.marks["used"] == 1 and abs(self.offset_ns) > STEP_NS and self.may_step:
-            self.step()
+        if outcome == "used" and self.marks["used"] == 1 and abs(self.offset_ns) > STEP_NS:
+            self.step(from_tai(real_ns, self.rows), "at the first mark of this boot")
+            self.offset_ns = self.real()[0] - to_tai(self.clock_ns, self.rows)
         self.tell_slew()
         self.save_state()
         self.save_status()
 
-    def step(self):
-        """Set the clock to the predicted real time."""
+    def step(self, target_ns, why):
+        """Set the system clock from what it shows to target_ns."""
+        if not self.may_step or type(self.clock) is Clock:
+            return
         try:
-            self.clock.step(from_tai(to_tai(self.clock_ns, self.rows) + self.offset_ns, self.rows) - self.clock_ns)
-            self.say("step: the system clock by %+.9f s, at the first mark of this boot" % (self.offset_ns / 1e9))
-            self.look()
-            self.offset_ns = self.real()[0] - to_tai(self.clock_ns, self.rows)
+            self.clock.step(target_ns - self.clock_ns)
+            self.say("step: the system clock by %+.9f s, %s" % ((target_ns - self.clock_ns) / 1e9, why))
         except OSError as err:
             self.trouble("step the clock", err)
+        self.look()
+
+    def begin_clock(self):
+        """A clock from before what is known, as on a host without a hardware clock, goes forward to it at the
+        start; a mark tells the rest."""
+        if not self.estimator.has_phase() and self.clock_ns < self.known_ns:
+            self.step(self.known_ns, "which showed a time before the newest one known")
+            self.begin_phase()
 
     def tell_slew(self):
         slew_sec = abs(self.offset_ns) / 1e9 / (SLEW_PPM / 1e6)
@@ -773,6 +817,8 @@ class Clockspeed:
         """Look at the clock and steer it -> seconds until the next time.  changed: a mark has come."""
         before_ns, offset_before_ns = self.tick_ns, self.offset_ns
         self.look()
+        if self.near_leap():
+            return 1
         slept_ns = self.clock.suspended_ns() - self.suspended_ns
         if abs(slept_ns) > SUSPENDED_NS:
             self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
@@ -789,26 +835,33 @@ class Clockspeed:
         try:
             wait_sec = self.clock.steer(self.estimator.rate()[0], self.offset_ns, self.tick_ns, self.clock_ns, changed)
             if error_ns is not None:
-                self.clock.announce(error_ns, self.offset_ns)
+                tai_offset_sec, leap = self.leap()
+                today = leap and leap[0] - self.clock_ns / 10**9 <= ARM_SEC
+                self.clock.announce(error_ns, self.offset_ns, tai_offset_sec, leap[1] if today else 0)
             self.trouble("steer the clock")
         except OSError as err:
             self.trouble("steer the clock", err)
             wait_sec = SETTLED_SEC
         self.tell_foreign()
-        if self.older("state", STATE_SEC):
+        if self.due("leaps", TABLE_SEC):
+            try:
+                self.read_leaps()
+            except ValueError as err:
+                self.trouble("read leap seconds", err)
+        if self.due("state", STATE_SEC):
             self.save_state()
-        if self.older("status", STATUS_SEC):
+        if self.due("status", STATUS_SEC):
             self.save_status()
         return wait_sec
 
     def tell_foreign(self):
-        if self.clock.foreign and not (self.foreign_said_ns and self.tick_ns - self.foreign_said_ns < FOREIGN_SEC * 10**9):
+        if self.clock.foreign and self.due("foreign", FOREIGN_SEC):
             self.say("foreign: another program sets the clock's frequency; one of the two must go")
-            self.foreign_said_ns = self.tick_ns
+            self.done_ns["foreign"] = self.tick_ns
 
-    def older(self, name, sec):
-        """Whether etc/NAME is due."""
-        return name not in self.written_ns or self.tick_ns - self.written_ns[name] > sec * 10**9
+    def due(self, name, sec):
+        """Whether NAME was last done so many seconds ago."""
+        return name not in self.done_ns or self.tick_ns - self.done_ns[name] >= sec * 10**9
 
 
 # ==== main ====
@@ -888,8 +941,6 @@ def main(argv):
         if "--help" in options:
             emit_manual()
             return 0
-        doing = "read leap seconds"
-        rows = clock_table(read_leap_table()[0])
         doing = "use " + home
         os.umask(0o022)
         home_fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -906,9 +957,13 @@ def main(argv):
     except (OSError, ValueError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
-    fifo = Fifo(os.path.join(home, "adjust"))
     clock = choose_clock("-n" in options)
-    daemon = Clockspeed(clock, etc_fd, rows, "-S" not in options)
+    try:
+        daemon = Clockspeed(clock, etc_fd, "-S" not in options)
+    except ValueError as err:
+        complain("fatal", "unable to read leap seconds: " + reason(err))
+        return 111
+    fifo = Fifo(os.path.join(home, "adjust"))
     try:
         fifo.open()
     except OSError as err:
@@ -921,6 +976,7 @@ def main(argv):
     source = daemon.load()
     say("start: %s, %s, rate %+.4f ppm, rate error %.4f ppm, %s"
         % (clock.doing, clock.counter, *daemon.estimator.rate(), source))
+    daemon.begin_clock()
     try:
         serve(daemon, fifo, signal_fd)
     finally:

@@ -373,16 +373,15 @@ class FakeKernel:
     """
     START_NS = 1796000000 * 10**9
 
-    def __init__(self, ppm=0.0, behind_ns=0, bias_ppm=0.0):
+    def __init__(self, ppm=0.0, behind_ns=0, bias_ppm=0.0, start_ns=START_NS):
         self.ppm, self.bias_ppm = ppm, bias_ppm
-        self.tick, self.tai = 10**9, self.START_NS + 37 * 10**9
-        self.clock = float(-behind_ns)  # system clock minus real time at the start
-        self.clock_base = self.START_NS
+        self.tick, self.tai = 10**9, start_ns + 37 * 10**9
+        self.clock = float(-behind_ns)  # system clock minus (TAI - 37 s), which is right until a leap second
         self.fields = dict.fromkeys("offset freq esterror constant tai".split(), 0)
         self.fields.update(maxerror=16 * 10**6, status=0x40, tick=10000)
         self.slew_us = self.slewing_ns = 0
         self.calls, self.boot, self.slept_ns, self.denied = [], "boot-1", 0, False
-        self.elapsed = 0.0
+        self.elapsed, self.leapt = 0.0, False
 
     def sleep(self, sec):
         """Let so many counter seconds pass; the kernel works second by second."""
@@ -396,11 +395,22 @@ class FakeKernel:
             if self.fields["maxerror"] >= 16 * 10**6:
                 self.fields["status"] |= 0x40
             self.elapsed, sec = self.elapsed + part, sec - part
+            if self.clock_ns() // 10**9 % 86400 in (86399, 0):
+                self.leap()
             if self.elapsed % 1 < 1e-9 or self.elapsed % 1 > 1 - 1e-9:
                 self.elapsed = float(round(self.elapsed))
                 step_us = max(-500, min(500, self.slew_us))
                 self.slew_us -= step_us
                 self.slewing_ns = step_us * 1000
+
+    def leap(self):
+        """What the kernel does at the end of a UTC day for which it is armed; once for an arming."""
+        sec = self.clock_ns() // 10**9 % 86400
+        sign = {0x10: 1, 0x20: -1}.get(self.fields["status"] & 0x30, 0)
+        if not self.leapt and (sign == 1 and sec == 0 or sign == -1 and sec == 86399):
+            self.leapt = True
+            self.clock -= sign * 1e9
+            self.fields["tai"] += sign
 
     def clock_ns(self):
         return self.tai - 37 * 10**9 + round(self.clock)
@@ -421,9 +431,9 @@ class FakeKernel:
             self.slew_us = self.slewing_ns = 0
             self.fields.update(status=self.fields["status"] | 0x40, maxerror=16 * 10**6)
         for bit, name in ((1, "offset"), (2, "freq"), (4, "maxerror"), (8, "esterror"), (0x10, "status"),
-                          (0x4000, "tick")):
+                          (0x80, "tai"), (0x4000, "tick")):
             if modes & bit and modes != 0x8001:
-                self.fields[name] = fields[name]
+                self.fields[name] = fields["constant" if name == "tai" else name]
         assert abs(self.fields["freq"]) <= 32768000 and 9000 <= self.fields["tick"] <= 11000
         return dict(self.fields, modes=modes, state=0, maxerror=int(self.fields["maxerror"]))
 
@@ -450,8 +460,9 @@ class Simulation:
         self.clock.read, self.clock.boot_id = self.kernel.read, lambda: self.kernel.boot
         self.clock.suspended_ns = lambda: self.kernel.slept_ns
         self.clock.__init__(self.kernel.adjtimex, 10000)
-        self.daemon = cs.Clockspeed(self.clock, self.etc_fd, cs.read_leap_table()[0], may_step, self.lines.append)
+        self.daemon = cs.Clockspeed(self.clock, self.etc_fd, may_step, self.lines.append)
         self.source = self.daemon.load()
+        self.daemon.begin_clock()
         self.due = self.daemon.wake()
 
     def run(self, sec):
@@ -753,6 +764,85 @@ def test_a_full_disk_is_said_once_and_the_old_file_stays(simulate, capfd, monkey
     simulation.run(64)
     simulation.mark()
     assert (tmp_path / "etc" / "state").read_bytes() != before
+
+
+def leap_table(directory, *rows):
+    """A leap-seconds.list with the built-in table and more rows -> its path."""
+    path = directory / "leap-seconds.list"
+    table = [(63072000, 10)] + CODES.parse_leap_table(leapsecs_dat())[0][1:] + list(rows)
+    path.write_text("#@ 4102444800\n" + "".join("%d %d\n" % (sec + 2208988800, offset) for sec, offset in table))
+    return str(path)
+
+
+@pytest.mark.parametrize("scale", ("utc", "tai"))
+@pytest.mark.parametrize("sign", (1, -1))
+def test_a_leap_second_is_no_error_no_drift_and_no_jump(simulate, tmp_path, monkeypatch, sign, scale):
+    start = 1798761600  # 2027-01-01
+    monkeypatch.setenv("LEAPSECS", leap_table(tmp_path, (start, 37 + sign)))
+    monkeypatch.setenv("CLOCK_SCALE", scale)
+    kernel = FakeKernel(ppm=5, start_ns=(start - 2 * 86400) * 10**9)
+    simulation = simulate(kernel)
+    real_ns = lambda: kernel.tai - (37 + sign * (kernel.leapt and scale == "utc")) * 10**9
+    armed = {}
+    while kernel.tai < (start + 86400 + 37) * 10**9:
+        # a mark an hour, and one within the ambiguous seconds
+        simulation.daemon.mark(CODES.pack((real_ns() - kernel.clock_ns()) * 10**9))
+        simulation.due = simulation.daemon.wake(True)
+        to_go = start - kernel.clock_ns() // 10**9
+        simulation.run(to_go - 1 if 10 < to_go < 3700 else 3600)
+        armed[kernel.clock_ns() // 10**9 - start] = kernel.fields["status"] & 0x30
+    target = sign * 1e9 if scale == "utc" else 0
+    assert abs(kernel.clock + target) < 1e6 and abs(kernel.rate_error_ppm()) < 0.1
+    assert not [line for line in simulation.lines if line.startswith(("moved", "slew", "step"))]
+    assert not [modes for modes, _ in kernel.calls if modes == 0x2100]
+    if scale == "tai":
+        assert set(armed.values()) == {0} and kernel.fields["tai"] == 10
+        return
+    bit = 0x10 if sign == 1 else 0x20
+    assert {bits for sec, bits in armed.items() if -86000 < sec < -1} == {bit}, "on the last day"
+    assert {bits for sec, bits in armed.items() if sec < -86400 or sec > 60} == {0}, "on no other"
+    assert kernel.fields["tai"] == 37 + sign
+    assert simulation.daemon.marks["doubted"] == 0
+
+
+def test_a_damaged_table_is_said_and_the_old_one_kept(simulate, tmp_path, monkeypatch, capfd):
+    path = leap_table(tmp_path, (1798761600, 38))
+    monkeypatch.setenv("LEAPSECS", path)
+    simulation = simulate(FakeKernel())
+    simulation.mark()
+    with open(path, "w") as file:
+        file.write("garbage")
+    simulation.run(86400)
+    assert capfd.readouterr().err.count("unable to read leap seconds: leap second table %s is damaged" % path) == 1
+    assert simulation.daemon.rows[-1] == (1798761600, 38)
+
+
+def test_an_expired_table_is_one_warning(simulate, tmp_path, monkeypatch, capfd):
+    path = tmp_path / "list"
+    path.write_text("#@ 3991593600\n2272060800 10\n")  # 2026-06-28
+    monkeypatch.setenv("LEAPSECS", str(path))
+    simulation = simulate(FakeKernel())
+    simulation.run(86400)
+    assert capfd.readouterr().err.count("it expired on 2026-06-28; a newer table is wanted") == 1
+
+
+def test_a_clock_without_hardware_clock_goes_forward_to_the_newest_time_known(simulate, tmp_path):
+    kernel = FakeKernel()
+    simulation = simulate(kernel)
+    simulation.mark()
+    simulation.run(4000)
+    known_ns = simulation.daemon.known_ns
+    assert abs(known_ns - kernel.START_NS) < 4100 * 10**9
+    rebooted = FakeKernel(behind_ns=kernel.START_NS)  # 1970
+    rebooted.boot = "boot-2"
+    simulation = simulate(rebooted)
+    assert rebooted.clock_ns() == known_ns and simulation.lines[0].startswith("step: the system clock by +17960")
+    simulation.mark()
+    assert abs(rebooted.clock) < 1e6
+    ahead = FakeKernel(behind_ns=-10**18)
+    ahead.boot = "boot-3"
+    simulation = simulate(ahead)
+    assert ahead.clock == 1e18, "never back"
 
 
 # ==== clockspeed: the process ======================================================================
