@@ -1,0 +1,445 @@
+#!/bin/sh
+"""exec" python3 -IS "$0" "$@"  # sh starts Python isolated: no PYTHONPATH, no current directory
+taiclockd - answer TAICLOCK queries with the time
+
+SYNOPSIS
+    taiclockd [-i address] [-p port]
+
+DESCRIPTION
+    Answers over UDP, on all IPv4 and IPv6 addresses.  A query is `ctai` and 16 to 252 bytes
+    more (clients send 28); the reply is the query with `stai` and the TAI64NA label of now in
+    its first 20 bytes.  What is longer is answered as its first 256 bytes, what is shorter or
+    begins otherwise not at all: no reply is longer than its query, and no reply is answered.
+
+    No client, datagram or network error stops it.  When it serves it prints a line:
+
+        start: serving on 0.0.0.0 port 4014, :: port 4014
+
+    It keeps silent, and says so once, while its clock is not to be trusted: while it shows a
+    time before this program's release, and with CLOCK_SERVE=synced while the kernel takes it
+    for unsynchronized.
+
+    The label is TAI, whichever scale the clock has.  Across a leap second that the kernel
+    inserts or leaves out, the labels run on without jump or repeat, by what adjtimex(2) tells;
+    without it (no ctypes, not Linux), they repeat the second that the clock repeats.
+    The leap second table is read again every hour, and on HUP.
+
+OPTIONS
+    -i address  serve on this address alone; given several times, on each
+    -p port     serve on this port instead of 4014; 0 takes a free one
+
+ENVIRONMENT
+    CLOCK_SERVE  synced: answer only while the kernel takes its clock for synchronized
+    CLOCK_SCALE  what the system clock counts: utc, or tai (the right/ time zones);
+                 without it the time zone tells
+    LEAPSECS     a leap second table to use before the system's own
+    LISTEN_FDS, LISTEN_PID
+                 serve on inherited sockets (descriptor 3 and up, as systemd passes them)
+                 instead of those of -i and -p
+
+EXIT STATUS
+    100 wrong usage; 111 unable to begin; it serves until a signal ends it
+
+SEE ALSO
+    taiclock, clockspeed, clockctl
+"""
+import errno
+import getopt
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+PROGRAM = "taiclockd"
+USAGE = "taiclockd [-i address] [-p port]"
+
+# ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
+# An adjustment is real time minus system clock.  A label is an absolute TAI time.  Both are
+# seconds in two's complement, nanoseconds and attoseconds, the fraction always counted upwards.
+TAI64NA = struct.Struct(">qII")
+LABEL_ZERO_SEC = 2**62  # the seconds of the label of 1970-01-01 00:00:00 TAI
+LEAP_FILES = ("/usr/local/etc/leapsecs.dat", "/etc/leapsecs.dat", "/usr/share/zoneinfo/leap-seconds.list")
+# The days since 1970-01-01 that began right after a leap second; none is announced after the last.
+LEAP_DAYS = (912, 1096, 1461, 1826, 2191, 2557, 2922, 3287, 3652, 4199, 4564, 4929, 5660, 6574, 7305,
+             7670, 8217, 8582, 8947, 9496, 10043, 10592, 13149, 14245, 15522, 16617, 17167)
+BEFORE_LEAPS = (-2**63, 10)  # TAI - UTC was 10 s in 1972, and by djb's convention ever before
+
+
+def complain(kind, text):
+    """One line on stderr, `PROGRAM: kind: text`; a stderr that can't take it is no reason to stop."""
+    try:
+        os.write(2, ("%s: %s: %s\n" % (PROGRAM, kind, text)).encode(errors="replace"))
+    except OSError:
+        pass
+
+
+def emit(data):
+    """All of the bytes to stdout."""
+    while data:
+        data = data[os.write(1, data):]
+
+
+def emit_manual():
+    """The docstring but for its first line, which starts Python."""
+    emit(__doc__.partition("\n")[2].encode())
+
+
+def reason(err):
+    """What an exception says, without its number and path."""
+    return getattr(err, "strerror", None) or str(err)
+
+
+def pack(atto):
+    """Signed attoseconds -> 16 bytes of TAI64NA."""
+    nano, atto = divmod(atto, 10**9)
+    return TAI64NA.pack(*divmod(nano, 10**9), atto)
+
+
+def unpack(packet):
+    """16 bytes of TAI64NA, or 12 of TAI64N -> signed attoseconds, exact; ValueError when they are neither."""
+    if len(packet) not in (12, 16):
+        raise ValueError("%d bytes, not 16" % len(packet))
+    sec, nano, atto = TAI64NA.unpack(packet.ljust(16, b"\0"))
+    if max(nano, atto) >= 10**9:
+        raise ValueError("not a TAI64NA packet")
+    return (sec * 10**9 + nano) * 10**9 + atto
+
+
+def parse_leap_table(data):
+    """A leapsecs.dat or leap-seconds.list -> (rows, expiry in Unix seconds or None); ValueError if damaged.
+
+    A row is (first UTC second as Unix counts, TAI - UTC from then on), oldest first.
+    """
+    rows, expiry = [BEFORE_LEAPS], None
+    if data and len(data) % 8 == 0 and data[0] == 0x40:  # djb's: the TAI64 label of each 23:59:60
+        for count, (label,) in enumerate(struct.iter_unpack(">Q", data)):
+            rows.append((label - LABEL_ZERO_SEC - 10 - count, 11 + count))
+    else:  # NTP's: seconds since 1900 and TAI - UTC, the first row being 1972-01-01 and 10
+        for line in data.decode("ascii").splitlines():
+            words = line.partition("#")[0].split()
+            if line.startswith("#@"):
+                expiry = int(line[2:]) - 2208988800
+            elif words:
+                rows.append((int(words[0]) - 2208988800, int(words[1])))
+        if rows.pop(1)[1] != 10:
+            raise ValueError
+    for (start, offset), (next_start, next_offset) in zip(rows, rows[1:]):
+        if next_start <= start or next_start % 86400 or abs(next_offset - offset) != 1:
+            raise ValueError
+    return rows, expiry
+
+
+def read_leap_table():
+    """-> (rows, expiry or None, the file's name) of the first table that can be read, else of the one
+    built in; ValueError when the first one is damaged: a wrong table is worse than none."""
+    for path in (os.environ.get("LEAPSECS", ""),) + LEAP_FILES:
+        try:
+            with open(path, "rb") as file:
+                data = file.read(65536)  # the real ones have 216 and 5000 bytes
+        except OSError:
+            continue
+        try:
+            return parse_leap_table(data) + (path,)
+        except (ValueError, IndexError):
+            raise ValueError("leap second table %s is damaged" % path) from None
+    return [BEFORE_LEAPS] + [(day * 86400, 11 + n) for n, day in enumerate(LEAP_DAYS)], None, "built in"
+
+
+def clock_table(leap_rows):
+    """The rows of the system clock itself: on the utc scale it is off TAI by the leap seconds so far, on
+    the tai scale always by 10 s.  CLOCK_SCALE tells, else the time zone: a right/ one has 23:59:60."""
+    scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
+    if scale not in ("tai", "utc"):
+        raise ValueError("CLOCK_SCALE is neither utc nor tai")
+    return leap_rows if scale == "utc" else [BEFORE_LEAPS]
+
+
+def to_tai(clock_ns, rows):
+    """Nanoseconds of the clock with that table -> nanoseconds of TAI since 1970-01-01 00:00:00 TAI."""
+    return clock_ns + next(offset for start, offset in reversed(rows) if clock_ns >= start * 10**9) * 10**9
+
+
+def from_tai(tai_ns, rows):
+    """The inverse; within a leap second the clock shows 23:59:59 again, as kernels do."""
+    for (start, offset), (_, offset_before) in zip(rows[:0:-1], rows[-2::-1]):
+        if tai_ns >= (start + min(offset, offset_before)) * 10**9:
+            return tai_ns - offset * 10**9
+    return tai_ns - 10 * 10**9
+# ==== end shared ====
+
+
+# ==== shared with some: adjtimex (the same bytes in each script that has it) ====
+# struct timex with 64-bit fields, as 64-bit libcs and clock_adjtime64 have it, and with 32-bit ones.
+TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
+TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
+TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick ppsfreq "
+                "jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
+ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
+
+
+def adjtimex(**fields):
+    """adjtimex(2): sets the fields named, returns all of them and `state`; OSError, ImportError (no ctypes).
+
+    `frac` is the kernel's time.tv_usec.  Without fields it reads, for which no privilege is needed.
+    """
+    import ctypes  # here, since python3-minimal has none
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(layout, function, *before):
+        buffer = ctypes.create_string_buffer(layout.pack(*(fields.get(name, 0) for name in TIMEX_FIELDS)))
+        state = function(*before, buffer)
+        if state < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
+
+    if ctypes.sizeof(ctypes.c_long) == 8:
+        return call(TIMEX, libc.adjtimex)
+    try:  # the libcs disagree on the name of their 64-bit call: clock_adjtime64 of CLOCK_REALTIME itself
+        return call(TIMEX, libc.syscall, 4405 if os.uname().machine.startswith("mips") else 405, 0)
+    except OSError as err:
+        if err.errno != errno.ENOSYS:  # Linux before 5.1
+            raise
+    return call(TIMEX32, libc.adjtimex)
+# ==== end shared with some ====
+
+
+PORT = 4014
+QUERY_MIN, QUERY_MAX = 20, 256  # the original reads 256 bytes of a longer one, and answers those
+RELEASE_SEC = 1795305600  # 2026-11-22; a clock that shows an earlier time was never set
+TIME_OOP, STA_UNSYNC = 3, 0x40  # adjtimex(2): in an inserted leap second; the clock is not synchronized
+LEAP_NEAR_NS = 2 * 10**9  # so near to a leap second the kernel is asked; it leaps a tick late at most
+HOUR_NS = 3600 * 10**9
+PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
+
+
+def say(word, text):
+    """One line for the log; a log that can't take it is no reason to stop."""
+    try:
+        emit(("%s: %s\n" % (word, text)).encode())
+    except OSError:
+        pass
+
+
+def answer(query, label):
+    """The reply to a datagram; None if it is not a query."""
+    if len(query) < QUERY_MIN or query[:4] != b"ctai":
+        return None
+    return b"stai" + label + query[20:QUERY_MAX]
+
+
+class Clock:
+    """The label of now, from the system clock, cheaply.
+
+    What costs more than an addition is looked up by `look`, and holds while the clock is between since_ns
+    and until_ns: for an hour, or for a second while it depends on the kernel's opinion.
+    """
+
+    def __init__(self, synced_only=False, now_ns=time.time_ns, kernel=adjtimex):
+        self.synced_only, self.now_ns, self.kernel = synced_only, now_ns, kernel
+        self.silence = ""  # why no label is given
+        self.since_ns = self.until_ns = 0
+        self.table_ns = now_ns()
+        leap_rows, expiry, source = read_leap_table()
+        self.rows = clock_table(leap_rows)
+        if self.rows is leap_rows and expiry is not None and expiry * 10**9 < self.table_ns:
+            complain("warning", "leap second table %s has expired" % source)
+
+    def label(self):
+        """16 bytes; None while the clock is not to be trusted."""
+        clock_ns = self.now_ns()
+        if not self.since_ns <= clock_ns < self.until_ns:
+            clock_ns = self.look(clock_ns)
+        if self.silence:
+            return None
+        sec, nano = divmod(clock_ns, 10**9)
+        return TAI64NA.pack(sec + self.offset_sec, nano, 0)
+
+    def look(self, clock_ns):
+        """Look up what `label` needs -> clock_ns, or a truer one where the kernel was asked."""
+        if not 0 <= clock_ns - self.table_ns < HOUR_NS:
+            self.reread(clock_ns)
+        self.since_ns, self.until_ns = clock_ns, clock_ns + HOUR_NS
+        repeated_ns = 0
+        for leap_ns in (start * 10**9 for start, _ in self.rows[1:]):
+            if clock_ns < leap_ns - LEAP_NEAR_NS:
+                self.until_ns = min(self.until_ns, leap_ns - LEAP_NEAR_NS)
+            elif clock_ns < leap_ns + LEAP_NEAR_NS:
+                self.until_ns = clock_ns  # holds for this label only
+                kernel = self.ask_kernel()
+                if kernel:  # its clock and state, read as one; in the repeated second the new row counts
+                    nano = kernel["frac"] * (1 if kernel["status"] & STA_NANO else 1000)
+                    clock_ns = kernel["sec"] * 10**9 + nano
+                    repeated_ns = 10**9 if kernel["state"] == TIME_OOP else 0
+        shifted_ns = clock_ns + repeated_ns
+        self.offset_sec = LABEL_ZERO_SEC + (to_tai(shifted_ns, self.rows) - shifted_ns) // 10**9
+        self.judge(clock_ns)
+        return clock_ns
+
+    def judge(self, clock_ns):
+        """Decide whether the clock is to be trusted, and say what has changed."""
+        silence = ""
+        if clock_ns < RELEASE_SEC * 10**9:
+            silence = "the clock was never set, it shows a time before this program's release"
+            self.until_ns = min(self.until_ns, RELEASE_SEC * 10**9)
+        elif self.synced_only:
+            kernel = self.ask_kernel()
+            if not kernel or kernel["status"] & STA_UNSYNC:
+                silence = "the kernel does not take its clock for synchronized"
+            self.until_ns = min(self.until_ns, clock_ns + 10**9)
+        if silence != self.silence:
+            say(*("silent", silence) if silence else ("answering", "the clock is to be trusted again"))
+        self.silence = silence
+
+    def ask_kernel(self):
+        """What adjtimex(2) tells; None where it does not exist, or is forbidden, or there is no ctypes."""
+        try:
+            return self.kernel()
+        except (AttributeError, ImportError, OSError):
+            return None
+
+    def reread(self, clock_ns):
+        """Read the leap second table again; a damaged one changes nothing."""
+        self.table_ns = clock_ns
+        try:
+            self.rows = clock_table(read_leap_table()[0])
+        except ValueError as err:
+            complain("warning", "unable to read leap seconds: %s" % err)
+
+    def expire(self, *_):
+        """Have all looked up anew for the next label; a signal handler."""
+        self.table_ns = self.until_ns = -2**63
+
+
+def open_socket(address, port, both=False):
+    """A UDP socket bound there, with `both` that of :: takes IPv4 too; OSError has the place as filename."""
+    try:
+        family, kind, protocol, _, name = socket.getaddrinfo(  # bytes spare it the memory of the idna codec
+            address.encode(), port, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+            sock.bind(name)
+        except OSError:
+            sock.close()
+            raise
+    except OSError as err:
+        raise OSError(err.errno, err.strerror, "%s port %d" % (address, port)) from None
+    return sock
+
+
+def open_sockets(addresses, port):
+    """One for each address; without any, as few as take all of IPv4 and of IPv6 where the system has it."""
+    if not addresses:
+        try:
+            return [open_socket("::", port, both=True)]
+        except OSError as err:
+            if err.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise
+    sockets = []
+    for address in addresses or ("0.0.0.0", "::"):
+        try:
+            sockets.append(open_socket(address, port))
+        except OSError:
+            if addresses or not sockets:
+                raise
+        port = port or sockets[0].getsockname()[1]
+    return sockets
+
+
+def inherited_sockets():
+    """Those passed as systemd does, none if none were; ValueError, OSError if they are of no use here."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    sockets = [socket.socket(fileno=fd) for fd in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))]
+    for sock in sockets:
+        if sock.type != socket.SOCK_DGRAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
+            raise ValueError("descriptor %d is not a UDP socket" % sock.fileno())
+        sock.setblocking(True)
+    return sockets
+
+
+def places(sock):
+    """What a socket serves, as `ADDRESS port N`; two for an IPv6 socket that takes IPv4 too."""
+    address, port = sock.getsockname()[:2]
+    if address == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        return ["0.0.0.0 port %d" % port, ":: port %d" % port]
+    return ["%s port %d" % (address, port)]
+
+
+def readable(sockets):
+    """Each socket as it has something to read, for ever; a single one at once: reading it waits."""
+    while len(sockets) == 1:
+        yield sockets[0]
+    poll, of_fd = select.poll(), {sock.fileno(): sock for sock in sockets}
+    for fd in of_fd:
+        poll.register(fd, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            yield of_fd[fd]
+
+
+def serve_plainly(sockets, clock):
+    """Answer one datagram after the other, for ever."""
+    wait = 0 if len(sockets) == 1 else socket.MSG_DONTWAIT
+    for sock in readable(sockets):
+        try:
+            query, client = sock.recvfrom(QUERY_MAX, wait)
+        except BlockingIOError:
+            continue
+        except OSError:
+            time.sleep(PAUSE_SEC)
+            continue
+        label = clock.label()
+        reply = label and answer(query, label)
+        if reply:
+            try:
+                sock.sendto(reply, socket.MSG_DONTWAIT, client)
+            except OSError:  # it can't be sent: an unreachable client, a firewall, a full buffer
+                pass
+
+
+def main(argv):
+    try:
+        options, operands = getopt.getopt(argv[1:], "i:p:", ["help"])
+        port = int(dict(options).get("-p", PORT))
+        if operands or not 0 <= port <= 65535:
+            raise ValueError
+    except (getopt.GetoptError, ValueError):
+        complain("usage", USAGE)
+        return 100
+    try:
+        doing = "write output"
+        if ("--help", "") in options:
+            emit_manual()
+            return 0
+        doing = "take the sockets of LISTEN_FDS"
+        sockets = inherited_sockets()
+        doing = "bind"
+        sockets = sockets or open_sockets([value for option, value in options if option == "-i"], port)
+        doing = "obey CLOCK_SERVE"
+        if os.environ.get("CLOCK_SERVE", "") not in ("", "synced"):
+            raise ValueError("it is neither synced nor empty")
+        doing = "read leap seconds"
+        clock = Clock(os.environ.get("CLOCK_SERVE") == "synced")
+        doing = "write output"
+        where = [place for sock in sockets for place in places(sock)]
+        emit(("start: serving on %s\n" % ", ".join(where)).encode())
+    except (OSError, ValueError) as err:
+        where = " " + err.filename if getattr(err, "filename", None) else ""
+        complain("fatal", "unable to %s%s: %s" % (doing, where, reason(err)))
+        return 111
+    signal.signal(signal.SIGHUP, clock.expire)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # like TERM it ends us at once, whatever we wait for
+    clock.label()  # says if there is none
+    serve_plainly(sockets, clock)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv))
+    except KeyboardInterrupt:
+        sys.exit(111)
