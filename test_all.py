@@ -549,12 +549,12 @@ def supervised(public_tmp):
     services.mkdir()
 
     def start(name, scripts):
-        place = public_tmp / name
+        place = services / ("." + name)  # which svscan passes over, until it is complete
         for script, text in scripts.items():
             (place / script).parent.mkdir(parents=True, exist_ok=True)
             (place / script).write_text(text)
             (place / script).chmod(0o755)
-        os.rename(str(place), str(services / name))  # svscan looks every 5 seconds
+        os.rename(str(place), str(services / name))
         return services / name
 
     svscan = subprocess.Popen(["svscan", str(services)], env=UTC_ENV)
@@ -696,8 +696,8 @@ def test_the_services_run_under_daemontools(supervised, public_tmp):
     victim = public_tmp / "victim"
     victim.write_text("")
     (home / "adjust").symlink_to(victim)
-    subprocess.run(["svc", "-t", str(places["clockspeed"])], check=True)
     starts = log("clockspeed").count("Starting")
+    subprocess.run(["svc", "-t", str(places["clockspeed"])], check=True)
     assert await_that(lambda: log("clockspeed").count("Starting") > starts)
     time.sleep(0.5)
     assert os.stat(str(victim)).st_uid == 0 and victim.read_text() == ""
