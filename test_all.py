@@ -54,6 +54,7 @@ if __name__ == "__main__":
 import errno
 import importlib.machinery
 import importlib.util
+import pathlib
 import random
 import re
 import shutil
@@ -65,6 +66,9 @@ import socket
 import struct
 import tempfile
 import threading
+import stat
+import struct
+import tempfile
 import time
 
 import pytest
@@ -190,6 +194,123 @@ def test_garbage_is_a_packet_or_a_value_error():
         packet = rng.randbytes(rng.randrange(20)) if hasattr(rng, "randbytes") else os.urandom(rng.randrange(20))
         try:
             assert CODES.pack(CODES.unpack(packet)) == packet.ljust(16, b"\0")
+
+# ==== clockctl ======================================================================================
+
+CONF = 'CLOCKSPEED_HOME="%s"\nCLOCKSPEED_BIN="%s"\nCLOCK_TYPE="%s"\nCLOCK_IP="%s"\n'
+PLUS_QUARTER = struct.pack(">qII", 0, 250000000, 0)  # +0.25 s
+
+
+def stand_in(directory, name, packet=PLUS_QUARTER, status=0, first=":"):
+    """A program that writes down its arguments and what it reads, prints a packet and exits with status."""
+    path = os.path.join(str(directory), name)
+    with open(path, "w") as file:
+        file.write("#!/bin/sh\n%s\necho \"$@\" >> '%s.args'\ncat > '%s.stdin'\nprintf '%s'\nexit %d\n" % (
+            first, path, path, "".join("\\%03o" % byte for byte in packet), status))
+    os.chmod(path, 0o755)
+    return path
+
+
+def contents(path):
+    with open(str(path), "rb") as file:
+        return file.read()
+
+
+def await_that(condition, patience_sec=30):
+    """Until it is true; None at the end of patience, so `assert await_that(...)`."""
+    deadline_sec = time.monotonic() + patience_sec
+    while time.monotonic() < deadline_sec:
+        if condition():
+            return True
+        time.sleep(0.02)
+
+
+class Host:
+    """A home, a directory of programs and a clockspeed.conf of their own."""
+
+    def __init__(self, directory, kind="ntp", address="192.0.2.1"):
+        self.bin, self.home, self.conf = directory / "bin", directory / "home", directory / "clockspeed.conf"
+        self.adjust = str(self.home / "adjust")
+        self.bin.mkdir()
+        (self.home / "etc").mkdir(parents=True)
+        self.write_conf(CONF % (self.home, self.bin, kind, address))
+
+    def write_conf(self, text):
+        self.conf.write_bytes(text.encode())
+
+    def clockctl(self, *args, **env):
+        return run("clockctl", *args, CLOCKSPEED_CONF=str(self.conf), **env)
+
+    def make_fifo(self):
+        """-> a descriptor that reads it."""
+        os.mkfifo(self.adjust)
+        return os.open(self.adjust, os.O_RDONLY | os.O_NONBLOCK)
+
+
+@pytest.fixture
+def host(tmp_path):
+    return Host(tmp_path)
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("", {}),
+    ("A=b", {"A": "b"}),
+    ("A=b\n", {"A": "b"}),
+    ('A="b c" # d', {"A": "b c"}),
+    ("A='b \"c'", {"A": 'b "c'}),
+    ("A='$x `y` \\'", {"A": "$x `y` \\"}),
+    ("# A=b\n\n  # c\n  B=c", {"B": "c"}),
+    ("export A=b\nexport B='c'", {"A": "b", "B": "c"}),
+    ("A=b; export A", {"A": "b"}),
+    ("A=b C=d;E=f", {"A": "b", "C": "d", "E": "f"}),
+    ("A=b#c", {"A": "b#c"}),
+    ("A=#c", {"A": "#c"}),
+    ("A=", {"A": ""}),
+    ("A=\nB=c", {"A": "", "B": "c"}),
+    ("A=b\nA=c", {"A": "c"}),
+    ('A="b\\"c\\\\d\\$e\\f"', {"A": 'b"c\\d$e\\f'}),
+    ("A=b\\ c", {"A": "b c"}),
+    ("A=b'c d'\"e\"", {"A": "bc de"}),
+    ('A="b\nc"\nB=d', {"A": "b\nc", "B": "d"}),
+    ('A="b\\\nc" B=d\\\ne', {"A": "bc", "B": "de"}),
+    ('A="b"\r\nC=d\r\n', {"A": "b", "C": "d"}),
+    ("A=2001:db8::1,192.0.2.1", {"A": "2001:db8::1,192.0.2.1"}),
+    ("A_1=é", {"A_1": "é"}),
+])
+def test_a_configuration_is_read_as_a_shell_reads_it(text, wanted, tmp_path):
+    assert load("clockctl").parse_assignments(text) == wanted
+    if "\r" not in text:  # the shell would keep it in the value
+        (tmp_path / "conf").write_bytes(text.encode())
+        script = ". %s/conf\n" % tmp_path + "".join('printf "%%s\\0" "$%s"\n' % name for name in sorted(wanted))
+        shown = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout
+        assert shown.decode().split("\0")[:-1] == [wanted[name] for name in sorted(wanted)]
+
+
+@pytest.mark.parametrize("text, line", [
+    ("A=$B", 1), ('A=b\nC="${D}"', 2), ("A=`date`", 1), ('\n\nA="$(date)"', 3), ("A=~/b", 1), ("A = b", 1),
+    ("A=b\nif true; then", 2), ('A="b', 1), ("A='b\n\n", 1), ("A=b|c", 1), ("A=b & B=c", 1), ("1A=b", 1),
+    ("rm -rf /", 1), ("A=b export", 1), ("A=(b c)", 1), ('A="b"\n. /etc/passwd', 2), ("A=b\\", 1), ("A+=b", 1),
+])
+def test_what_needs_a_shell_is_refused_with_its_line(text, line, host):
+    with pytest.raises(ValueError, match="^line %d is not of the form" % line):
+        load("clockctl").parse_assignments(text)
+    host.write_conf(text)
+    done = host.clockctl("atto")
+    assert done.returncode == 111
+    assert done.stderr.startswith("clockctl: fatal: unable to read %s: line %d is not" % (host.conf, line))
+
+
+def test_a_binary_configuration_is_refused():
+    with pytest.raises(ValueError, match="not a text file"):
+        load("clockctl").parse_assignments("A=b\0")
+
+
+def test_random_configurations_are_read_or_refused():
+    rng, parse = random.Random(SEED), load("clockctl").parse_assignments
+    for _ in range(3000):
+        text = "".join(rng.choice("AB=\"'\\ \n#;$x") for _ in range(rng.randrange(30)))
+        try:
+            parse(text)
         except ValueError:
             pass
 
@@ -1855,3 +1976,423 @@ def test_taiclock_asks_taiclockd(address):
     finally:
         server.terminate()
         server.wait()
+def test_a_configuration_that_is_named_must_be_there(host):
+    host.conf.unlink()
+    done = host.clockctl("atto")
+    assert (done.returncode, done.stderr) == (
+        111, "clockctl: fatal: unable to read %s: No such file or directory\n" % host.conf)
+
+
+def test_variables_come_from_the_file_else_the_environment_and_go_to_the_programs(host):
+    host.write_conf("CLOCKSPEED_BIN=%s\nCLOCK_SCALE=tai\nFOO=file" % host.bin)
+    client = stand_in(host.bin, "taiclock", first="echo $CLOCK_SCALE $FOO $BAR >&2")
+    stand_in(host.bin, "clockview", b"shown\n")
+    done = host.clockctl("view", CLOCK_TYPE="tai", CLOCK_IP="192.0.2.7", FOO="environment", BAR="kept")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"shown\n", "tai file kept\n")
+    assert contents(client + ".args") == b"192.0.2.7\n"
+
+
+def test_mark_writes_one_packet_and_says_so(host):
+    reader = host.make_fifo()
+    client = stand_in(host.bin, "sntpclock")
+    done = host.clockctl("mark")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == b"mark: offset +0.250000000 s from ntp 192.0.2.1\n"
+    assert os.read(reader, 100) == PLUS_QUARTER
+    assert contents(client + ".args") == b"192.0.2.1\n"
+
+
+@pytest.mark.parametrize("kind, address, client, args, shown", [
+    ("sntp", "192.0.2.1", "sntpclock", b"192.0.2.1\n", b"sntp 192.0.2.1"),
+    ("tai", "2001:db8::1", "taiclock.py", b"2001:db8::1\n", b"tai 2001:db8::1"),
+    ("ntp", "192.0.2.1 a.example, 192.0.2.3", "sntpclock.py", b"192.0.2.1 a.example 192.0.2.3\n",
+     b"ntp 192.0.2.1 a.example 192.0.2.3"),
+])
+def test_mark_asks_the_servers_by_the_client_of_the_type(tmp_path, kind, address, client, args, shown):
+    host = Host(tmp_path, kind, address)
+    reader = host.make_fifo()
+    client = stand_in(host.bin, client, struct.pack(">qII", -1, 999999500, 0))
+    assert host.clockctl("mark").stdout == b"mark: offset -0.000000500 s from %s\n" % shown
+    assert contents(client + ".args") == args and len(os.read(reader, 100)) == 16
+
+
+@pytest.mark.parametrize("trap, why", [
+    ("missing", "No such file or directory"),
+    ("regular file", "it is not a FIFO"),
+    ("directory", "Is a directory"),
+    ("symlink", "it is a symbolic link"),
+    ("no reader", "no clockspeed is reading it"),
+])
+def test_mark_asks_nobody_when_clockspeed_is_not_there(host, tmp_path, trap, why):
+    client = stand_in(host.bin, "sntpclock")
+    target = tmp_path / "fifo"
+    {"missing": lambda: None,
+     "regular file": lambda: open(host.adjust, "w").close(),
+     "directory": lambda: os.mkdir(host.adjust),
+     "symlink": lambda: (os.mkfifo(str(target)), os.symlink(str(target), host.adjust)),
+     "no reader": lambda: os.mkfifo(host.adjust)}[trap]()
+    reader = os.open(str(target), os.O_RDONLY | os.O_NONBLOCK) if trap == "symlink" else None
+    done = host.clockctl("mark")
+    assert (done.returncode, done.stdout) == (111, b"")
+    assert done.stderr == "clockctl: fatal: unable to write %s: %s\n" % (host.adjust, why)
+    assert not os.path.exists(client + ".args"), "the server was asked"
+    assert trap != "missing" or not os.path.lexists(host.adjust)
+    assert trap != "regular file" or os.path.getsize(host.adjust) == 0
+    if reader is not None:
+        os.close(reader)
+
+
+def test_mark_does_not_wait_for_a_full_fifo(host):
+    reader = host.make_fifo()
+    stand_in(host.bin, "sntpclock")
+    writer = os.open(host.adjust, os.O_WRONLY | os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, bytes(16))
+    done = host.clockctl("mark")
+    assert done.returncode == 111
+    assert done.stderr == "clockctl: fatal: unable to write %s: it is full: clockspeed has stopped reading it\n" % (
+        host.adjust)
+    os.close(reader)
+
+
+def test_mark_says_when_clockspeed_left_while_the_server_was_asked(host):
+    reader = host.make_fifo()
+    stand_in(host.bin, "sntpclock", first="touch '%s/asked'; sleep 1" % host.bin)
+    process = subprocess.Popen([path_of("clockctl"), "mark"], stderr=subprocess.PIPE,
+                               env=dict(UTC_ENV, CLOCKSPEED_CONF=str(host.conf)))
+    assert await_that((host.bin / "asked").exists)
+    os.close(reader)
+    assert process.communicate(timeout=60)[1].decode() == (
+        "clockctl: fatal: unable to write %s: no clockspeed is reading it\n" % host.adjust)
+
+
+def test_mark_with_patience_awaits_a_clockspeed_that_is_starting(host):
+    stand_in(host.bin, "sntpclock")
+    process = subprocess.Popen([path_of("clockctl"), "mark", "--patience", "30"], stdout=subprocess.PIPE,
+                               env=dict(UTC_ENV, CLOCKSPEED_CONF=str(host.conf)))
+    time.sleep(0.5)
+    reader = host.make_fifo()
+    assert process.communicate(timeout=60)[0].startswith(b"mark: offset +0.25")
+    assert os.read(reader, 100) == PLUS_QUARTER
+
+
+@pytest.mark.parametrize("packet, status, why", [
+    (b"", 111, "unable to ask the time: sntpclock failed (exit status 111)"),
+    (PLUS_QUARTER, 1, "unable to ask the time: sntpclock failed (exit status 1)"),
+    (PLUS_QUARTER[:12], 0, "unable to use the answer of sntpclock: 12 bytes, not 16"),
+    (PLUS_QUARTER * 2, 0, "unable to use the answer of sntpclock: 32 bytes, not 16"),
+    (b"", 0, "unable to use the answer of sntpclock: 0 bytes, not 16"),
+    (b"\xff" * 16, 0, "unable to use the answer of sntpclock: not a TAI64NA packet"),
+])
+@pytest.mark.parametrize("command", ["mark", "view", "set"])
+def test_a_client_that_failed_changes_nothing(host, command, packet, status, why):
+    reader = host.make_fifo()
+    stand_in(host.bin, "sntpclock", packet, status)
+    others = [stand_in(host.bin, name) for name in ("clockview", "clockadd")]
+    done = host.clockctl(command)
+    assert (done.returncode, done.stdout, done.stderr) == (111, b"", "clockctl: fatal: %s\n" % why)
+    assert os.read(reader, 100) == b"" and not any(os.path.exists(name + ".args") for name in others)
+
+
+@pytest.mark.parametrize("conf, why", [
+    ("CLOCKSPEED_BIN=%(bin)s", "ask the time: CLOCK_IP is not set in %(conf)s"),
+    ("CLOCK_IP=', ,'", "ask the time: CLOCK_IP is not set in %(conf)s"),
+    ("CLOCK_IP=-e", "ask the time: CLOCK_IP is not an address in %(conf)s"),
+    ("CLOCK_IP=a CLOCK_TYPE=ptp", "ask the time: CLOCK_TYPE is neither ntp nor tai in %(conf)s"),
+    ("CLOCK_IP=a CLOCKSPEED_BIN=%(bin)s", "find sntpclock.py: it is not in %(bin)s"),
+])
+def test_a_configuration_that_can_not_work_is_named(host, conf, why):
+    names = dict(bin=host.bin, conf=host.conf)
+    host.write_conf(conf % names)
+    done = host.clockctl("view")
+    assert (done.returncode, done.stderr) == (111, "clockctl: fatal: unable to %s\n" % (why % names))
+
+
+def test_view_and_set_hand_on_the_answer(host):
+    stand_in(host.bin, "sntpclock")
+    clockview = stand_in(host.bin, "clockview.py", b"before: 1\nafter:  2\n")
+    clockadd = stand_in(host.bin, "clockadd", b"")
+    assert host.clockctl("view").stdout == b"before: 1\nafter:  2\n"
+    assert contents(clockview + ".stdin") == PLUS_QUARTER and not os.path.exists(clockadd + ".args")
+    assert host.clockctl("set").stdout == b"set: clock stepped by +0.250000000 s, as ntp 192.0.2.1 has it\n"
+    assert contents(clockadd + ".stdin") == PLUS_QUARTER
+
+
+def test_set_says_when_the_clock_was_not_stepped(host):
+    stand_in(host.bin, "sntpclock")
+    stand_in(host.bin, "clockadd", b"", 111)
+    done = host.clockctl("set")
+    assert (done.returncode, done.stdout) == (111, b"")
+    assert done.stderr == "clockctl: fatal: unable to set the clock: clockadd failed (exit status 111)\n"
+
+
+@pytest.mark.parametrize("packet, shown", [
+    ("0000000000000000 00000001 00000000", b"0.000000001000000000 s per tick, rate +0.000 ppm"),
+    ("0000000000000000 00000001 0000c350", b"0.000000001000050000 s per tick, rate +50.000 ppm"),
+    ("0000000000000000 00000000 3b9a06b2", b"0.000000000999950002 s per tick, rate -49.998 ppm"),
+    ("0000000000000000 00000000 17d78400",
+     b"0.000000000400000000 s per tick, which is not about 1 ns: it was made with another counter"),
+])
+def test_atto_shows_the_digits_and_the_rate(host, packet, shown):
+    (host.home / "etc" / "atto").write_bytes(bytes.fromhex(packet))
+    assert host.clockctl("atto").stdout == b"atto: " + shown + b"\n"
+
+
+@pytest.mark.parametrize("data, why", [
+    (None, "there is none: clockspeed writes it when it has two marks"), (b"", "0 bytes, not 16"),
+    (bytes(17), "17 bytes, not 16"), (b"\xff" * 16, "not a TAI64NA packet")])
+def test_an_unusable_atto_is_a_clear_line(host, data, why):
+    if data is not None:
+        (host.home / "etc" / "atto").write_bytes(data)
+    done = host.clockctl("atto")
+    assert done.stderr == "clockctl: fatal: unable to read %s/etc/atto: %s\n" % (host.home, why)
+
+
+def test_every_command_has_a_help_with_an_example():
+    for name in load("clockctl").COMMANDS:
+        text = run("clockctl", "help", name).stdout.decode()
+        assert text.startswith("clockctl " + name) and "clockctl %s" % name in text.partition("\n")[2]
+        assert run("clockctl", name, "--help").stdout.decode() == text
+
+
+@pytest.mark.parametrize("args", [
+    ["mark", "x"], ["mark", "--patience"], ["mark", "--patience", "x"], ["try", "ftp:x"], ["try", "ntp:"], ["try", "a", "b"],
+    ["try", "tai:-f"], ["help", "x"], ["version", "-v"], ["nonsense"], []])
+def test_wrong_usage_of_a_command_says_how(host, args):
+    done = host.clockctl(*args)
+    assert done.returncode == 100 and done.stderr.count("\n") == 1 and done.stdout == b""
+    assert done.stderr.startswith("clockctl: usage: clockctl " + (args[0] if args and args[0] != "nonsense" else "mark"))
+
+
+# `try` runs the real programs.
+def left_behind(directory):
+    """What `try` has in its temporary directory, and its children that still run."""
+    listed = subprocess.run(["ps", "-eo", "args"], stdout=subprocess.PIPE, check=True).stdout.decode()
+    return os.listdir(str(directory)) + [line for line in listed.splitlines() if str(directory) in line]
+
+
+def try_env(directory, **env):
+    return dict(UTC_ENV, TMPDIR=str(directory), CLOCKSPEED_CONF="/dev/null", **env)
+
+
+def test_try_shows_the_rate_and_leaves_nothing_behind(tmp_path):
+    odd = tmp_path / "a b\n'c"
+    odd.mkdir()
+    began_sec = time.monotonic()
+    done = subprocess.run([path_of("clockctl"), "try"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120,
+                          env=try_env(odd, LC_ALL="C"))
+    lines = done.stdout.decode("ascii").splitlines()
+    assert done.returncode == 0, done.stderr
+    assert 15 < time.monotonic() - began_sec < 60
+    assert re.match(r"\d+ marks in 20 seconds; the clock was not touched", lines[-4])
+    rate, error = map(float, re.search(r"counter: +(\S+) \+- (\S+) ppm", lines[-3]).groups())
+    assert abs(rate) < 600 and error < 50
+    assert left_behind(odd) == []
+
+
+@pytest.mark.parametrize("number, status", [("INT", 130), ("TERM", 143), ("HUP", 129)])
+@pytest.mark.parametrize("after_sec", [0.1, 0.5, 3])
+def test_a_stopped_try_leaves_nothing_behind(tmp_path, number, status, after_sec):
+    process = subprocess.Popen([path_of("clockctl"), "try"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=try_env(tmp_path))
+    time.sleep(after_sec)
+    process.send_signal(getattr(signal, "SIG" + number))
+    assert b"Traceback" not in process.communicate(timeout=30)[1]
+    assert process.returncode in (status, -getattr(signal, "SIG" + number))  # the latter: before it had begun
+    assert left_behind(tmp_path) == []
+
+
+# ==== the services ==================================================================================
+
+SHELLS = [["dash"], ["busybox", "ash"], ["mksh"], ["bash"], ["bash", "--posix"], ["ksh"]]
+SERVICE_SCRIPTS = sorted(os.path.relpath(os.path.join(place, name), HERE)
+                         for place, _, names in os.walk(os.path.join(HERE, "svc")) for name in names
+                         if name == "run" or name.endswith(".sh"))
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+@pytest.mark.parametrize("script", SERVICE_SCRIPTS)
+def test_the_service_scripts_are_good_in_every_shell(script, shell):
+    need(shell[0])
+    path = os.path.join(HERE, script)
+    assert os.access(path, os.X_OK)
+    assert subprocess.run(shell + ["-n", path], stderr=subprocess.PIPE).stderr == b""
+    lines = contents(path).decode().splitlines()
+    assert lines[0] == "#!/bin/sh" and (not script.endswith("run") or len(lines) < 10)
+
+
+def test_the_sample_configuration_is_valid_and_documented():
+    values = load("clockctl").parse_assignments(contents(os.path.join(HERE, "svc", "clockspeed.conf")).decode())
+    assert values == dict(CLOCKSPEED_HOME="/usr/local/clockspeed", CLOCKSPEED_BIN="/usr/local/clockspeed/bin",
+                          CLOCK_TYPE="ntp", CLOCK_IP="192.0.2.1", CLOCK_ERROR="0.010")
+
+
+@pytest.fixture
+def public_tmp():
+    """A temporary directory that other users may enter; pytest's own may not."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield pathlib.Path(name)
+
+
+@pytest.fixture
+def supervised(public_tmp):
+    """start(name, {script: text}) -> the service's directory, under a real svscan."""
+    need("svscan", "supervise", "svc", "svstat")
+    services = public_tmp / "service"
+    services.mkdir()
+
+    def start(name, scripts):
+        place = services / ("." + name)  # which svscan passes over, until it is complete
+        for script, text in scripts.items():
+            (place / script).parent.mkdir(parents=True, exist_ok=True)
+            (place / script).write_text(text)
+            (place / script).chmod(0o755)
+        os.rename(str(place), str(services / name))
+        return services / name
+
+    svscan = subprocess.Popen(["svscan", str(services)], env=UTC_ENV)
+    try:
+        yield start
+    finally:
+        svscan.terminate()
+        svscan.wait()
+        for place in services.iterdir():
+            for each in filter(os.path.exists, (str(place), str(place / "log"))):
+                subprocess.run(["svc", "-dx", each])
+        assert await_that(lambda: not processes_in(public_tmp)), processes_in(public_tmp)
+
+
+def processes_in(directory):
+    """The processes whose working directory is below: pid -> command line."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink("/proc/%s/cwd" % pid).startswith(str(directory)):
+                found[int(pid)] = contents("/proc/%s/cmdline" % pid).replace(b"\0", b" ").decode().strip()
+        except OSError:  # it has ended
+            pass
+    return found
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+@pytest.mark.parametrize("how", ["-t", "-d"])
+def test_clock_adjust_ends_at_once_and_leaves_no_sleep(supervised, host, tmp_path, shell, how):
+    need(shell[0])
+    shutil.copy(path_of("svc/clockspeed_adjust/clock_adjust.sh"), str(tmp_path))
+    stand_in(tmp_path, "clockctl", b"said\n")
+    place = supervised("adjust", {"run": "#!/bin/sh\nPATH=%s:$PATH WAIT=3571 exec %s %s/clock_adjust.sh >log\n" % (
+        tmp_path, " ".join(shell), tmp_path)})
+
+    def sleeping():
+        return [pid for pid, command in processes_in(place).items() if command == "sleep 3571"]
+    assert await_that(sleeping)
+    old = sleeping()
+    subprocess.run(["svc", how, str(place)], check=True)
+    assert await_that(lambda: not set(old) & set(processes_in(place)), 5), "the sleep outlived its shell"
+    if how == "-t":
+        assert await_that(sleeping), "it was not started again"
+    else:
+        assert await_that(lambda: " down " in subprocess.run(["svstat", str(place)],
+                                                             stdout=subprocess.PIPE).stdout.decode(), 5)
+        assert not sleeping()
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_clock_adjust_stops_a_mark_that_is_under_way(supervised, tmp_path, shell):
+    need(shell[0])
+    shutil.copy(path_of("svc/clockspeed_adjust/clock_adjust.sh"), str(tmp_path))
+    (tmp_path / "clockctl").write_text("#!/bin/sh\nexec sleep 3572\n")
+    (tmp_path / "clockctl").chmod(0o755)
+    place = supervised("adjust", {"run": "#!/bin/sh\nPATH=%s:$PATH exec %s %s/clock_adjust.sh >log\n" % (
+        tmp_path, " ".join(shell), tmp_path)})
+    assert await_that(lambda: "sleep 3572" in processes_in(place).values())
+    subprocess.run(["svc", "-d", str(place)], check=True)
+    assert await_that(lambda: "sleep 3572" not in processes_in(place).values(), 5)
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_the_waits_triple_and_a_failed_mark_is_tried_again_soon(tmp_path, shell):
+    need(shell[0])
+    (tmp_path / "sleep").write_text('#!/bin/sh\nprintf "%s " "$1" >> "$OUT"\n'
+                                    '[ "$(wc -w < "$OUT")" -lt 13 ] || kill -TERM $PPID\n')
+    (tmp_path / "clockctl").write_text(  # the fourth mark fails
+        '#!/bin/sh\necho $1 >> "$OUT.ctl"\n'
+        '[ "$1" = atto ] || [ "$1" = mark -a "$(grep -c mark "$OUT.ctl")" != 4 ]\n')
+    for name in ("sleep", "clockctl"):
+        (tmp_path / name).chmod(0o755)
+    out = tmp_path / "waits"
+    done = subprocess.run(shell + [path_of("svc/clockspeed_adjust/clock_adjust.sh")], timeout=60,
+                          stdout=subprocess.PIPE, env=dict(UTC_ENV, OUT=str(out),
+                                                           PATH="%s:%s" % (tmp_path, os.environ["PATH"])))
+    waits = [541 * 3**n for n in range(3)] + [541] + [541 * 3**n for n in range(3, 8)] + [2617923] * 4
+    assert list(map(int, contents(out).split())) == waits
+    assert done.stdout.decode().splitlines()[:2] == ["===", "Waiting 541 seconds until next adjustment..."]
+
+
+def test_the_services_run_under_daemontools(supervised, public_tmp):
+    """As installed, but for paths, users, and -n: this machine's clock is not touched."""
+    need("svscan", "multilog", "setuidgid")
+    if os.geteuid():
+        pytest.skip("not root: setuidgid can't change the user")
+    home, logs = public_tmp / "clockspeed", public_tmp / "multilog"
+    for place in (home / "etc", home / "bin", logs):
+        place.mkdir(parents=True)
+    logs.chmod(0o777)
+    for name in SCRIPTS:
+        shutil.copy(path_of(name), str(home / "bin" / name))
+    shutil.copy(path_of("clockctl"), str(home / "bin" / "clockctl"))
+    server = "127.40.14.1"
+    (public_tmp / "clockspeed.conf").write_text(CONF % (home, home / "bin", "tai", server))
+    substitutions = [
+        ("/usr/local/clockspeed/bin/clockspeed", "%s/bin/clockspeed -n %s" % (home, home)),
+        ("/usr/local/clockspeed/bin/taiclockd", "%s/bin/taiclockd -i %s" % (home, server)),
+        ("/usr/local/clockspeed", str(home)), ("/var/multilog", str(logs)),
+        ("setuidgid clocksd", "setuidgid nobody"), ("setuidgid multilog", "setuidgid nobody"),
+        ("chown -h clocksd", "chown -h nobody"), ("PATH=$PATH", "PATH=%s/bin:$PATH" % home),
+        ("#!/bin/sh\n", "#!/bin/sh\nexport WAIT=1 WAIT_MAX=2 CLOCKSPEED_CONF=%s/clockspeed.conf\n" % public_tmp)]
+
+    def substituted(script):
+        text = contents(os.path.join(HERE, script)).decode()
+        for old, new in substitutions:
+            text = text.replace(old, new)
+        return text
+
+    def log(service):
+        path = logs / service / "current"
+        return path.read_text() if path.exists() else ""
+
+    places = {}
+    for service in ("taiclockd", "clockspeed", "clockspeed_adjust"):
+        prefix = "svc/%s/" % service
+        places[service] = supervised(service, {script[len(prefix):]: substituted(script)
+                                               for script in SERVICE_SCRIPTS if script.startswith(prefix)})
+    assert await_that(lambda: log("clockspeed").count(" mark: offset ") >= 3, 60), log("clockspeed_adjust")
+    for service in places:
+        assert re.search(r"^@[0-9a-f]{24} \*\*\* Starting %s\.\.\.$" % service, log(service), re.M)
+    assert re.search(r"^@\w+ mark: offset [+-]0\.0\d+ s from tai %s$" % re.escape(server),
+                     log("clockspeed_adjust"), re.M)
+    assert await_that(lambda: re.search(r" atto: 0\.0000000\d+ s per tick, rate ", log("clockspeed_adjust")))
+    assert "Waiting 1 seconds until next adjustment..." in log("clockspeed_adjust")
+    nobody = os.stat(str(logs / "clockspeed")).st_uid
+    adjust = os.stat(str(home / "adjust"))
+    assert adjust.st_uid == nobody and stat.S_IMODE(adjust.st_mode) == 0o600
+
+    # Whoever makes the FIFO, at the next start it is clocksd's again.
+    (home / "adjust").unlink()
+    subprocess.run(["svc", "-t", str(places["clockspeed"])], check=True)
+    assert await_that(lambda: (home / "adjust").exists() and os.stat(str(home / "adjust")).st_uid == nobody)
+    marks = log("clockspeed").count(" mark: offset ")
+    assert await_that(lambda: log("clockspeed").count(" mark: offset ") > marks), log("clockspeed")
+
+    # A link in its place is neither followed nor given away.
+    (home / "adjust").unlink()
+    victim = public_tmp / "victim"
+    victim.write_text("")
+    (home / "adjust").symlink_to(victim)
+    starts = log("clockspeed").count("Starting")
+    subprocess.run(["svc", "-t", str(places["clockspeed"])], check=True)
+    assert await_that(lambda: log("clockspeed").count("Starting") > starts)
+    time.sleep(0.5)
+    assert os.stat(str(victim)).st_uid == 0 and victim.read_text() == ""
