@@ -537,7 +537,7 @@ NTP = struct.Struct(">BBbbII4sQQQQ")
 MAC_BYTES = 20  # of a digest: NTPv4 cuts longer ones, which could be taken for extension fields
 KEY_TYPES = ("MD5", "SHA1", "SHA256", "SHA384", "SHA512")
 NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
-RELEASE_SEC = 1795305600  # 2026-11-22: no answer can be from long before this program
+RELEASE_SEC = 1793491200  # 2026-11-01: no answer can be from long before this program
 MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
 
 

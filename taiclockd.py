@@ -208,7 +208,7 @@ def adjtimex(**fields):
 
 PORT = 4014
 QUERY_MIN, QUERY_MAX = 20, 256  # the original reads 256 bytes of a longer one, and answers those
-RELEASE_SEC = 1795305600  # 2026-11-22; a clock that shows an earlier time was never set
+RELEASE_SEC = 1793491200  # 2026-11-01; a clock that shows an earlier time was never set
 TIME_OOP, STA_UNSYNC = 3, 0x40  # adjtimex(2): in an inserted leap second; the clock is not synchronized
 LEAP_NEAR_NS = 2 * 10**9  # so near to a leap second the kernel is asked; it leaps a tick late at most
 HOUR_NS = 3600 * 10**9

@@ -60,15 +60,10 @@ import re
 import shutil
 import signal
 import socket
-import struct
-import tempfile
-import socket
-import struct
-import tempfile
-import threading
 import stat
 import struct
 import tempfile
+import threading
 import time
 
 import pytest
@@ -194,123 +189,6 @@ def test_garbage_is_a_packet_or_a_value_error():
         packet = rng.randbytes(rng.randrange(20)) if hasattr(rng, "randbytes") else os.urandom(rng.randrange(20))
         try:
             assert CODES.pack(CODES.unpack(packet)) == packet.ljust(16, b"\0")
-
-# ==== clockctl ======================================================================================
-
-CONF = 'CLOCKSPEED_HOME="%s"\nCLOCKSPEED_BIN="%s"\nCLOCK_TYPE="%s"\nCLOCK_IP="%s"\n'
-PLUS_QUARTER = struct.pack(">qII", 0, 250000000, 0)  # +0.25 s
-
-
-def stand_in(directory, name, packet=PLUS_QUARTER, status=0, first=":"):
-    """A program that writes down its arguments and what it reads, prints a packet and exits with status."""
-    path = os.path.join(str(directory), name)
-    with open(path, "w") as file:
-        file.write("#!/bin/sh\n%s\necho \"$@\" >> '%s.args'\ncat > '%s.stdin'\nprintf '%s'\nexit %d\n" % (
-            first, path, path, "".join("\\%03o" % byte for byte in packet), status))
-    os.chmod(path, 0o755)
-    return path
-
-
-def contents(path):
-    with open(str(path), "rb") as file:
-        return file.read()
-
-
-def await_that(condition, patience_sec=30):
-    """Until it is true; None at the end of patience, so `assert await_that(...)`."""
-    deadline_sec = time.monotonic() + patience_sec
-    while time.monotonic() < deadline_sec:
-        if condition():
-            return True
-        time.sleep(0.02)
-
-
-class Host:
-    """A home, a directory of programs and a clockspeed.conf of their own."""
-
-    def __init__(self, directory, kind="ntp", address="192.0.2.1"):
-        self.bin, self.home, self.conf = directory / "bin", directory / "home", directory / "clockspeed.conf"
-        self.adjust = str(self.home / "adjust")
-        self.bin.mkdir()
-        (self.home / "etc").mkdir(parents=True)
-        self.write_conf(CONF % (self.home, self.bin, kind, address))
-
-    def write_conf(self, text):
-        self.conf.write_bytes(text.encode())
-
-    def clockctl(self, *args, **env):
-        return run("clockctl", *args, CLOCKSPEED_CONF=str(self.conf), **env)
-
-    def make_fifo(self):
-        """-> a descriptor that reads it."""
-        os.mkfifo(self.adjust)
-        return os.open(self.adjust, os.O_RDONLY | os.O_NONBLOCK)
-
-
-@pytest.fixture
-def host(tmp_path):
-    return Host(tmp_path)
-
-
-@pytest.mark.parametrize("text, wanted", [
-    ("", {}),
-    ("A=b", {"A": "b"}),
-    ("A=b\n", {"A": "b"}),
-    ('A="b c" # d', {"A": "b c"}),
-    ("A='b \"c'", {"A": 'b "c'}),
-    ("A='$x `y` \\'", {"A": "$x `y` \\"}),
-    ("# A=b\n\n  # c\n  B=c", {"B": "c"}),
-    ("export A=b\nexport B='c'", {"A": "b", "B": "c"}),
-    ("A=b; export A", {"A": "b"}),
-    ("A=b C=d;E=f", {"A": "b", "C": "d", "E": "f"}),
-    ("A=b#c", {"A": "b#c"}),
-    ("A=#c", {"A": "#c"}),
-    ("A=", {"A": ""}),
-    ("A=\nB=c", {"A": "", "B": "c"}),
-    ("A=b\nA=c", {"A": "c"}),
-    ('A="b\\"c\\\\d\\$e\\f"', {"A": 'b"c\\d$e\\f'}),
-    ("A=b\\ c", {"A": "b c"}),
-    ("A=b'c d'\"e\"", {"A": "bc de"}),
-    ('A="b\nc"\nB=d', {"A": "b\nc", "B": "d"}),
-    ('A="b\\\nc" B=d\\\ne', {"A": "bc", "B": "de"}),
-    ('A="b"\r\nC=d\r\n', {"A": "b", "C": "d"}),
-    ("A=2001:db8::1,192.0.2.1", {"A": "2001:db8::1,192.0.2.1"}),
-    ("A_1=é", {"A_1": "é"}),
-])
-def test_a_configuration_is_read_as_a_shell_reads_it(text, wanted, tmp_path):
-    assert load("clockctl").parse_assignments(text) == wanted
-    if "\r" not in text:  # the shell would keep it in the value
-        (tmp_path / "conf").write_bytes(text.encode())
-        script = ". %s/conf\n" % tmp_path + "".join('printf "%%s\\0" "$%s"\n' % name for name in sorted(wanted))
-        shown = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout
-        assert shown.decode().split("\0")[:-1] == [wanted[name] for name in sorted(wanted)]
-
-
-@pytest.mark.parametrize("text, line", [
-    ("A=$B", 1), ('A=b\nC="${D}"', 2), ("A=`date`", 1), ('\n\nA="$(date)"', 3), ("A=~/b", 1), ("A = b", 1),
-    ("A=b\nif true; then", 2), ('A="b', 1), ("A='b\n\n", 1), ("A=b|c", 1), ("A=b & B=c", 1), ("1A=b", 1),
-    ("rm -rf /", 1), ("A=b export", 1), ("A=(b c)", 1), ('A="b"\n. /etc/passwd', 2), ("A=b\\", 1), ("A+=b", 1),
-])
-def test_what_needs_a_shell_is_refused_with_its_line(text, line, host):
-    with pytest.raises(ValueError, match="^line %d is not of the form" % line):
-        load("clockctl").parse_assignments(text)
-    host.write_conf(text)
-    done = host.clockctl("atto")
-    assert done.returncode == 111
-    assert done.stderr.startswith("clockctl: fatal: unable to read %s: line %d is not" % (host.conf, line))
-
-
-def test_a_binary_configuration_is_refused():
-    with pytest.raises(ValueError, match="not a text file"):
-        load("clockctl").parse_assignments("A=b\0")
-
-
-def test_random_configurations_are_read_or_refused():
-    rng, parse = random.Random(SEED), load("clockctl").parse_assignments
-    for _ in range(3000):
-        text = "".join(rng.choice("AB=\"'\\ \n#;$x") for _ in range(rng.randrange(30)))
-        try:
-            parse(text)
         except ValueError:
             pass
 
@@ -1137,7 +1015,6 @@ def check_the_user(process):
     assert os.stat(process.home).st_uid == 0, "the programs beside it stay root's"
 
 
-
 # ==== taiclockd ===================================================================================
 VECTORS = [  # what is sent, how many bytes come back
     (b"ctai" + bytes(12) + bytes(range(16)), 32),
@@ -1331,6 +1208,8 @@ def test_taiclockd_term_ends_it_while_it_waits():
             server.process.terminate()
             assert server.process.wait(timeout=10) == -signal.SIGTERM
             assert time.monotonic() - begin < 1
+
+
 # ==== measurement: sntpclock, taiclock ==============================================================
 SNTP, TAI = load("sntpclock"), load("taiclock")
 LEAP_TABLE = tempfile.NamedTemporaryFile()  # unlike the system's it never expires
@@ -1976,6 +1855,128 @@ def test_taiclock_asks_taiclockd(address):
     finally:
         server.terminate()
         server.wait()
+
+
+# ==== clockctl ======================================================================================
+
+CONF = 'CLOCKSPEED_HOME="%s"\nCLOCKSPEED_BIN="%s"\nCLOCK_TYPE="%s"\nCLOCK_IP="%s"\n'
+PLUS_QUARTER = struct.pack(">qII", 0, 250000000, 0)  # +0.25 s
+
+
+def stand_in(directory, name, packet=PLUS_QUARTER, status=0, first=":"):
+    """A program that writes down its arguments and what it reads, prints a packet and exits with status."""
+    path = os.path.join(str(directory), name)
+    with open(path, "w") as file:
+        file.write("#!/bin/sh\n%s\necho \"$@\" >> '%s.args'\ncat > '%s.stdin'\nprintf '%s'\nexit %d\n" % (
+            first, path, path, "".join("\\%03o" % byte for byte in packet), status))
+    os.chmod(path, 0o755)
+    return path
+
+
+def contents(path):
+    with open(str(path), "rb") as file:
+        return file.read()
+
+
+def await_that(condition, patience_sec=30):
+    """Until it is true; None at the end of patience, so `assert await_that(...)`."""
+    deadline_sec = time.monotonic() + patience_sec
+    while time.monotonic() < deadline_sec:
+        if condition():
+            return True
+        time.sleep(0.02)
+
+
+class Host:
+    """A home, a directory of programs and a clockspeed.conf of their own."""
+
+    def __init__(self, directory, kind="ntp", address="192.0.2.1"):
+        self.bin, self.home, self.conf = directory / "bin", directory / "home", directory / "clockspeed.conf"
+        self.adjust = str(self.home / "adjust")
+        self.bin.mkdir()
+        (self.home / "etc").mkdir(parents=True)
+        self.write_conf(CONF % (self.home, self.bin, kind, address))
+
+    def write_conf(self, text):
+        self.conf.write_bytes(text.encode())
+
+    def clockctl(self, *args, **env):
+        return run("clockctl", *args, CLOCKSPEED_CONF=str(self.conf), **env)
+
+    def make_fifo(self):
+        """-> a descriptor that reads it."""
+        os.mkfifo(self.adjust)
+        return os.open(self.adjust, os.O_RDONLY | os.O_NONBLOCK)
+
+
+@pytest.fixture
+def host(tmp_path):
+    return Host(tmp_path)
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("", {}),
+    ("A=b", {"A": "b"}),
+    ("A=b\n", {"A": "b"}),
+    ('A="b c" # d', {"A": "b c"}),
+    ("A='b \"c'", {"A": 'b "c'}),
+    ("A='$x `y` \\'", {"A": "$x `y` \\"}),
+    ("# A=b\n\n  # c\n  B=c", {"B": "c"}),
+    ("export A=b\nexport B='c'", {"A": "b", "B": "c"}),
+    ("A=b; export A", {"A": "b"}),
+    ("A=b C=d;E=f", {"A": "b", "C": "d", "E": "f"}),
+    ("A=b#c", {"A": "b#c"}),
+    ("A=#c", {"A": "#c"}),
+    ("A=", {"A": ""}),
+    ("A=\nB=c", {"A": "", "B": "c"}),
+    ("A=b\nA=c", {"A": "c"}),
+    ('A="b\\"c\\\\d\\$e\\f"', {"A": 'b"c\\d$e\\f'}),
+    ("A=b\\ c", {"A": "b c"}),
+    ("A=b'c d'\"e\"", {"A": "bc de"}),
+    ('A="b\nc"\nB=d', {"A": "b\nc", "B": "d"}),
+    ('A="b\\\nc" B=d\\\ne', {"A": "bc", "B": "de"}),
+    ('A="b"\r\nC=d\r\n', {"A": "b", "C": "d"}),
+    ("A=2001:db8::1,192.0.2.1", {"A": "2001:db8::1,192.0.2.1"}),
+    ("A_1=é", {"A_1": "é"}),
+])
+def test_a_configuration_is_read_as_a_shell_reads_it(text, wanted, tmp_path):
+    assert load("clockctl").parse_assignments(text) == wanted
+    if "\r" not in text:  # the shell would keep it in the value
+        (tmp_path / "conf").write_bytes(text.encode())
+        script = ". %s/conf\n" % tmp_path + "".join('printf "%%s\\0" "$%s"\n' % name for name in sorted(wanted))
+        shown = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout
+        assert shown.decode().split("\0")[:-1] == [wanted[name] for name in sorted(wanted)]
+
+
+@pytest.mark.parametrize("text, line", [
+    ("A=$B", 1), ('A=b\nC="${D}"', 2), ("A=`date`", 1), ('\n\nA="$(date)"', 3), ("A=~/b", 1), ("A = b", 1),
+    ("A=b\nif true; then", 2), ('A="b', 1), ("A='b\n\n", 1), ("A=b|c", 1), ("A=b & B=c", 1), ("1A=b", 1),
+    ("rm -rf /", 1), ("A=b export", 1), ("A=(b c)", 1), ('A="b"\n. /etc/passwd', 2), ("A=b\\", 1), ("A+=b", 1),
+])
+def test_what_needs_a_shell_is_refused_with_its_line(text, line, host):
+    with pytest.raises(ValueError, match="^line %d is not of the form" % line):
+        load("clockctl").parse_assignments(text)
+    host.write_conf(text)
+    done = host.clockctl("atto")
+    assert done.returncode == 111
+    assert done.stderr.startswith("clockctl: fatal: unable to read %s: line %d is not" % (host.conf, line))
+
+
+def test_a_binary_configuration_is_refused():
+    with pytest.raises(ValueError, match="not a text file"):
+        load("clockctl").parse_assignments("A=b\0")
+
+
+def test_random_configurations_are_read_or_refused():
+    rng, parse = random.Random(SEED), load("clockctl").parse_assignments
+    for _ in range(3000):
+        text = "".join(rng.choice("AB=\"'\\ \n#;$x") for _ in range(rng.randrange(30)))
+        try:
+            parse(text)
+        except ValueError:
+            pass
+
+
 def test_a_configuration_that_is_named_must_be_there(host):
     host.conf.unlink()
     done = host.clockctl("atto")
