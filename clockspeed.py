@@ -54,6 +54,7 @@ SEE ALSO
 import errno
 import fcntl
 import getopt
+import math
 import os
 import select
 import signal
@@ -90,8 +91,9 @@ ADJ_OFFSET_SINGLESHOT, STA_INS, STA_DEL, STA_UNSYNC = 0x8001, 0x10, 0x20, 0x40
 PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
 BIAS_LIMIT_PPM = 50  # no kernel's clock is off the rate that it was given by more: somebody else was at work
 RATE_RANGE = (0.9, 1.1)  # ns of real time per tick; an atto outside was made with another counter
-UNKNOWN_PPM = 50  # a rate error from here on is ignorance, not worth an etc/atto
+UNKNOWN_PPM = 500.0  # what a rate may be off by before any mark has told: a crystal 50, a virtual machine some 100
 REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
+ATTO_PPM = 10.0  # and of one from etc/atto, which tells nothing of its quality
 
 
 # ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
@@ -257,69 +259,325 @@ def step_kernel(adjtimex, delta_ns):
 # ==== end shared with some ====
 
 
-class Estimator:
-    """The original's: the rate is that between the first mark and the latest; one that is 10 ns away or less
-    tells none.
+# ==== the estimator ====
+#
+# MODEL   A counter's rate wanders (random-walk FM: D. W. Allan, "Time and Frequency (Time-Domain)
+#         Characterization, Estimation, and Prediction of Precision Clocks and Oscillators", 1987): over t
+#         seconds phase and rate gain covariance q [[t^3/3, t^2/2], [t^2/2, t]].  A mark is real time plus
+#         noise of variance r.  For known q and r a Kalman filter of (phase, rate) is the best there is
+#         (R. E. Kalman, 1960).  They are not known, so one filter runs for each pair of a grid, weighted by
+#         how likely it found each mark (D. T. Magill, "Optimal adaptive estimation of sampled stochastic
+#         processes", 1965); the answer is the mixture.  Each model may become another one between two marks
+#         (H. A. P. Blom, Y. Bar-Shalom, "The interacting multiple model algorithm", 1988), so that none is
+#         given up for good: an unlikely one follows the mixture, ready when its time comes.
+# DOUBT   A mark that a wild one explains better than all models is held.  Later marks decide what explains
+#         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander
+#         grew, or nothing that was known holds.
+# LIMITS  Noise is taken for symmetric and white: a route that is late one way for days shifts the clock.
+#         Temperature's daily wave is followed as wander, not learned as a wave.
+#
+# Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.
 
-    A mark's error is not known to it: error_ns is how far the latest mark was from what was predicted.
+# Grid.  Wander from an oven to a draught on bare quartz, noise from a local wire to a poor radio link.  The
+# answer forgives a wrong wander (half decades: never over 1.8 off, some 3% of error), less so a wrong noise.
+WANDERS = [1e-11 * 10 ** (k / 2) for k in range(8)]   # up to 3.2e-8 per sqrt(s)
+NOISES = [1e-6 * 2**k for k in range(17)]       # up to 66 ms, in s
+USUAL_WANDER, USUAL_NOISE = 3e-10, 1e-3         # a PC at a desk, a server some networks away
+
+
+def usual(value, centre):
+    """Belief before any mark: log-normal, one decade."""
+    return math.exp(-0.5 * math.log10(value / centre) ** 2)
+
+
+def grid():
+    """[(q in (ns/s)^2 per s, r in ns^2, prior share)]"""
+    pairs = [(w, n, usual(w, USUAL_WANDER) * usual(n, USUAL_NOISE)) for w in WANDERS for n in NOISES]
+    total = sum(share for _, _, share in pairs)
+    return [((w * 1e9) ** 2, (n * 1e9) ** 2, share / total) for w, n, share in pairs]
+
+
+MODELS = grid()
+SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
+SILENT = 1e-3         # a model so much less likely than the best has no say: in a month it would shout
+# What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
+# same in each decade; 1 us to 10 s and both signs make 2 ln(10^7) = 32, and its logarithm hardly matters.
+WILD, STEP, BEND, ANEW = 0.03, 1e-3, 1e-3, 1e-4
+SIZES = 32.0
+# (marks needed, what happened before them): as many as unknowns (the step; size and moment; phase and rate;
+# noise and wander) and one more to confirm.  Fewer can't be believed, but make a rival explanation wait.
+EXPLANATIONS = (2, "step"), (3, "bend"), (3, "anew"), (3, "noisy")
+HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
+ANYTHING = 1e8        # ns/s: a counter is within 10% of real time
+FAR_SEC = 1e8         # next_mark's longest answer
+LIMIT_NS = 1 << 64    # no counter or real time is beyond (year 2554)
+
+
+def collapse(models):
+    """Mixture -> (phase, rate, var of phase, covariance, var of rate, q); spread between models included."""
+    least = SILENT * max(model[0] for model in models)
+    heard = [(model, q) for model, (q, _, _) in zip(models, MODELS) if model[0] >= least]
+    total = sum(m[0] for m, _ in heard)
+    x0 = sum(m[0] * m[1] for m, _ in heard) / total
+    v0 = sum(m[0] * m[2] for m, _ in heard) / total
+    a0 = b0 = c0 = q0 = 0.0
+    for (w, x, v, a, b, c), q in heard:
+        w, dx, dv = w / total, x - x0, v - v0
+        a0 += w * (a + dx * dx)
+        b0 += w * (b + dx * dv)
+        c0 += w * (c + dv * dv)
+        q0 += w * q
+    return x0, v0, a0, b0, c0, q0
+
+
+def mix(models, mean):
+    """What each model knows after it may have been another one before.
+
+    One whose share is mostly newcomers' sleeps: it is the mixture, and needs no place in state().
+    """
+    mixed = []
+    x0, v0, a0, b0, c0, _ = mean
+    for (w, x, v, a, b, c), (_, _, share) in zip(models, MODELS):
+        stay, come = (1 - SWITCH) * w, SWITCH * share
+        if stay < come:
+            mixed.append((come,) + mean[:5])
+            continue
+        s = stay / (stay + come)
+        m, dx, dv = 1 - s, x0 - x, v0 - v
+        mixed.append((stay + come, x + m * dx, v + m * dv, s * a + m * (a0 + s * dx * dx),
+                      s * b + m * (b0 + s * dx * dv), s * c + m * (c0 + s * dv * dv)))
+    return mixed
+
+
+def learn(models, sec, ahead_ns, burst=0.0):
+    """Each filter's step to a mark -> (log evidence, models).
+
+    The mark came sec after the last one and ahead_ns later in real time than on the counter.  Phases are
+    relative to the mark before, then to this one.  burst is wander over this interval in addition.
+    """
+    known, logs = [], []
+    for (w, x, v, a, b, c), (q, r, _) in zip(models, MODELS):
+        qt = (q + burst) * sec
+        # determinant of the predicted covariance, all terms positive: c - b^2/s would cancel after a gap
+        det = max(a * c - b * b, 0.0) + qt * (a + sec * (b + sec * c / 3)) + qt * qt * sec * sec / 12
+        a += sec * (2 * b + sec * (c + qt / 3))
+        b += sec * (c + qt / 2)
+        c += qt
+        s = a + r
+        off = ahead_ns - x - v * sec
+        logs.append(math.log(w) - 0.5 * (math.log(2 * math.pi * s) + off * off / s))
+        known.append((-r / s * off, v + b / s * off, a * r / s, b * r / s, (det + c * r) / s))
+    top = max(logs)
+    shares = [math.exp(log - top) for log in logs]
+    total = sum(shares)
+    return top + math.log(total), [(share / total,) + k for share, k in zip(shares, known)]
+
+
+def anchor(models, sec, rate_var):
+    """Models that take their phase from a mark sec after the last; rates go on, less certain by rate_var."""
+    return [(w, 0.0, v, r, 0.0, c + q * sec + rate_var)
+            for (w, _, v, _, _, c), (q, r, _) in zip(models, MODELS)]
+
+
+def is_int(value):
+    return type(value) is int and abs(value) < LIMIT_NS
+
+
+def is_float(value, least, most):
+    return type(value) in (int, float) and least <= value <= most   # NaN fails
+
+
+def is_mark(tick_ns, real_ns):
+    return is_int(tick_ns) and is_int(real_ns)
+
+
+def is_known(x, v, a, b, c):
+    """Phase, rate, covariance: bounded so that no arithmetic overflows, and a covariance indeed."""
+    return (all(is_float(value, -1e60, 1e60) for value in (x, v, b))
+            and is_float(a, 0, 1e60) and is_float(c, 0, 1e60) and b * b <= a * c * 1.000001)
+
+
+class Estimator:
+    """Real time as a function of a counter, learned from marks.
+
+    rate_ppm is what is known of the rate before, (real seconds per counter second - 1) * 10^6, give or take
+    rate_error_ppm (one standard deviation); a worse one is found after some marks.
     """
 
-    def __init__(self, rate_ppm=0.0, rate_error_ppm=100.0):
-        self.ppm, self.error_ppm = rate_ppm, rate_error_ppm
-        self.first = self.latest = None
-        self.error_ns = 1e6
-
-    def has_phase(self):
-        return self.latest is not None
-
-    def doubts(self):
-        return False
+    def __init__(self, rate_ppm=0.0, rate_error_ppm=UNKNOWN_PPM):
+        v, c = rate_ppm * 1e3, (rate_error_ppm * 1e3) ** 2
+        self.models = [(share, 0.0, v, 0.0, 0.0, c) for _, _, share in MODELS]
+        self.mean = collapse(self.models)
+        self.tick_ns = self.real_ns = None      # the last mark used: phases are relative to it
+        self.held = []                          # marks doubted since: [(tick_ns, real_ns)]
 
     def mark(self, tick_ns, real_ns):
-        if self.latest and tick_ns <= self.latest[0]:
+        """At counter value tick_ns real time was real_ns -> "used", "doubted" (held), "refused" (none)."""
+        if not is_mark(tick_ns, real_ns):
             return "refused"
-        if self.latest:
-            self.error_ns = abs(self.real(tick_ns)[0] - real_ns)
-        self.latest = tick_ns, real_ns
-        self.first = self.first or self.latest
-        ticks_ns = tick_ns - self.first[0]
-        if ticks_ns > 10:
-            self.ppm = (real_ns - self.first[1] - ticks_ns) / ticks_ns * 1e6
-            self.error_ppm = self.error_ns / ticks_ns * 1e6
+        latest = self.held[-1][0] if self.held else self.tick_ns
+        if latest is None:
+            self._use(anchor(self.models, 0.0, 0.0), tick_ns, real_ns)
+            return "used"
+        if tick_ns <= latest:
+            return "refused"
+        mark = (tick_ns, real_ns)
+        evidence, models = learn(self.models, *self._since(mark))
+        if evidence < self._any_size(mark, WILD):
+            self.held.append(mark)
+            models = self._explained()
+            if models is None:
+                return "doubted"
+        self._use(models, tick_ns, real_ns)
         return "used"
 
-    def real(self, tick_ns):
-        ticks_ns = tick_ns - self.latest[0]
-        return (self.latest[1] + ticks_ns + round(ticks_ns * self.ppm / 1e6),
-                self.error_ns + abs(ticks_ns) * self.error_ppm / 1e6)
+    def _use(self, models, tick_ns, real_ns):
+        self.mean = collapse(models)
+        self.models = mix(models, self.mean)
+        self.tick_ns, self.real_ns, self.held = tick_ns, real_ns, []
 
-    def rate(self):
-        return self.ppm, self.error_ppm
+    def _since(self, mark):
+        """(s, ns that real time gained on the counter) since the last mark used; exact until a float."""
+        ticks = mark[0] - self.tick_ns
+        return ticks * 1e-9, float(mark[1] - self.real_ns - ticks)
+
+    def _off(self, mark):
+        sec, ahead_ns = self._since(mark)
+        return ahead_ns - self.mean[0] - self.mean[1] * sec
+
+    def _any_size(self, mark, chance):
+        """Log density of a mark off by any size from the predicted error up: a lucky one is not wild."""
+        size = abs(self._off(mark)) + self._error(self._since(mark)[0]) + 1.0  # ns: no clock is better
+        return math.log(chance / (SIZES * size))
+
+    def _explained(self):
+        """Models after what explains the held marks better than that they are wild, or None."""
+        odds, need, models = max(self._explain(need, how) for need, how in EXPLANATIONS)
+        convinced = odds > 0 and len(self.held) >= need or len(self.held) >= HELD_MAX
+        return models if convinced else None
+
+    def _explain(self, need, how):
+        """(log odds against wild, need, models) if the last marks held are right, and how it came."""
+        first, *later = self.held[-need:]
+        sec, ahead_ns = self._since(first)
+        if how == "step":       # of real time: phase from the mark, rate as it was
+            odds, models = self._any_size(first, STEP), anchor(self.models, sec, 0.0)
+        elif how == "anew":     # counter or real time are not what they were
+            odds, models = self._any_size(first, ANEW), anchor(self.models, sec, ANYTHING**2)
+        elif how == "bend":     # a jump of the rate at any moment since: as random as a burst of wander
+            jump = 2 * self._off(first) / sec
+            odds = self._any_size(first, BEND)
+            models = learn(self.models, sec, ahead_ns, jump**2 / sec)[1]
+        else:                   # noise or wander grew: the unlikely models were right
+            odds, models = learn(self.models, sec, ahead_ns)
+        odds -= self._any_size(first, WILD)
+        before = first
+        for mark in later:
+            models = mix(models, collapse(models))
+            ticks = mark[0] - before[0]
+            evidence, models = learn(models, ticks * 1e-9, float(mark[1] - before[1] - ticks))
+            odds += evidence - self._any_size(mark, WILD)
+            before = mark
+        return odds, need, models
+
+    def _error(self, sec):
+        """Standard deviation of real time in ns, sec after (or before) the last mark used."""
+        _, _, a, b, c, q = self.mean
+        return math.sqrt(max(a + sec * (2 * b + sec * c) + q * abs(sec) ** 3 / 3, 0.0))
+
+    def has_phase(self):
+        """Whether a mark has told the time."""
+        return self.tick_ns is not None
+
+    def doubts(self):
+        """Whether a mark is held, and an early new one wanted."""
+        return bool(self.held)
 
     def variance(self, tick_ns):
-        error_ns = self.real(tick_ns)[1]
-        return [error_ns ** 2, 2 * error_ns * self.error_ppm * 1e3, (self.error_ppm * 1e3) ** 2, 0.0]
+        """The square of real()'s error at t seconds from tick_ns on: the factors of 1, t, t^2 and t^3, in ns^2."""
+        sec = (tick_ns - self.tick_ns) * 1e-9
+        _, _, a, b, c, q = self.mean
+        return [self._error(sec) ** 2, 2 * (b + sec * c) + q * sec * sec, c + q * sec, q / 3]
 
-    def next_mark(self, tick_ns, target_ns):
-        return max(0.0, (target_ns - self.real(tick_ns)[1]) / (self.error_ppm * 1e3 or 1e-9))
+    def real(self, tick_ns):
+        """-> (real time in ns, its standard deviation in ns).  ValueError before the first mark."""
+        if self.tick_ns is None:
+            raise ValueError("no mark yet")
+        ticks = tick_ns - self.tick_ns
+        sec = ticks * 1e-9
+        return self.real_ns + ticks + round(self.mean[0] + self.mean[1] * sec), self._error(sec)
+
+    def rate(self):
+        """-> (ppm, standard deviation in ppm) as of the last mark used."""
+        return self.mean[1] * 1e-3, math.sqrt(self.mean[4]) * 1e-3
 
     def learned(self):
-        return 0.0, self.error_ns
+        """-> (wander per sqrt(s), noise of a mark in ns), the mixture's geometric means."""
+        logs = [(w, math.log(q), math.log(r)) for (w, _, _, _, _, _), (q, r, _) in zip(self.models, MODELS)]
+        total = sum(w for w, _, _ in logs)
+        return (math.exp(sum(w * q for w, q, _ in logs) / total / 2) * 1e-9,
+                math.exp(sum(w * r for w, _, r in logs) / total / 2))
+
+    def next_mark(self, tick_ns, target_ns):
+        """Seconds from tick_ns until the predicted error reaches target_ns; 0 if it has, or in doubt."""
+        if self.tick_ns is None or self.held:
+            return 0.0
+        start = (tick_ns - self.tick_ns) * 1e-9
+        near, far = 0.0, FAR_SEC
+        if not self._error(start) < target_ns:
+            return near
+        if self._error(start + far) < target_ns:
+            return far
+        while far - near > 1.0:   # a second more or less is nothing to who asks each minute
+            middle = (near + far) / 2
+            if self._error(start + middle) < target_ns:
+                near = middle
+            else:
+                far = middle
+        return near
 
     def forget_phase(self, rate_error_ppm):
-        self.first = self.latest = None
-        self.error_ppm += rate_error_ppm
+        """The counter started anew (a boot) or stood still: keep the rate, less certain by this much."""
+        var = (rate_error_ppm * 1e3) ** 2
+        self.models = [(w, 0.0, v, 0.0, 0.0, c + var) for w, _, v, _, _, c in self.models]
+        self.mean = collapse(self.models)
+        self.tick_ns = self.real_ns = None
+        self.held = []
 
     def state(self):
-        return {"ppm": self.ppm, "error_ppm": self.error_ppm, "first": self.first, "latest": self.latest,
-                "error_ns": self.error_ns}
+        """Plain data for JSON, the sleeping models left out.  from_state(state()) goes on to the last bit."""
+        models = [[i] + list(model) for i, (model, (_, _, share)) in enumerate(zip(self.models, MODELS))
+                  if model != (SWITCH * share,) + self.mean[:5]]
+        return {"grid": len(MODELS), "tick_ns": self.tick_ns, "real_ns": self.real_ns,
+                "mean": list(self.mean), "models": models, "held": [list(mark) for mark in self.held]}
 
     @classmethod
     def from_state(cls, state):
-        self = cls(float(state["ppm"]), float(state["error_ppm"]))
-        self.error_ns = float(state["error_ns"])
-        for name in ("first", "latest"):
-            setattr(self, name, state[name] and tuple(map(int, state[name])))
+        """ValueError for what state() can't have given."""
+        self = cls()
+        try:
+            if state["grid"] != len(MODELS):
+                raise ValueError("another grid")
+            self.tick_ns, self.real_ns = state["tick_ns"], state["real_ns"]
+            self.mean = tuple(state["mean"])
+            self.models = [(SWITCH * share,) + self.mean[:5] for _, _, share in MODELS]
+            for i, w, x, v, a, b, c in state["models"]:
+                if not (type(i) is int and 0 <= i < len(MODELS) and is_float(w, 1e-99, 1.0)):
+                    raise ValueError("no such model")
+                self.models[i] = (w, x, v, a, b, c)
+            self.held = [tuple(mark) for mark in state["held"]]
+            if not all(is_known(*model[1:]) for model in self.models):
+                raise ValueError("no covariance")
+            if not (is_known(*self.mean[:5]) and is_float(self.mean[5], 0, 1e60) and len(self.mean) == 6):
+                raise ValueError("no mixture")
+            ticks = [self.tick_ns] + [tick_ns for tick_ns, _ in self.held]
+            if ticks != [None]:
+                if not all(is_mark(*mark) for mark in [(self.tick_ns, self.real_ns)] + self.held):
+                    raise ValueError("no marks")
+                if sorted(set(ticks)) != ticks or len(ticks) > HELD_MAX:
+                    raise ValueError("marks out of order")
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
+            raise ValueError("damaged state: %s" % err)
         return self
 
 
@@ -678,7 +936,7 @@ class Clockspeed:
     def load_atto(self, atto):
         try:
             if atto:
-                self.estimator = Estimator(rate_from_atto(atto), REBOOT_PPM)
+                self.estimator = Estimator(rate_from_atto(atto), ATTO_PPM)
                 return "rate of etc/atto"
         except ValueError as err:
             self.trouble("use etc/atto", err)
