@@ -68,10 +68,25 @@ def ask(exchanges=40):
     return offset, delay
 
 
-def rates(seconds):
-    """-> (the clock's rate, the server's rate) against the counter over so many seconds, in ppm."""
-    (tick, clock), offset = pair(), ask()[0]
+def clock_ppm(seconds):
+    """The system clock's rate against the counter over so many seconds."""
+    tick, clock = pair()
     time.sleep(seconds)
-    (tick2, clock2), offset2 = pair(), ask()[0]
-    clock_ppm = ((clock2 - clock) / (tick2 - tick) - 1) * 1e6
-    return clock_ppm, clock_ppm + (offset2 - offset) / (tick2 - tick) * 1e15
+    tick2, clock2 = pair()
+    return ((clock2 - clock) / (tick2 - tick) - 1) * 1e6
+
+
+class Server:
+    """The server's rate against the counter since this was made: the longer ago, the better known."""
+
+    def __init__(self):
+        self.tick, self.real = self.look()
+
+    def look(self):
+        offset = ask(100)[0]
+        tick, clock = pair()
+        return tick, clock + round(offset * 1e9)
+
+    def ppm(self):
+        tick, real = self.look()
+        return ((real - self.real) / (tick - self.tick) - 1) * 1e6
