@@ -46,7 +46,6 @@ SEE ALSO
     taiclockd, sntpclock, clockview, clockadd, clockspeed, clockctl
 """
 import collections
-import getopt
 import os
 import select
 import socket
@@ -222,7 +221,7 @@ def enable_kernel_stamps(sock):
 def kernel_stamp(ancillary):
     """What recvmsg() got beside a packet -> the kernel's stamp of it, in ns of the system clock, or None."""
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind in (SO_TIMESTAMPNS, SO_TIMESTAMPING) and len(data) >= TIMESPEC.size:
+        if level == socket.SOL_SOCKET and kind in (SO_TIMESTAMPNS, SO_TIMESTAMPING):
             sec, nano = TIMESPEC.unpack_from(data)
             return sec * 10**9 + nano or None  # zero: this packet has none
     return None
@@ -240,7 +239,7 @@ def is_near(family, address):
 
 
 class Exchange:
-    """A query, its answer, and when it left and that came: by us with the counter, by the kernel if it did."""
+    """A query and its answer, and when each passed: by us, with the counter, and by the kernel if it told."""
 
     def __init__(self, query, sent):
         self.query, self.sent, self.kernel_sent = query, sent, None
@@ -262,15 +261,14 @@ class Exchange:
 class Server:
     """One address and the exchanges with it; `due_ns`, by time.monotonic_ns(), is when to act again."""
 
-    def __init__(self, name, family, address):
-        self.name, self.family, self.address = name, family, address
-        self.exchanges, self.current, self.left, self.due_ns, self.dismissed = [], None, 0, 0, None
-
-    def connect(self, settings, clocks):
-        near = is_near(self.family, self.address[0])
+    def __init__(self, name, settings, family, address):
+        self.name, self.settings, self.family, self.address = name, settings, family, address
+        self.exchanges, self.current, self.due_ns, self.dismissed = [], None, 0, None
+        near = is_near(family, address[0])
         self.left = (10 if near else 4) if settings.exchanges is None else settings.exchanges
         self.pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
-        self.settings, self.clocks = settings, clocks
+
+    def connect(self):
         self.socket = socket.socket(self.family, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
         enable_kernel_stamps(self.socket)
@@ -282,7 +280,7 @@ class Server:
     def ended(self):
         self.current, self.due_ns = None, time.monotonic_ns() + self.pause_ns
 
-    def act(self, make_query, end_ns):
+    def act(self, make_query, clocks, end_ns):
         """What is due: to give up the exchange, to begin the next."""
         now_ns = time.monotonic_ns()
         if now_ns < self.due_ns:
@@ -296,7 +294,7 @@ class Server:
             self.left -= 1
             self.due_ns = min(now_ns + self.settings.wait_ns, end_ns)
             query = make_query()
-            self.current = Exchange(query, self.clocks())
+            self.current = Exchange(query, clocks())
             try:
                 self.socket.send(query)
             except OSError as err:
@@ -358,8 +356,10 @@ def find_servers(hosts, settings):
             continue
         for family, _, _, _, address in found[:MOST_ADDRESSES]:
             name = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+            if host not in (name, "0"):
+                name = "%s (%s)" % (host, name)
             if (family, address) not in [(server.family, server.address) for server in servers]:
-                servers.append(Server(name if host in (name, "0") else "%s (%s)" % (host, name), family, address))
+                servers.append(Server(name, settings, family, address))
     if not servers:
         raise troubles[0][1]
     for host, err in troubles:
@@ -376,7 +376,7 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
     poller, asked = select.poll(), {}
     for server in servers:
         try:
-            server.connect(settings, clocks)
+            server.connect()
         except OSError as err:  # no route, as to IPv6 from where there is none
             server.failed(reason(err))
             continue
@@ -385,7 +385,7 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
     end_ns = time.monotonic_ns() + settings.total_ns
     while True:
         for server in asked.values():
-            server.act(make_query, end_ns)
+            server.act(make_query, clocks, end_ns)
         due_ns = [server.due_ns for server in asked.values() if server.current or server.left]
         if not due_ns:
             break
@@ -456,8 +456,9 @@ def conclude(servers, settings, end, local):
     for server in servers:
         if not server.exchanges:
             continue
+        ranges_of_it = [offset_range(exchange, end, local) for exchange in server.exchanges]
         try:
-            least, most, agree = combine([offset_range(exchange, end, local) for exchange in server.exchanges])
+            least, most, agree = combine(ranges_of_it)
         except ValueError:
             server.failed("its answers took longer than we waited for them")
             continue
@@ -488,16 +489,37 @@ def conclude(servers, settings, end, local):
             settings.warn("%s is a falseticker: %s" % (server.name, describe((lo, hi))))
     if settings.verbosity >= 2:
         complain("info", "result: " + describe((least, most)))
-    if settings.most_error_ns is not None and most - least > 2 * settings.most_error_ns and not settings.force:
-        raise ValueError("time uncertainty too large, %.6f s" % ((most - least) / 2e9))
+    bound_ns = (most - least) / 2
+    if settings.most_error_ns is not None and bound_ns > settings.most_error_ns and not settings.force:
+        raise ValueError("time uncertainty too large, %.6f s" % (bound_ns / 1e9))
     return least, most
 
 
+def split_options(words, letters):
+    """getopt.getopt(words, letters, ["help"]), which would load half a megabyte to translate its errors."""
+    options, words = [], list(words)
+    while words and words[0].startswith("-") and words[0] != "-":
+        word = words.pop(0)
+        letter, rest = word[1], word[2:]
+        if word == "--":
+            break
+        if word == "--help":
+            options.append((word, ""))
+        elif letter + ":" in letters and (rest or words):
+            options.append(("-" + letter, rest or words.pop(0)))
+        elif letter in letters.replace(":", "") and letter + ":" not in letters:
+            options.append(("-" + letter, ""))
+            words[:0] = ["-" + rest] * bool(rest)
+        else:
+            raise ValueError
+    return options, words
+
+
 class Settings:
-    """The command line; GetoptError, ValueError or OverflowError when it is wrong."""
+    """The command line; ValueError or OverflowError when it is wrong."""
 
     def __init__(self, words, port, letters=""):
-        self.options, self.hosts = getopt.getopt(words, LETTERS + letters, ["help"])
+        self.options, self.hosts = split_options(words, LETTERS + letters)
         options = dict(self.options)
 
         def number(letter, default, unit=1, least=0):
@@ -546,7 +568,7 @@ def decode_answer(query, packet):
 def main(argv):
     try:
         settings = Settings(argv[1:], 4014)
-    except (getopt.GetoptError, OverflowError, ValueError):
+    except (OverflowError, ValueError):
         complain("usage", USAGE)
         return 100
     try:

@@ -58,6 +58,7 @@ import random
 import re
 import shutil
 import socket
+import ssl
 import struct
 import tempfile
 import threading
@@ -592,16 +593,12 @@ def test_public_addresses_are_spared(name, answer):
     for address, near in (("::1", 1), ("fc00::1", 1), ("fdff::1", 1), ("fe80::1%lo", 1), ("febf::1", 1), ("fec0::1", 0),
                           ("fe00::1", 0), ("::2", 0), ("2001:db8::1", 0), ("::", 0)):
         assert module.is_near(socket.AF_INET6, address) == near, address
-    with Rogue(lambda query, n: [answer(query)]) as server:
-        settings = module.Settings(["-p", str(server.port), "0"], 1)
-        target, = module.find_servers(["0"], settings)
-        target.connect(settings, None)
-        assert (target.left, target.pause_ns) == (10, 0)
-        target.socket.close()
-        module.is_near = lambda family, address: False
-        target.connect(settings, None)
-        assert (target.left, target.pause_ns) == (4, 2 * 10**9)
-        target.socket.close()
+    settings = module.Settings(["10.0.0.1", "192.0.2.1", "2001:db8::1"], 123)
+    servers = module.find_servers(settings.hosts, settings)
+    assert [(server.left, server.pause_ns) for server in servers] == [(10, 0), (4, 2 * 10**9), (4, 2 * 10**9)]
+    settings = module.Settings(["-r", "7", "-h", "5", "192.0.2.1"], 123)
+    server, = module.find_servers(settings.hosts, settings)
+    assert (server.left, server.pause_ns) == (7, 5 * 10**6)
 
 
 # ==== sntpclock =====================================================================================
@@ -745,6 +742,165 @@ def test_answers_that_are_not_authenticated_are_refused(tmp_path):
 def test_keys_need_both_options():
     for args in ("-k", "/etc/chrony/keys"), ("-K", "1"), ("-k", "/x", "-K", "0"), ("-k", "/x", "-K", "1x"):
         assert run("sntpclock", *args, "0").returncode == 100
+
+
+def test_kisses_are_remembered_across_runs(tmp_path):
+    path, words = tmp_path / "kisses", []
+    with Rogue(lambda query, n: [ntp_answer(query, stratum=0, refid=words[-1]) if words else ntp_answer(query)]) as server:
+        def ask_again():
+            before = len(server.queries)
+            return ask("sntpclock", server.port, "-s", tmp_path), len(server.queries) - before
+        done, queries = ask_again()
+        assert done.returncode == 0 and queries == 10 and not path.exists()
+        for word, rest_sec in (b"RATE", 1024), (b"RATE", 2048), (b"DENY", 4096):
+            words.append(word)
+            done, queries = ask_again()
+            assert (done.returncode, done.stdout, queries) == (111, b"", 1)
+            address, until_sec, kept_sec, kept_word = path.read_text().split()
+            assert (address, int(kept_sec), kept_word) == ("127.0.0.1", rest_sec, word.decode())
+            assert abs(int(until_sec) - time.time() - rest_sec) < 30
+            done, queries = ask_again()
+            assert done.returncode == 111 and queries == 0, "it was asked again"
+            assert "kiss-o'-death %s, not to be asked for another" % word.decode() in done.stderr
+            path.write_text("127.0.0.1 %d %d %s\n" % (time.time() - 1, rest_sec, word.decode()))  # the rest is over
+        assert sorted(os.listdir(tmp_path)) == ["kisses"]
+        # A rest longer than any can be: the clock was set back since.  It is asked, and has no more to say.
+        path.write_text("127.0.0.1 %d 1024 RATE\n" % (time.time() + 10**6))
+        words.clear()
+        done, queries = ask_again()
+        assert done.returncode == 0 and queries == 10 and path.read_text() == ""
+        for damage in "127.0.0.1 soon\n", "\0\xff\n", "127.0.0.1 1 2 3 4 5\n":
+            path.write_text(damage)
+            assert ask_again()[0].returncode == 0
+        # One of two rests: the other is asked.
+        path.write_text("127.0.0.1 %d 1024 RATE\n" % (time.time() + 1000))
+        done = ask("sntpclock", server.port, "-s", tmp_path, hosts=["0", "localhost", "127.0.0.2"])
+        assert "another" in done.stderr
+    with Rogue(lambda query, n: [ntp_answer(query, stratum=0, refid=b"DENY")]) as server:
+        path.unlink()
+        ask("sntpclock", server.port, "-s", tmp_path)
+        assert path.read_text().split()[2:] == ["86400", "DENY"]
+        done = ask("sntpclock", server.port, "-s", tmp_path / "nowhere")
+        assert "warning: unable to write" in done.stderr and "DENY" in done.stderr.splitlines()[-1]
+
+
+class Https:
+    """A TLS server with a certificate by an authority of this test, valid in the years given, which shows a
+    time that is off_ns off."""
+
+    def __init__(self, home, valid=(2020, 2035), off_ns=0, authority_valid=(2020, 2060), header="Date: %s GMT"):
+        need("openssl")
+        self.home, self.off_ns, self.header = home, off_ns, header
+        (home / "index.txt").write_text("")
+        (home / "ca.conf").write_text("""[ca]
+default_ca = here
+[here]
+dir = %s
+database = $dir/index.txt
+new_certs_dir = $dir
+rand_serial = yes
+default_md = sha256
+policy = any
+[any]
+commonName = supplied
+[authority]
+basicConstraints = critical, CA:true
+subjectKeyIdentifier = hash
+[leaf]
+subjectAltName = DNS:localhost, IP:127.0.0.1
+[req]
+distinguished_name = name
+[name]
+""" % home)
+        for name, years in ("authority", authority_valid), ("leaf", valid):
+            self.openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "%s.key" % name, "-out", "%s.req" % name,
+                         "-subj", "/CN=%s of a test" % name, "-config", "ca.conf")
+            signer = ["-selfsign"] if name == "authority" else ["-cert", "authority.pem"]
+            self.openssl("ca", "-batch", "-notext", "-config", "ca.conf", "-keyfile", "authority.key", *signer,
+                         "-extensions", name, "-in", "%s.req" % name, "-out", "%s.pem" % name,
+                         "-startdate", "%d0101000000Z" % years[0], "-enddate", "%d0101000000Z" % years[1])
+        self.env = {"SSL_CERT_FILE": str(home / "authority.pem"), "SSL_CERT_DIR": "/nonexistent"}
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(str(home / "leaf.pem"), str(home / "leaf.key"))
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = "https://localhost:%d/" % self.socket.getsockname()[1]
+
+    def openssl(self, *args):
+        subprocess.run(("openssl",) + args, cwd=str(self.home), check=True, stdout=subprocess.PIPE,
+                       stderr=subprocess.PIPE)
+
+    def serve(self):
+        while True:
+            client, _ = self.socket.accept()
+            try:
+                with client, self.context.wrap_socket(client, server_side=True) as tls:
+                    request = tls.recv(4096)
+                    if request == b"stop":
+                        return
+                    assert request.startswith(b"HEAD / HTTP/1.1\r\nHost: localhost:")
+                    shown = time.gmtime((time.time_ns() + self.off_ns) // 10**9)
+                    header = self.header.replace("%s", time.strftime("%a, %d %b %Y %H:%M:%S", shown))
+                    tls.sendall(("HTTP/1.1 200 OK\r\nServer: test\r\n%s\r\n\r\n" % header).encode())
+            except OSError:  # it did not like our certificate
+                pass
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+        with socket.create_connection(self.socket.getsockname()) as plain, anyone.wrap_socket(plain) as tls:
+            tls.sendall(b"stop")
+        self.thread.join()
+        self.socket.close()
+
+
+DAYS_5000_NS = 5000 * 86400 * 10**9  # from 2026 to 2040
+
+
+def test_https_confirms_the_time(tmp_path):
+    with Rogue(lambda query, n: [ntp_answer(query)]) as server, Https(tmp_path) as https:
+        done = ask("sntpclock", server.port, "-c", https.url, "-c", https.url, **https.env)
+        assert abs(offset_ns(done)) < 50 * 10**6 and done.stderr == ""
+        for off_ns in 10**10, -10**10:
+            https.off_ns = off_ns
+            done = ask("sntpclock", server.port, "-f", "-c", https.url, **https.env)
+            assert (done.returncode, done.stdout) == (111, b"")
+            assert re.search(r"fatal: .*: %s contradicts: it is [-+]\d+ s from" % https.url, done.stderr)
+        https.off_ns = 0
+        # Whom our authorities don't know, or whose name is another, can't confirm anything.
+        for url, env in ((https.url, {}), (https.url.replace("localhost", "127.0.0.2"), https.env)):
+            done = ask("sntpclock", server.port, "-c", url, **env)
+            assert (done.returncode, done.stdout) == (111, b"") and "warning: unable to ask " + url in done.stderr
+            assert done.stderr.endswith("no HTTPS server confirms it\n")
+        # One that is silent is no reason to distrust another.
+        done = ask("sntpclock", server.port, "-c", "https://127.0.0.1:1", "-c", https.url, **https.env)
+        assert abs(offset_ns(done)) < 50 * 10**6 and "127.0.0.1:1: Connection refused" in done.stderr
+        for header in "Date:", "Date: yesterday", "Date: Sun, 99 Nov 2026 99:99:99 GMT", "X: y", "x" * 100000:
+            https.header = header
+            done = ask("sntpclock", server.port, "-c", https.url, **https.env)
+            assert (done.returncode, done.stdout) == (111, b""), header
+        for url in "http://localhost/", "https://", "https://a b/", "https://localhost:x/", "https://localhost/\r\n":
+            done = ask("sntpclock", server.port, "-c", url)
+            assert done.returncode == 111 and "not a https:// address" in done.stderr, url
+
+
+def test_certificates_are_judged_by_the_time_measured_not_by_this_clock(tmp_path):
+    """The clock is 5000 days slow: a certificate of then is good, one that is good by this clock is not."""
+    for number, (valid, authority_valid, good) in enumerate((
+            ((2038, 2045), (2037, 2060), True), ((2020, 2035), (2020, 2060), False), ((2038, 2045), (2020, 2035), False))):
+        home = tmp_path / str(number)
+        home.mkdir()
+        with Rogue(lambda query, n: [ntp_answer(query, DAYS_5000_NS)]) as server, \
+                Https(home, valid, DAYS_5000_NS, authority_valid) as https:
+            done = ask("sntpclock", server.port, "-l", 0, "-c", https.url, **https.env)
+        if good:
+            assert abs(offset_ns(done) - DAYS_5000_NS) < 50 * 10**6
+        elif number == 1 or sys.version_info >= (3, 10):  # before, an authority's dates can't be seen
+            assert (done.returncode, done.stdout) == (111, b"") and "certificate is not valid at the time" in done.stderr
 
 
 # ==== taiclock ======================================================================================
