@@ -206,7 +206,8 @@ SO_TIMESTAMPNS, SO_TIMESTAMPING = 35, 37
 TX_SOFTWARE, RX_SOFTWARE, REPORT_SOFTWARE = 2, 8, 16
 TIMESPEC = struct.Struct("@ll")
 
-Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about")  # T2, T3, to the true time
+# T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it.
+Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about")
 
 
 class Dismissed(Exception):
@@ -337,7 +338,7 @@ class Server:
         """One datagram at most: `received` tells only of the first that it can't have come later."""
         self.collect_sent_stamps()
         try:
-            if not events & select.POLLIN:
+            if not events & select.POLLIN:  # an ICMP error, or nothing but a stamp
                 error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error:
                     raise OSError(error, os.strerror(error))
@@ -470,42 +471,46 @@ def describe(range_ns):
     return "offset %+.9f s, bound %.9f s" % (sum(range_ns) / 2e9, (range_ns[1] - range_ns[0]) / 2e9)
 
 
+def weigh(server, settings, end, local):
+    """One server's exchanges -> (least, most) of the offset, or None when they are not to be used."""
+    if not server.exchanges:
+        return None
+    try:
+        least, most, agree = combine([offset_range(exchange, end, local) for exchange in server.exchanges])
+    except ValueError:
+        server.failed("it says that its answers took longer than we waited for them")
+        return None
+    if not agree:
+        settings.warn("%s: the exchanges contradict each other, taking those of least delay; was a clock set?"
+                      % server.name)
+    if settings.verbosity >= 2:
+        delays_ns = [t1 - t0 - (exchange.answer.sent_ns - exchange.answer.received_ns)
+                     for exchange in server.exchanges for (t0, _), (t1, _) in [exchange.stamps()]]
+        about = server.exchanges[-1].answer.about
+        complain("info", "%s: %s, delay %.9f s%s"
+                 % (server.name, describe((least, most)), min(delays_ns) / 1e9, about))
+    if settings.limit_ns and abs(least + most) > 2 * settings.limit_ns and not settings.force:
+        server.failed("its time is %.1f days away" % (abs(least + most) / 2 / 86400e9))
+        return None
+    return least, most
+
+
 def conclude(servers, settings, end, local):
     """-> (least, most) of the offset; ValueError when that can't be told well enough."""
-    ranges, voters = [], []
-    for server in servers:
-        if not server.exchanges:
-            continue
-        ranges_of_it = [offset_range(exchange, end, local) for exchange in server.exchanges]
-        try:
-            least, most, agree = combine(ranges_of_it)
-        except ValueError:
-            server.failed("its answers took longer than we waited for them")
-            continue
-        if not agree:
-            settings.warn("%s: the exchanges contradict each other, was a clock set? "
-                          "Taking those of least delay" % server.name)
-        answer = server.exchanges[-1].answer
-        if settings.verbosity >= 2:
-            delay_ns = min(t1[0] - t0[0] - (exchange.answer.sent_ns - exchange.answer.received_ns)
-                           for exchange in server.exchanges for t0, t1 in [exchange.stamps()])
-            complain("info", "%s: %s, delay %.9f s%s"
-                     % (server.name, describe((least, most)), delay_ns / 1e9, answer.about))
-        if settings.limit_ns and abs(least + most) > 2 * settings.limit_ns and not settings.force:
-            server.failed("its time is %.1f days away" % (abs(least + most) / 2 / 86400e9))
-            continue
-        ranges.append((least, most))
-        voters.append((server, answer.distance_ns))
-    if not ranges:
+    found = [(server, weigh(server, settings, end, local)) for server in servers]
+    found = [(server, range_ns) for server, range_ns in found if range_ns]
+    if not found:
         dismissed = [server.dismissed for server in servers if server.dismissed]
         raise ValueError(dismissed[0] if dismissed else "time uncertainty too large")
-    if len(ranges) > 1:  # good servers still differ, by as much as each may be off
-        ranges = [(lo - distance_ns, hi + distance_ns) for (lo, hi), (_, distance_ns) in zip(ranges, voters)]
-    least, most, votes = agreement(ranges)
-    if 2 * votes <= len(ranges):
+    if len(found) > 1:  # good servers still differ, by as much as each may be off true time
+        distances_ns = [server.exchanges[-1].answer.distance_ns for server, _ in found]
+        found = [(server, (lo - distance_ns, hi + distance_ns))
+                 for (server, (lo, hi)), distance_ns in zip(found, distances_ns)]
+    least, most, votes = agreement([range_ns for _, range_ns in found])
+    if 2 * votes <= len(found):
         raise ValueError("no majority of the servers agrees")
-    for (lo, hi), (server, _) in zip(ranges, voters):
-        if hi < least or lo > most:
+    for server, (lo, hi) in found:
+        if hi < least or most < lo:
             settings.warn("%s is a falseticker: %s" % (server.name, describe((lo, hi))))
     if settings.verbosity >= 2:
         complain("info", "result: " + describe((least, most)))
@@ -628,17 +633,17 @@ def read_key(path, ident):
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_mode & 0o007:
             raise ValueError("others can read or write it")
-        lines = file.read(10**6).decode("ascii", "replace").splitlines()
+        lines = file.read(10**6).decode("latin-1").splitlines()
     for line in lines:
         words = line.split()
-        if not words or words[0] != str(ident):  # which also skips comments
+        if len(words) not in (2, 3) or words[0] != str(ident):  # a comment, another key
             continue
-        kind, key = words[1:] if len(words) == 3 else ["MD5"] + words[1:]
+        kind, key = words[1:] if len(words) == 3 else ("MD5", words[1])
         if kind not in KEY_TYPES:
             raise ValueError("it is of type %s, and only %s will do" % (kind, ", ".join(KEY_TYPES)))
         if key.startswith("HEX:"):
             return kind, bytes.fromhex(key[4:])
-        return kind, key[6 if key.startswith("ASCII:") else 0:].encode()
+        return kind, key[6 if key.startswith("ASCII:") else 0:].encode("latin-1")
     raise ValueError("it is not there")
 
 
@@ -660,7 +665,7 @@ class Signer:
 
 
 class Kisses:
-    """The file of the servers that are not to be asked; it survives us, for a supervisor soon starts the next.
+    """The file of the servers that are not to be asked; it survives us, for a supervisor starts the next.
     `known` is {address: (until Unix second, seconds of rest, word)}."""
 
     def __init__(self, folder):
@@ -715,7 +720,7 @@ class Kisses:
 def ask_https(url, timeout_sec, now_ns=time.time_ns):
     """-> (Unix second of its Date, our clock before and after in ns, [(from, to) of each certificate]).
 
-    All of the certificates is verified but their time, which is to be judged by the result.  OSError, ValueError.
+    The certificates are verified but for their time, which the result has to judge.  OSError, ValueError.
     """
     import re
     import ssl
@@ -799,7 +804,7 @@ def main(argv):
         doing = "read leap seconds"
         leap_rows, expiry, _ = read_leap_table()
         clock_rows = clock_table(leap_rows)
-        if expiry and expiry < time.time() and clock_rows is not leap_rows:
+        if clock_rows is not leap_rows and expiry and expiry < time.time():  # on the utc scale they cancel
             settings.warn("the leap second table has expired")
         signer = kisses = None
         if ident:

@@ -163,7 +163,8 @@ def test_a_full_stdout_is_a_clear_line(name):
 # ==== measurement: sntpclock, taiclock ==============================================================
 SNTP, TAI = load("sntpclock"), load("taiclock")
 LEAP_TABLE = tempfile.NamedTemporaryFile()  # unlike the system's it never expires
-LEAP_TABLE.write(b"".join(struct.pack(">Q", 2**62 + 10 + n + day * 86400) for n, day in enumerate(TAI.LEAP_DAYS)))
+for count, day in enumerate(TAI.LEAP_DAYS):
+    LEAP_TABLE.write(struct.pack(">Q", 2**62 + 10 + count + day * 86400))
 LEAP_TABLE.flush()
 QUIET_ENV = {"LEAPSECS": LEAP_TABLE.name}
 NTP_NOW_SEC = 1795305600 + 5 * 86400
@@ -341,14 +342,15 @@ def test_a_silent_server_costs_its_timeouts_only(name, answer):
 @both
 def test_a_name_that_is_none(name, answer):
     done = ask(name, 1, hosts=["no-such-host.invalid"])
-    assert done.returncode == 111 and done.stderr.startswith("%s: fatal: unable to find no-such-host.invalid: " % name)
+    assert done.returncode == 111
+    assert done.stderr.startswith("%s: fatal: unable to find no-such-host.invalid: " % name)
     assert done.stderr.count("\n") == 1
 
 
 @both
 def test_wrong_usage(name, answer):
-    for args in ((), ("-r", "0", "0"), ("-r", "x", "0"), ("-p", "65536", "0"), ("-e", "nan", "0"), ("-t", "inf", "0"),
-                 ("-l", "-1", "0"), ("-p", "0", "0")):
+    for line in "", "-r 0 0", "-r x 0", "-p 65536 0", "-e nan 0", "-t inf 0", "-l -1 0", "-p 0 0":
+        args = line.split()
         done = run(name, *args)
         assert done.returncode == 100 and done.stderr.startswith("%s: usage: " % name), args
 
@@ -431,7 +433,7 @@ def test_several_servers_are_asked_at_once_and_falsetickers_are_named(name, answ
         with Rogue(lying, hosts[1], one.port), Rogue(honest, hosts[2], one.port):
             began = time.monotonic()
             done = ask(name, one.port, "-r", 5, "-v", 2, hosts=hosts)
-            assert time.monotonic() - began < 1.4, "three servers of 0.5 s each were asked one after the other"
+            assert time.monotonic() - began < 1.4, "three servers of 0.5 s each, one after the other"
             assert abs(offset_ns(done)) < 200 * 10**6
             warnings = [line for line in done.stderr.splitlines() if "warning" in line]
             assert len(warnings) == 1 and "127.0.0.2 is a falseticker: offset +1.0" in warnings[0]
@@ -476,7 +478,8 @@ def test_hostile_datagrams_through_sockets(name, answer):
         for _ in range(50):  # more would not fit into the socket's buffer
             packet = bytearray(answer(query, 10**9))
             packet[chance.randrange(24, 32)] ^= chance.randrange(1, 256)  # the cookie of either protocol
-            packets.append(bytes(packet[:chance.choice((32, 48, chance.randrange(48)))]) + bytes(chance.randrange(900)))
+            cut = chance.choice((32, 48, chance.randrange(48)))
+            packets.append(bytes(packet[:cut]) + bytes(chance.randrange(900)))
         return packets + [answer(query)]
     with Rogue(hostile) as server:
         done = ask(name, server.port, "-r", 100)
@@ -590,15 +593,40 @@ def test_public_addresses_are_spared(name, answer):
     for far in "9.9.9.9", "172.15.0.1", "172.32.0.1", "192.167.0.1", "169.253.0.1", "128.0.0.1", "11.0.0.0":
         assert not module.is_near(socket.AF_INET, far)
         assert not module.is_near(socket.AF_INET6, "::ffff:" + far)
-    for address, near in (("::1", 1), ("fc00::1", 1), ("fdff::1", 1), ("fe80::1%lo", 1), ("febf::1", 1), ("fec0::1", 0),
-                          ("fe00::1", 0), ("::2", 0), ("2001:db8::1", 0), ("::", 0)):
-        assert module.is_near(socket.AF_INET6, address) == near, address
+    for near in "::1", "fc00::1", "fdff::1", "fe80::1%lo", "febf::1":
+        assert module.is_near(socket.AF_INET6, near)
+    for far in "fec0::1", "fe00::1", "::2", "2001:db8::1", "::":
+        assert not module.is_near(socket.AF_INET6, far)
     settings = module.Settings(["10.0.0.1", "192.0.2.1", "2001:db8::1"], 123)
     servers = module.find_servers(settings.hosts, settings)
     assert [(server.left, server.pause_ns) for server in servers] == [(10, 0), (4, 2 * 10**9), (4, 2 * 10**9)]
     settings = module.Settings(["-r", "7", "-h", "5", "192.0.2.1"], 123)
     server, = module.find_servers(settings.hosts, settings)
     assert (server.left, server.pause_ns) == (7, 5 * 10**6)
+
+
+@both
+def test_a_name_with_many_addresses_is_as_many_servers_up_to_four(name, answer, monkeypatch):
+    module = load(name)
+    found = [(socket.AF_INET6, socket.SOCK_DGRAM, 17, "", ("2001:db8::%d" % n, 123, 0, 0)) for n in (1, 2)] \
+        + [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("192.0.2.%d" % n, 123)) for n in range(1, 5)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: list(found))
+    settings = module.Settings(["pool.example", "again.example"], 123)
+    servers = module.find_servers(settings.hosts, settings)
+    assert [server.name for server in servers] == ["pool.example (%s)" % address for address in (
+        "2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
+
+
+@both
+def test_options(name, answer):
+    module = load(name)
+    for words in ("-46fr7 a b", "-r7 -f -4 -6 -- a b", "-f -r 7 a b", "-4f6 -r 7 a b"):
+        settings = module.Settings(words.split(), 123)
+        assert (settings.exchanges, settings.force, settings.hosts) == (7, "f" in words, ["a", "b"]), words
+    for words in "-r", "-fr", "-x a", "-f: a", "-: a", "--force a", "":
+        with pytest.raises(ValueError):
+            module.Settings(words.split(), 123)
+    assert module.Settings(["-e", "0.25", "a"], 123).most_error_ns == 250000
 
 
 # ==== sntpclock =====================================================================================
@@ -616,7 +644,7 @@ def test_public_addresses_are_spared(name, answer):
     ({"receive": ntp_stamp(10**18 + 1000), "transmit": ntp_stamp(10**18)}, "sent before the query came"),
     ({"delay": 3 * 2**16 + 9}, "1.5 s off"),
     ({"delay": 2**16, "dispersion": 2**16 + 9}, "1.5 s off"),
-    ({"delay": 2**32 - 1, "dispersion": 2**32 - 1}, "98303.0 s off"),
+    ({"delay": 2**32 - 1, "dispersion": 2**32 - 1}, "98304.0 s off"),
 ])
 def test_answers_that_are_refused(fields, words):
     with Rogue(lambda query, n: [ntp_answer(query, **fields)]) as server:
@@ -627,7 +655,7 @@ def test_answers_that_are_refused(fields, words):
 
 
 def test_answers_that_are_taken():
-    for fields in {"flags": 1 << 6 | 3 << 3 | 4}, {"flags": 1 << 3 | 2}, {"stratum": 15}, {"delay": 3 * 2**16}:
+    for fields in {"flags": 1 << 6 | 3 << 3 | 4}, {"flags": 1 << 3 | 2}, {"stratum": 15}, {"delay": 3 << 16}:
         with Rogue(lambda query, n: [ntp_answer(query, **fields) + bytes(20 * (n % 2))]) as server:
             assert abs(offset_ns(ask("sntpclock", server.port))) < 50 * 10**6
 
@@ -637,14 +665,14 @@ def test_kiss_of_death():
         with Rogue(lambda query, n: [ntp_answer(query, stratum=0, refid=word, flags=0xe4)]) as server:
             done = ask("sntpclock", server.port)
         assert (done.returncode, done.stdout) == (111, b"") and len(server.queries) == 1
-        assert done.stderr.endswith("unable to get the time from 127.0.0.1: kiss-o'-death %s\n" % word.decode())
+        assert done.stderr.endswith("get the time from 127.0.0.1: kiss-o'-death %s\n" % word.decode())
 
         def later(query, n):
             return [ntp_answer(query) if n < 3 else ntp_answer(query, stratum=0, refid=word)]
         with Rogue(later) as server:
             done = ask("sntpclock", server.port)
         assert len(server.queries) == 3
-        assert done.returncode == (0 if word == b"RATE" else 111), "what came before RATE is good, others are not wanted"
+        assert done.returncode == (0 if word == b"RATE" else 111), "what came before a RATE is good"
 
 
 def test_eras():
@@ -657,7 +685,8 @@ def test_eras():
     query = SNTP.make_query()
     packet = ntp_answer(query, receive=2**64 - 2**31, transmit=2**31)
     found = SNTP.decode_answer(query, packet, SNTP.RELEASE_SEC)
-    assert (found.received_ns - 1, found.sent_ns) == (era1_sec * 10**9 - 5 * 10**8, era1_sec * 10**9 + 5 * 10**8)
+    assert found.received_ns - 1 == era1_sec * 10**9 - 5 * 10**8
+    assert found.sent_ns == era1_sec * 10**9 + 5 * 10**8
     off_ns = (era1_sec + 10**6) * 10**9 - time.time_ns()
     with Rogue(lambda query, n: [ntp_answer(query, off_ns)]) as server:
         assert abs(offset_ns(ask("sntpclock", server.port, "-l", 0)) - off_ns) < 50 * 10**6
@@ -689,6 +718,7 @@ KEYS = """# keys, as chronyc keygen and people write them
 5 SHA512 HEX:000102030405060708090a0b0c0d0e0f101112131415161718
 6 AES128 HEX:000102030405060708090a0b0c0d0e0f
 7 without-a-type
+8
 """
 
 
@@ -707,8 +737,8 @@ def test_authentication_with_a_real_chronyd(tmp_path):
             assert (done.returncode, done.stdout) == (111, b"")
         done = ask("sntpclock", server.port, "-k", keys, "-K", 6)
         assert done.returncode == 111 and "it is of type AES128, and only MD5, SHA1" in done.stderr
-        done = ask("sntpclock", server.port, "-k", keys, "-K", 8)
-        assert done.returncode == 111 and "unable to take key 8 from %s: it is not there" % keys in done.stderr
+        done = ask("sntpclock", server.port, "-k", keys, "-K", 9)
+        assert done.returncode == 111 and "unable to take key 9 from %s: it is not there" % keys in done.stderr
         keys.chmod(0o604)
         done = ask("sntpclock", server.port, "-k", keys, "-K", 1)
         assert done.returncode == 111 and "others can read" in done.stderr
@@ -746,7 +776,10 @@ def test_keys_need_both_options():
 
 def test_kisses_are_remembered_across_runs(tmp_path):
     path, words = tmp_path / "kisses", []
-    with Rogue(lambda query, n: [ntp_answer(query, stratum=0, refid=words[-1]) if words else ntp_answer(query)]) as server:
+
+    def answer(query, n):
+        return [ntp_answer(query, stratum=0, refid=words[-1]) if words else ntp_answer(query)]
+    with Rogue(answer) as server:
         def ask_again():
             before = len(server.queries)
             return ask("sntpclock", server.port, "-s", tmp_path), len(server.queries) - before
@@ -891,7 +924,8 @@ def test_https_confirms_the_time(tmp_path):
 def test_certificates_are_judged_by_the_time_measured_not_by_this_clock(tmp_path):
     """The clock is 5000 days slow: a certificate of then is good, one that is good by this clock is not."""
     for number, (valid, authority_valid, good) in enumerate((
-            ((2038, 2045), (2037, 2060), True), ((2020, 2035), (2020, 2060), False), ((2038, 2045), (2020, 2035), False))):
+            ((2038, 2045), (2037, 2060), True), ((2020, 2035), (2020, 2060), False),
+            ((2038, 2045), (2020, 2035), False))):
         home = tmp_path / str(number)
         home.mkdir()
         with Rogue(lambda query, n: [ntp_answer(query, DAYS_5000_NS)]) as server, \
@@ -900,7 +934,8 @@ def test_certificates_are_judged_by_the_time_measured_not_by_this_clock(tmp_path
         if good:
             assert abs(offset_ns(done) - DAYS_5000_NS) < 50 * 10**6
         elif number == 1 or sys.version_info >= (3, 10):  # before, an authority's dates can't be seen
-            assert (done.returncode, done.stdout) == (111, b"") and "certificate is not valid at the time" in done.stderr
+            assert (done.returncode, done.stdout) == (111, b"")
+            assert "certificate is not valid at the time" in done.stderr
 
 
 # ==== taiclock ======================================================================================
@@ -911,7 +946,8 @@ def test_labels():
     for unix_sec, label in ((1483228799, "40000000586846a3"), (1483228800, "40000000586846a5")):
         found = TAI.decode_answer(query, b"stai" + bytes.fromhex(label) + bytes(8) + query[20:])
         assert found.received_ns == found.sent_ns == TAI.to_tai(unix_sec * 10**9, TAI_ROWS)
-    found = TAI.decode_answer(query, b"stai" + bytes.fromhex("40000000586846a3") + b"\0\0\0\5\0\0\0\1" + query[20:])
+    label = bytes.fromhex("40000000586846a3" "00000005" "00000001")
+    found = TAI.decode_answer(query, b"stai" + label + query[20:])
     assert found.received_ns - found.sent_ns == 1, "a bound has to allow for the attosecond"
 
 
@@ -948,7 +984,8 @@ def test_taiclock_asks_taiclockd(address):
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as free:
         free.bind((address, 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([path_of("taiclockd"), "-i", address, "-p", str(port)], env=dict(UTC_ENV, **QUIET_ENV))
+    server = subprocess.Popen([path_of("taiclockd"), "-i", address, "-p", str(port)],
+                              env=dict(UTC_ENV, **QUIET_ENV))
     try:
         for _ in range(50):
             done = ask("taiclock", port, "-v", 2, hosts=[address])
