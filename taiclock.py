@@ -385,15 +385,19 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
         asked[server.socket.fileno()] = server
     end_ns = time.monotonic_ns() + settings.total_ns
     while True:
+        satisfied = any(server.exchanges and not (server.current or server.left)
+                        for server in asked.values())
         for server in asked.values():
+            if satisfied and not server.exchanges and not server.current:
+                server.left = 0  # it has been silent, and another has told all: one timeout is enough
             server.act(make_query, clocks, end_ns)
         due_ns = [server.due_ns for server in asked.values() if server.current or server.left]
         if not due_ns:
             break
         wait_ns = min(min(due_ns), end_ns) - time.monotonic_ns()
-        ready = poller.poll(max(-(-wait_ns // 10**6), 0))
+        found = poller.poll(max(-(-wait_ns // 10**6), 0))
         received = clocks()
-        for descriptor, events in ready:
+        for descriptor, events in found:
             asked[descriptor].receive(events, received, decode)
     for server in asked.values():
         server.collect_sent_stamps()
