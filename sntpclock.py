@@ -37,6 +37,14 @@ OPTIONS
     -k file     chrony's key file, which others must not be able to read
     -K id       accept only answers authenticated with that key of it: MD5, SHA1, SHA256,
                 SHA384 or SHA512
+    -s dir      keep in dir/kisses which servers asked not to be asked (the kiss-o'-death of
+                NTP) and until when, and obey it: RATE is 1024 s, DENY and RSTR are a day,
+                twice as long each next time up to 30 days
+    -c url      https://host/...; may be given several times.  At least one of these servers
+                must confirm the result by the Date in its answer, and none contradict it,
+                else it is refused, -f or not.  TLS is verified, but for the time: whether the
+                certificates are valid is judged by the time measured, not by this clock
+                (Python before 3.10 does not show those of the authorities, only the host's)
     -v n        0 fatal errors only; 1 warnings too; 2 a line for each server too, with offset,
                 bound, delay, stratum and reference id, and one for the result (1)
 
@@ -44,6 +52,11 @@ ENVIRONMENT
     CLOCK_SCALE  what the system clock counts: utc, or tai (the right/ time zones);
                  without it the time zone tells
     LEAPSECS     a leap second table to use before the system's own
+    SSL_CERT_FILE, SSL_CERT_DIR  the authorities to trust for -c, instead of the system's
+
+FILES
+    dir/kisses   of -s: a line for each server, with its address, until which Unix second it
+                 is not to be asked, the seconds of that rest, and the word
 
 EXIT STATUS
     0 measured; 100 wrong usage; 111 no usable answer, refused, or a system error
@@ -52,7 +65,6 @@ SEE ALSO
     taiclock, clockview, clockadd, clockspeed, clockctl
 """
 import collections
-import getopt
 import os
 import select
 import socket
@@ -62,7 +74,7 @@ import time
 
 PROGRAM = "sntpclock"
 USAGE = "sntpclock [-46f] [-r exchanges] [-t ms] [-T ms] [-h ms] [-e ms] [-l days] [-p port] [-v n] " \
-        "[-k file -K id] host..."
+        "[-k file -K id] [-s dir] [-c url]... host..."
 
 # ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
 # An adjustment is real time minus system clock.  A label is an absolute TAI time.  Both are
@@ -194,7 +206,8 @@ SO_TIMESTAMPNS, SO_TIMESTAMPING = 35, 37
 TX_SOFTWARE, RX_SOFTWARE, REPORT_SOFTWARE = 2, 8, 16
 TIMESPEC = struct.Struct("@ll")
 
-Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about")  # T2, T3, to the true time
+# T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it.
+Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about")
 
 
 class Dismissed(Exception):
@@ -229,7 +242,7 @@ def enable_kernel_stamps(sock):
 def kernel_stamp(ancillary):
     """What recvmsg() got beside a packet -> the kernel's stamp of it, in ns of the system clock, or None."""
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind in (SO_TIMESTAMPNS, SO_TIMESTAMPING) and len(data) >= TIMESPEC.size:
+        if level == socket.SOL_SOCKET and kind in (SO_TIMESTAMPNS, SO_TIMESTAMPING):
             sec, nano = TIMESPEC.unpack_from(data)
             return sec * 10**9 + nano or None  # zero: this packet has none
     return None
@@ -247,7 +260,7 @@ def is_near(family, address):
 
 
 class Exchange:
-    """A query, its answer, and when it left and that came: by us with the counter, by the kernel if it did."""
+    """A query and its answer, and when each passed: by us, with the counter, and by the kernel if it told."""
 
     def __init__(self, query, sent):
         self.query, self.sent, self.kernel_sent = query, sent, None
@@ -269,15 +282,14 @@ class Exchange:
 class Server:
     """One address and the exchanges with it; `due_ns`, by time.monotonic_ns(), is when to act again."""
 
-    def __init__(self, name, family, address):
-        self.name, self.family, self.address = name, family, address
-        self.exchanges, self.current, self.left, self.due_ns, self.dismissed = [], None, 0, 0, None
-
-    def connect(self, settings, clocks):
-        near = is_near(self.family, self.address[0])
+    def __init__(self, name, settings, family, address):
+        self.name, self.settings, self.family, self.address = name, settings, family, address
+        self.exchanges, self.current, self.due_ns, self.dismissed = [], None, 0, None
+        near = is_near(family, address[0])
         self.left = (10 if near else 4) if settings.exchanges is None else settings.exchanges
         self.pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
-        self.settings, self.clocks = settings, clocks
+
+    def connect(self):
         self.socket = socket.socket(self.family, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
         enable_kernel_stamps(self.socket)
@@ -289,7 +301,7 @@ class Server:
     def ended(self):
         self.current, self.due_ns = None, time.monotonic_ns() + self.pause_ns
 
-    def act(self, make_query, end_ns):
+    def act(self, make_query, clocks, end_ns):
         """What is due: to give up the exchange, to begin the next."""
         now_ns = time.monotonic_ns()
         if now_ns < self.due_ns:
@@ -303,7 +315,7 @@ class Server:
             self.left -= 1
             self.due_ns = min(now_ns + self.settings.wait_ns, end_ns)
             query = make_query()
-            self.current = Exchange(query, self.clocks())
+            self.current = Exchange(query, clocks())
             try:
                 self.socket.send(query)
             except OSError as err:
@@ -326,7 +338,7 @@ class Server:
         """One datagram at most: `received` tells only of the first that it can't have come later."""
         self.collect_sent_stamps()
         try:
-            if not events & select.POLLIN:
+            if not events & select.POLLIN:  # an ICMP error, or nothing but a stamp
                 error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error:
                     raise OSError(error, os.strerror(error))
@@ -365,8 +377,10 @@ def find_servers(hosts, settings):
             continue
         for family, _, _, _, address in found[:MOST_ADDRESSES]:
             name = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+            if host not in (name, "0"):
+                name = "%s (%s)" % (host, name)
             if (family, address) not in [(server.family, server.address) for server in servers]:
-                servers.append(Server(name if host in (name, "0") else "%s (%s)" % (host, name), family, address))
+                servers.append(Server(name, settings, family, address))
     if not servers:
         raise troubles[0][1]
     for host, err in troubles:
@@ -383,7 +397,7 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
     poller, asked = select.poll(), {}
     for server in servers:
         try:
-            server.connect(settings, clocks)
+            server.connect()
         except OSError as err:  # no route, as to IPv6 from where there is none
             server.failed(reason(err))
             continue
@@ -391,15 +405,19 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
         asked[server.socket.fileno()] = server
     end_ns = time.monotonic_ns() + settings.total_ns
     while True:
+        satisfied = any(server.exchanges and not (server.current or server.left)
+                        for server in asked.values())
         for server in asked.values():
-            server.act(make_query, end_ns)
+            if satisfied and not server.exchanges and not server.current:
+                server.left = 0  # it has been silent, and another has told all: one timeout is enough
+            server.act(make_query, clocks, end_ns)
         due_ns = [server.due_ns for server in asked.values() if server.current or server.left]
         if not due_ns:
             break
         wait_ns = min(min(due_ns), end_ns) - time.monotonic_ns()
-        ready = poller.poll(max(-(-wait_ns // 10**6), 0))
+        found = poller.poll(max(-(-wait_ns // 10**6), 0))
         received = clocks()
-        for descriptor, events in ready:
+        for descriptor, events in found:
             asked[descriptor].receive(events, received, decode)
     for server in asked.values():
         server.collect_sent_stamps()
@@ -457,54 +475,80 @@ def describe(range_ns):
     return "offset %+.9f s, bound %.9f s" % (sum(range_ns) / 2e9, (range_ns[1] - range_ns[0]) / 2e9)
 
 
-def conclude(servers, settings, end, local):
-    """-> (least, most) of the offset; ValueError when that can't be told well enough."""
-    ranges, voters = [], []
-    for server in servers:
-        if not server.exchanges:
-            continue
-        try:
-            least, most, agree = combine([offset_range(exchange, end, local) for exchange in server.exchanges])
-        except ValueError:
-            server.failed("its answers took longer than we waited for them")
-            continue
-        if not agree:
-            settings.warn("%s: the exchanges contradict each other, was a clock set? "
-                          "Taking those of least delay" % server.name)
-        answer = server.exchanges[-1].answer
-        if settings.verbosity >= 2:
-            delay_ns = min(t1[0] - t0[0] - (exchange.answer.sent_ns - exchange.answer.received_ns)
-                           for exchange in server.exchanges for t0, t1 in [exchange.stamps()])
-            complain("info", "%s: %s, delay %.9f s%s"
-                     % (server.name, describe((least, most)), delay_ns / 1e9, answer.about))
-        if settings.limit_ns and abs(least + most) > 2 * settings.limit_ns and not settings.force:
-            server.failed("its time is %.1f days away" % (abs(least + most) / 2 / 86400e9))
-            continue
-        ranges.append((least, most))
-        voters.append((server, answer.distance_ns))
-    if not ranges:
-        dismissed = [server.dismissed for server in servers if server.dismissed]
-        raise ValueError(dismissed[0] if dismissed else "time uncertainty too large")
-    if len(ranges) > 1:  # good servers still differ, by as much as each may be off
-        ranges = [(lo - distance_ns, hi + distance_ns) for (lo, hi), (_, distance_ns) in zip(ranges, voters)]
-    least, most, votes = agreement(ranges)
-    if 2 * votes <= len(ranges):
-        raise ValueError("no majority of the servers agrees")
-    for (lo, hi), (server, _) in zip(ranges, voters):
-        if hi < least or lo > most:
-            settings.warn("%s is a falseticker: %s" % (server.name, describe((lo, hi))))
+def weigh(server, settings, end, local):
+    """One server's exchanges -> (least, most) of the offset, or None when they are not to be used."""
+    if not server.exchanges:
+        return None
+    try:
+        least, most, agree = combine([offset_range(exchange, end, local) for exchange in server.exchanges])
+    except ValueError:
+        server.failed("it says that its answers took longer than we waited for them")
+        return None
+    if not agree:
+        settings.warn("%s: the exchanges contradict each other, taking those of least delay; was a clock set?"
+                      % server.name)
     if settings.verbosity >= 2:
-        complain("info", "result: " + describe((least, most)))
-    if settings.most_error_ns is not None and most - least > 2 * settings.most_error_ns and not settings.force:
-        raise ValueError("time uncertainty too large, %.6f s" % ((most - least) / 2e9))
+        delays_ns = [t1 - t0 - (exchange.answer.sent_ns - exchange.answer.received_ns)
+                     for exchange in server.exchanges for (t0, _), (t1, _) in [exchange.stamps()]]
+        about = server.exchanges[-1].answer.about
+        complain("info", "%s: %s, delay %.9f s%s"
+                 % (server.name, describe((least, most)), min(delays_ns) / 1e9, about))
+    if settings.limit_ns and abs(least + most) > 2 * settings.limit_ns and not settings.force:
+        server.failed("its time is %.1f days away" % (abs(least + most) / 2 / 86400e9))
+        return None
     return least, most
 
 
+def conclude(servers, settings, end, local):
+    """-> (least, most) of the offset; ValueError when that can't be told well enough."""
+    found = [(server, weigh(server, settings, end, local)) for server in servers]
+    found = [(server, range_ns) for server, range_ns in found if range_ns]
+    if not found:
+        dismissed = [server.dismissed for server in servers if server.dismissed]
+        raise ValueError(dismissed[0] if dismissed else "time uncertainty too large")
+    if len(found) > 1:  # good servers still differ, by as much as each may be off true time
+        distances_ns = [server.exchanges[-1].answer.distance_ns for server, _ in found]
+        found = [(server, (lo - distance_ns, hi + distance_ns))
+                 for (server, (lo, hi)), distance_ns in zip(found, distances_ns)]
+    least, most, votes = agreement([range_ns for _, range_ns in found])
+    if 2 * votes <= len(found):
+        raise ValueError("no majority of the servers agrees")
+    for server, (lo, hi) in found:
+        if hi < least or most < lo:
+            settings.warn("%s is a falseticker: %s" % (server.name, describe((lo, hi))))
+    if settings.verbosity >= 2:
+        complain("info", "result: " + describe((least, most)))
+    bound_ns = (most - least) / 2
+    if settings.most_error_ns is not None and bound_ns > settings.most_error_ns and not settings.force:
+        raise ValueError("time uncertainty too large, %.6f s" % (bound_ns / 1e9))
+    return least, most
+
+
+def split_options(words, letters):
+    """getopt.getopt(words, letters, ["help"]), which would load half a megabyte to translate its errors."""
+    options, words = [], list(words)
+    while words and words[0].startswith("-") and words[0] != "-":
+        word = words.pop(0)
+        letter, rest = word[1], word[2:]
+        if word == "--":
+            break
+        if word == "--help":
+            options.append((word, ""))
+        elif letter + ":" in letters and (rest or words):
+            options.append(("-" + letter, rest or words.pop(0)))
+        elif letter in letters.replace(":", "") and letter + ":" not in letters:
+            options.append(("-" + letter, ""))
+            words[:0] = ["-" + rest] * bool(rest)
+        else:
+            raise ValueError
+    return options, words
+
+
 class Settings:
-    """The command line; GetoptError, ValueError or OverflowError when it is wrong."""
+    """The command line; ValueError or OverflowError when it is wrong."""
 
     def __init__(self, words, port, letters=""):
-        self.options, self.hosts = getopt.getopt(words, LETTERS + letters, ["help"])
+        self.options, self.hosts = split_options(words, LETTERS + letters)
         options = dict(self.options)
 
         def number(letter, default, unit=1, least=0):
@@ -537,7 +581,14 @@ NTP = struct.Struct(">BBbbII4sQQQQ")
 MAC_BYTES = 20  # of a digest: NTPv4 cuts longer ones, which could be taken for extension fields
 KEY_TYPES = ("MD5", "SHA1", "SHA256", "SHA384", "SHA512")
 NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
+<<<<<<< HEAD
 RELEASE_SEC = 1793491200  # 2026-11-01: no answer can be from long before this program
+=======
+RELEASE_SEC = 1795305600  # 2026-11-22: no answer can be from long before this program
+REST_SEC = {"RATE": 1024, "DENY": 86400, "RSTR": 86400}  # after a kiss-o'-death, twice as long after the next
+MOST_REST_SEC = 30 * 86400
+NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which ssl has no name
+>>>>>>> clients
 MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
 
 
@@ -554,7 +605,7 @@ def stamp_ns(stamp, pivot_sec):
 
 
 def decode_answer(query, packet, pivot_sec, authentic=None):
-    """-> Answer in UTC as Unix counts it, None when that is no answer to the query; else what is wrong with it.
+    """-> Answer in UTC as Unix counts it, None when that is no answer to this query; ValueError, Dismissed.
     authentic(packet) tells whether its MAC is right."""
     if len(packet) < NTP.size:
         return None
@@ -568,7 +619,7 @@ def decode_answer(query, packet, pivot_sec, authentic=None):
         raise ValueError("answer of mode %d, version %d" % (mode, version))
     if stratum == 0:
         word = "".join(chr(byte) if 32 < byte < 127 else "?" for byte in reference.rstrip(b"\0"))
-        if word in ("RATE", "DENY", "RSTR"):
+        if word in REST_SEC:
             raise Dismissed("kiss-o'-death " + word, word == "RATE")
         raise ValueError("stratum 0, %s" % word)
     if leap == 3 or stratum > 15:
@@ -578,10 +629,11 @@ def decode_answer(query, packet, pivot_sec, authentic=None):
     distance_ns = (delay // 2 + dispersion) * 10**9 >> 16
     if distance_ns > MOST_DISTANCE_NS:
         raise ValueError("the server is up to %.1f s off" % (distance_ns / 1e9))
-    received_ns, sent_ns = stamp_ns(received, pivot_sec) + 1, stamp_ns(sent, pivot_sec)  # each to the safe side
-    if sent_ns + 1 < received_ns:
+    received_ns, sent_ns = stamp_ns(received, pivot_sec), stamp_ns(sent, pivot_sec)
+    if sent_ns < received_ns:
         raise ValueError("answer sent before the query came")
-    return Answer(received_ns, sent_ns, distance_ns, ", stratum %d, reference %s" % (stratum, reference.hex()))
+    about = ", stratum %d, reference %s" % (stratum, reference.hex())
+    return Answer(received_ns + 1, sent_ns, distance_ns, about)  # both rounded to the safe side
 
 
 def read_key(path, ident):
@@ -589,17 +641,17 @@ def read_key(path, ident):
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_mode & 0o007:
             raise ValueError("others can read or write it")
-        lines = file.read(10**6).decode("ascii", "replace").splitlines()
+        lines = file.read(10**6).decode("latin-1").splitlines()
     for line in lines:
         words = line.split()
-        if not words or words[0] != str(ident):  # which also skips comments
+        if len(words) not in (2, 3) or words[0] != str(ident):  # a comment, another key
             continue
-        kind, key = words[1:] if len(words) == 3 else ["MD5"] + words[1:]
+        kind, key = words[1:] if len(words) == 3 else ("MD5", words[1])
         if kind not in KEY_TYPES:
             raise ValueError("it is of type %s, and only %s will do" % (kind, ", ".join(KEY_TYPES)))
         if key.startswith("HEX:"):
             return kind, bytes.fromhex(key[4:])
-        return kind, key[6 if key.startswith("ASCII:") else 0:].encode()
+        return kind, key[6 if key.startswith("ASCII:") else 0:].encode("latin-1")
     raise ValueError("it is not there")
 
 
@@ -620,14 +672,136 @@ class Signer:
         return hmac.compare_digest(packet[NTP.size:], self.mac(packet[:NTP.size]))
 
 
+class Kisses:
+    """The file of the servers that are not to be asked; it survives us, for a supervisor starts the next.
+    `known` is {address: (until Unix second, seconds of rest, word)}."""
+
+    def __init__(self, folder):
+        self.path, self.known = os.path.join(folder, "kisses"), {}
+        try:
+            with open(self.path) as file:
+                for line in file:
+                    address, until_sec, rest_sec, word = line.split()
+                    self.known[address] = int(until_sec), int(rest_sec), word
+        except (FileNotFoundError, ValueError):  # a damaged line ends it
+            pass
+
+    def awake(self, servers, now_sec):
+        """Those that may be asked; ValueError when none may."""
+        awake = []
+        for server in servers:
+            until_sec, rest_sec, word = self.known.get(server.address[0], (0, 0, ""))
+            if now_sec < until_sec <= now_sec + rest_sec:  # else it is over, or the clock was set back
+                why = "kiss-o'-death %s, not to be asked for another %d s" % (word, until_sec - now_sec)
+                server.failed(why)
+            else:
+                awake.append(server)
+        if not awake:
+            raise ValueError(why)
+        return awake
+
+    def remember(self, servers, settings, now_sec):
+        """Those that were asked; the file is replaced whole."""
+        before = dict(self.known)
+        for server in servers:
+            address = server.address[0]
+            if server.dismissed:
+                word = server.dismissed.split()[-1]
+                _, rest_sec, _ = self.known.get(address, (0, REST_SEC[word] // 2, word))
+                rest_sec = min(2 * rest_sec, MOST_REST_SEC)
+                self.known[address] = now_sec + rest_sec, rest_sec, word
+            elif server.exchanges:
+                self.known.pop(address, None)
+        if self.known == before:
+            return
+        try:
+            with open(self.path + ".tmp", "w") as file:
+                for address, kiss in self.known.items():
+                    file.write("%s %d %d %s\n" % (address, *kiss))
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(self.path + ".tmp", self.path)
+        except OSError as err:
+            settings.warn("unable to write %s: %s" % (self.path, reason(err)))
+
+
+def ask_https(url, timeout_sec, now_ns=time.time_ns):
+    """-> (Unix second of its Date, our clock before and after in ns, [(from, to) of each certificate]).
+
+    The certificates are verified but for their time, which the result has to judge.  OSError, ValueError.
+    """
+    import re
+    import ssl
+    parts = re.fullmatch(r"https://(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z.-]+))(?::(\d{1,5}))?(/[!-~]*|)", url)
+    if not parts:
+        raise ValueError("not a https:// address")
+    host = parts.group(1) or parts.group(2)
+    context = ssl.create_default_context()
+    context.verify_flags |= NO_CHECK_TIME
+    end_sec = time.monotonic() + timeout_sec
+    with socket.create_connection((host, int(parts.group(3) or 443)), timeout_sec) as plain, \
+            context.wrap_socket(plain, server_hostname=host) as tls:
+        before_ns = now_ns()
+        tls.sendall(("HEAD %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
+                     % (parts.group(4) or "/", url.split("/")[2])).encode())
+        header = b""
+        while b"\r\n\r\n" not in header and len(header) < 65536:
+            tls.settimeout(max(end_sec - time.monotonic(), 0.001))
+            more = tls.recv(65536)
+            if not more:
+                break
+            header += more
+        after_ns = now_ns()
+        try:  # the authorities' too; no public name for it before Python 3.13
+            certificates = [certificate.get_info() for certificate in tls._sslobj.get_verified_chain()]
+        except AttributeError:  # before Python 3.10
+            certificates = [tls.getpeercert()]
+    for line in header.decode("latin-1").split("\r\n"):
+        if line.lower().startswith("date:"):
+            _, day, month, year, clock, zone = line[5:].split()  # Sun, 22 Nov 2026 16:20:42 GMT
+            date_sec = ssl.cert_time_to_seconds("%s %s %s %s %s" % (month, day, clock, year, zone))
+            return date_sec, before_ns, after_ns, [tuple(map(ssl.cert_time_to_seconds, (
+                certificate["notBefore"], certificate["notAfter"]))) for certificate in certificates]
+    raise ValueError("answer without a Date")
+
+
+def disagreement(offset_range_ns, answer, utc):
+    """What is wrong with the offset, by an ask_https() answer, or None; utc() makes Unix time of our clock
+    and an offset."""
+    date_sec, before_ns, after_ns, validities = answer
+    least_ns, most_ns = utc(before_ns, offset_range_ns[0]), utc(after_ns, offset_range_ns[1])
+    if most_ns < date_sec * 10**9 or (date_sec + 1) * 10**9 <= least_ns:  # a Date is true for a second
+        return "it is %+.0f s from what was measured" % (date_sec + 0.5 - (least_ns + most_ns) / 2e9)
+    if any(most_ns < since * 10**9 or until * 10**9 < least_ns for since, until in validities):
+        return "its certificate is not valid at the time measured"
+    return None
+
+
+def confirm(urls, offset_range_ns, settings, utc):
+    """ValueError unless one of the HTTPS servers confirms the offset and none of them contradicts it."""
+    confirmed = False
+    for url in urls:
+        try:
+            answer = ask_https(url, settings.total_ns / 1e9)
+        except (OSError, ValueError) as err:
+            settings.warn("unable to ask %s: %s" % (url, reason(err)))
+            continue
+        contradiction = disagreement(offset_range_ns, answer, utc)
+        if contradiction:
+            raise ValueError("%s contradicts: %s" % (url, contradiction))
+        confirmed = True
+    if urls and not confirmed:
+        raise ValueError("no HTTPS server confirms it")
+
+
 def main(argv):
     try:
-        settings = Settings(argv[1:], 123, "k:K:")
+        settings = Settings(argv[1:], 123, "c:k:K:s:")
         options = dict(settings.options)
         ident = int(options.get("-K", 0))
         if ("-k" in options) is not (ident > 0) or not 0 <= ident < 2**32:
             raise ValueError
-    except (getopt.GetoptError, OverflowError, ValueError):
+    except (OverflowError, ValueError):
         complain("usage", USAGE)
         return 100
     try:
@@ -638,12 +812,15 @@ def main(argv):
         doing = "read leap seconds"
         leap_rows, expiry, _ = read_leap_table()
         clock_rows = clock_table(leap_rows)
-        if expiry and expiry < time.time() and clock_rows is not leap_rows:
+        if clock_rows is not leap_rows and expiry and expiry < time.time():  # on the utc scale they cancel
             settings.warn("the leap second table has expired")
-        signer = None
+        signer = kisses = None
         if ident:
             doing = "take key %d from %s" % (ident, options["-k"])
             signer = Signer(ident, *read_key(options["-k"], ident))
+        if "-s" in options:
+            doing = "read %s/kisses" % options["-s"]
+            kisses = Kisses(options["-s"])
 
         def query():
             message = make_query()
@@ -654,11 +831,20 @@ def main(argv):
             answer = decode_answer(query, packet, pivot_sec, signer and signer.authentic)
             return answer and answer._replace(received_ns=to_tai(answer.received_ns, leap_rows),
                                               sent_ns=to_tai(answer.sent_ns, leap_rows))
+
+        def local(clock_ns):
+            return to_tai(clock_ns, clock_rows)
         doing = "find " + ", ".join(settings.hosts)
         servers = find_servers(settings.hosts, settings)
         doing = "get the time from " + ", ".join(settings.hosts)
+        if kisses:
+            servers = kisses.awake(servers, int(time.time()))
         end = ask(servers, settings, query, decode)
-        offset_range_ns = conclude(servers, settings, end, lambda clock_ns: to_tai(clock_ns, clock_rows))
+        if kisses:
+            kisses.remember(servers, settings, int(time.time()))
+        offset_range_ns = conclude(servers, settings, end, local)
+        confirm([value for letter, value in settings.options if letter == "-c"], offset_range_ns, settings,
+                lambda clock_ns, offset_ns: from_tai(local(clock_ns) + offset_ns, leap_rows))
         packet = pack(sum(offset_range_ns) * 10**9 // 2)
         doing = "write output"
         emit(packet)

@@ -46,7 +46,6 @@ SEE ALSO
     taiclockd, sntpclock, clockview, clockadd, clockspeed, clockctl
 """
 import collections
-import getopt
 import os
 import select
 import socket
@@ -187,7 +186,8 @@ SO_TIMESTAMPNS, SO_TIMESTAMPING = 35, 37
 TX_SOFTWARE, RX_SOFTWARE, REPORT_SOFTWARE = 2, 8, 16
 TIMESPEC = struct.Struct("@ll")
 
-Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about")  # T2, T3, to the true time
+# T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it.
+Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about")
 
 
 class Dismissed(Exception):
@@ -222,7 +222,7 @@ def enable_kernel_stamps(sock):
 def kernel_stamp(ancillary):
     """What recvmsg() got beside a packet -> the kernel's stamp of it, in ns of the system clock, or None."""
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind in (SO_TIMESTAMPNS, SO_TIMESTAMPING) and len(data) >= TIMESPEC.size:
+        if level == socket.SOL_SOCKET and kind in (SO_TIMESTAMPNS, SO_TIMESTAMPING):
             sec, nano = TIMESPEC.unpack_from(data)
             return sec * 10**9 + nano or None  # zero: this packet has none
     return None
@@ -240,7 +240,7 @@ def is_near(family, address):
 
 
 class Exchange:
-    """A query, its answer, and when it left and that came: by us with the counter, by the kernel if it did."""
+    """A query and its answer, and when each passed: by us, with the counter, and by the kernel if it told."""
 
     def __init__(self, query, sent):
         self.query, self.sent, self.kernel_sent = query, sent, None
@@ -262,15 +262,14 @@ class Exchange:
 class Server:
     """One address and the exchanges with it; `due_ns`, by time.monotonic_ns(), is when to act again."""
 
-    def __init__(self, name, family, address):
-        self.name, self.family, self.address = name, family, address
-        self.exchanges, self.current, self.left, self.due_ns, self.dismissed = [], None, 0, 0, None
-
-    def connect(self, settings, clocks):
-        near = is_near(self.family, self.address[0])
+    def __init__(self, name, settings, family, address):
+        self.name, self.settings, self.family, self.address = name, settings, family, address
+        self.exchanges, self.current, self.due_ns, self.dismissed = [], None, 0, None
+        near = is_near(family, address[0])
         self.left = (10 if near else 4) if settings.exchanges is None else settings.exchanges
         self.pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
-        self.settings, self.clocks = settings, clocks
+
+    def connect(self):
         self.socket = socket.socket(self.family, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
         enable_kernel_stamps(self.socket)
@@ -282,7 +281,7 @@ class Server:
     def ended(self):
         self.current, self.due_ns = None, time.monotonic_ns() + self.pause_ns
 
-    def act(self, make_query, end_ns):
+    def act(self, make_query, clocks, end_ns):
         """What is due: to give up the exchange, to begin the next."""
         now_ns = time.monotonic_ns()
         if now_ns < self.due_ns:
@@ -296,7 +295,7 @@ class Server:
             self.left -= 1
             self.due_ns = min(now_ns + self.settings.wait_ns, end_ns)
             query = make_query()
-            self.current = Exchange(query, self.clocks())
+            self.current = Exchange(query, clocks())
             try:
                 self.socket.send(query)
             except OSError as err:
@@ -319,7 +318,7 @@ class Server:
         """One datagram at most: `received` tells only of the first that it can't have come later."""
         self.collect_sent_stamps()
         try:
-            if not events & select.POLLIN:
+            if not events & select.POLLIN:  # an ICMP error, or nothing but a stamp
                 error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error:
                     raise OSError(error, os.strerror(error))
@@ -358,8 +357,10 @@ def find_servers(hosts, settings):
             continue
         for family, _, _, _, address in found[:MOST_ADDRESSES]:
             name = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+            if host not in (name, "0"):
+                name = "%s (%s)" % (host, name)
             if (family, address) not in [(server.family, server.address) for server in servers]:
-                servers.append(Server(name if host in (name, "0") else "%s (%s)" % (host, name), family, address))
+                servers.append(Server(name, settings, family, address))
     if not servers:
         raise troubles[0][1]
     for host, err in troubles:
@@ -376,7 +377,7 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
     poller, asked = select.poll(), {}
     for server in servers:
         try:
-            server.connect(settings, clocks)
+            server.connect()
         except OSError as err:  # no route, as to IPv6 from where there is none
             server.failed(reason(err))
             continue
@@ -384,15 +385,19 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
         asked[server.socket.fileno()] = server
     end_ns = time.monotonic_ns() + settings.total_ns
     while True:
+        satisfied = any(server.exchanges and not (server.current or server.left)
+                        for server in asked.values())
         for server in asked.values():
-            server.act(make_query, end_ns)
+            if satisfied and not server.exchanges and not server.current:
+                server.left = 0  # it has been silent, and another has told all: one timeout is enough
+            server.act(make_query, clocks, end_ns)
         due_ns = [server.due_ns for server in asked.values() if server.current or server.left]
         if not due_ns:
             break
         wait_ns = min(min(due_ns), end_ns) - time.monotonic_ns()
-        ready = poller.poll(max(-(-wait_ns // 10**6), 0))
+        found = poller.poll(max(-(-wait_ns // 10**6), 0))
         received = clocks()
-        for descriptor, events in ready:
+        for descriptor, events in found:
             asked[descriptor].receive(events, received, decode)
     for server in asked.values():
         server.collect_sent_stamps()
@@ -450,54 +455,80 @@ def describe(range_ns):
     return "offset %+.9f s, bound %.9f s" % (sum(range_ns) / 2e9, (range_ns[1] - range_ns[0]) / 2e9)
 
 
-def conclude(servers, settings, end, local):
-    """-> (least, most) of the offset; ValueError when that can't be told well enough."""
-    ranges, voters = [], []
-    for server in servers:
-        if not server.exchanges:
-            continue
-        try:
-            least, most, agree = combine([offset_range(exchange, end, local) for exchange in server.exchanges])
-        except ValueError:
-            server.failed("its answers took longer than we waited for them")
-            continue
-        if not agree:
-            settings.warn("%s: the exchanges contradict each other, was a clock set? "
-                          "Taking those of least delay" % server.name)
-        answer = server.exchanges[-1].answer
-        if settings.verbosity >= 2:
-            delay_ns = min(t1[0] - t0[0] - (exchange.answer.sent_ns - exchange.answer.received_ns)
-                           for exchange in server.exchanges for t0, t1 in [exchange.stamps()])
-            complain("info", "%s: %s, delay %.9f s%s"
-                     % (server.name, describe((least, most)), delay_ns / 1e9, answer.about))
-        if settings.limit_ns and abs(least + most) > 2 * settings.limit_ns and not settings.force:
-            server.failed("its time is %.1f days away" % (abs(least + most) / 2 / 86400e9))
-            continue
-        ranges.append((least, most))
-        voters.append((server, answer.distance_ns))
-    if not ranges:
-        dismissed = [server.dismissed for server in servers if server.dismissed]
-        raise ValueError(dismissed[0] if dismissed else "time uncertainty too large")
-    if len(ranges) > 1:  # good servers still differ, by as much as each may be off
-        ranges = [(lo - distance_ns, hi + distance_ns) for (lo, hi), (_, distance_ns) in zip(ranges, voters)]
-    least, most, votes = agreement(ranges)
-    if 2 * votes <= len(ranges):
-        raise ValueError("no majority of the servers agrees")
-    for (lo, hi), (server, _) in zip(ranges, voters):
-        if hi < least or lo > most:
-            settings.warn("%s is a falseticker: %s" % (server.name, describe((lo, hi))))
+def weigh(server, settings, end, local):
+    """One server's exchanges -> (least, most) of the offset, or None when they are not to be used."""
+    if not server.exchanges:
+        return None
+    try:
+        least, most, agree = combine([offset_range(exchange, end, local) for exchange in server.exchanges])
+    except ValueError:
+        server.failed("it says that its answers took longer than we waited for them")
+        return None
+    if not agree:
+        settings.warn("%s: the exchanges contradict each other, taking those of least delay; was a clock set?"
+                      % server.name)
     if settings.verbosity >= 2:
-        complain("info", "result: " + describe((least, most)))
-    if settings.most_error_ns is not None and most - least > 2 * settings.most_error_ns and not settings.force:
-        raise ValueError("time uncertainty too large, %.6f s" % ((most - least) / 2e9))
+        delays_ns = [t1 - t0 - (exchange.answer.sent_ns - exchange.answer.received_ns)
+                     for exchange in server.exchanges for (t0, _), (t1, _) in [exchange.stamps()]]
+        about = server.exchanges[-1].answer.about
+        complain("info", "%s: %s, delay %.9f s%s"
+                 % (server.name, describe((least, most)), min(delays_ns) / 1e9, about))
+    if settings.limit_ns and abs(least + most) > 2 * settings.limit_ns and not settings.force:
+        server.failed("its time is %.1f days away" % (abs(least + most) / 2 / 86400e9))
+        return None
     return least, most
 
 
+def conclude(servers, settings, end, local):
+    """-> (least, most) of the offset; ValueError when that can't be told well enough."""
+    found = [(server, weigh(server, settings, end, local)) for server in servers]
+    found = [(server, range_ns) for server, range_ns in found if range_ns]
+    if not found:
+        dismissed = [server.dismissed for server in servers if server.dismissed]
+        raise ValueError(dismissed[0] if dismissed else "time uncertainty too large")
+    if len(found) > 1:  # good servers still differ, by as much as each may be off true time
+        distances_ns = [server.exchanges[-1].answer.distance_ns for server, _ in found]
+        found = [(server, (lo - distance_ns, hi + distance_ns))
+                 for (server, (lo, hi)), distance_ns in zip(found, distances_ns)]
+    least, most, votes = agreement([range_ns for _, range_ns in found])
+    if 2 * votes <= len(found):
+        raise ValueError("no majority of the servers agrees")
+    for server, (lo, hi) in found:
+        if hi < least or most < lo:
+            settings.warn("%s is a falseticker: %s" % (server.name, describe((lo, hi))))
+    if settings.verbosity >= 2:
+        complain("info", "result: " + describe((least, most)))
+    bound_ns = (most - least) / 2
+    if settings.most_error_ns is not None and bound_ns > settings.most_error_ns and not settings.force:
+        raise ValueError("time uncertainty too large, %.6f s" % (bound_ns / 1e9))
+    return least, most
+
+
+def split_options(words, letters):
+    """getopt.getopt(words, letters, ["help"]), which would load half a megabyte to translate its errors."""
+    options, words = [], list(words)
+    while words and words[0].startswith("-") and words[0] != "-":
+        word = words.pop(0)
+        letter, rest = word[1], word[2:]
+        if word == "--":
+            break
+        if word == "--help":
+            options.append((word, ""))
+        elif letter + ":" in letters and (rest or words):
+            options.append(("-" + letter, rest or words.pop(0)))
+        elif letter in letters.replace(":", "") and letter + ":" not in letters:
+            options.append(("-" + letter, ""))
+            words[:0] = ["-" + rest] * bool(rest)
+        else:
+            raise ValueError
+    return options, words
+
+
 class Settings:
-    """The command line; GetoptError, ValueError or OverflowError when it is wrong."""
+    """The command line; ValueError or OverflowError when it is wrong."""
 
     def __init__(self, words, port, letters=""):
-        self.options, self.hosts = getopt.getopt(words, LETTERS + letters, ["help"])
+        self.options, self.hosts = split_options(words, LETTERS + letters)
         options = dict(self.options)
 
         def number(letter, default, unit=1, least=0):
@@ -546,7 +577,7 @@ def decode_answer(query, packet):
 def main(argv):
     try:
         settings = Settings(argv[1:], 4014)
-    except (getopt.GetoptError, OverflowError, ValueError):
+    except (OverflowError, ValueError):
         complain("usage", USAGE)
         return 100
     try:
@@ -557,7 +588,7 @@ def main(argv):
         doing = "read leap seconds"
         leap_rows, expiry, _ = read_leap_table()
         clock_rows = clock_table(leap_rows)
-        if expiry and expiry < time.time() and clock_rows is leap_rows:
+        if clock_rows is leap_rows and expiry and expiry < time.time():  # on the tai scale none is needed
             settings.warn("the leap second table has expired")
         doing = "find " + ", ".join(settings.hosts)
         servers = find_servers(settings.hosts, settings)
