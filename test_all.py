@@ -64,6 +64,7 @@ import stat
 import struct
 import tempfile
 import time
+import xml.dom.minidom
 
 import pytest
 
@@ -466,7 +467,7 @@ def test_every_command_has_a_help_with_an_example():
 
 @pytest.mark.parametrize("args", [
     ["mark", "x"], ["mark", "--patience"], ["mark", "--patience", "x"], ["wait"], ["wait", "1"],
-    ["wait", "x", "1"], ["wait", "-1", "1"], ["status", "x"], ["metrics", "--output"],
+    ["wait", "x", "1"], ["wait", "-1", "1"], ["status", "x"], ["metrics", "--output"], ["graph", "phase"],
     ["try", "ftp:x"], ["try", "ntp:"], ["try", "a", "b"], ["try", "tai:-f"], ["help", "x"], ["version", "-v"],
     ["nonsense"], []])
 def test_wrong_usage_of_a_command_says_how(host, args):
@@ -737,6 +738,136 @@ def test_metrics_that_can_not_be_written_are_a_clear_line(told, tmp_path):
     done = told(a_status()).clockctl("metrics", "--output", path)
     assert (done.returncode, done.stderr) == (
         111, "clockctl: fatal: unable to write %s: No such file or directory\n" % path)
+
+
+# ==== clockctl: graph ================================================================================
+
+def label(unix_sec):
+    return "@%016x%08x" % (2**62 + 10 + int(unix_sec), int(unix_sec % 1 * 1e9))
+
+
+def mark_line(unix_sec, offset_sec, error_sec=2e-5, rate_ppm=12.5, rate_error_ppm=0.01, outcome="used"):
+    return "%s mark: offset %+.9f s, error %.9f s, rate %+.4f ppm, rate error %.4f ppm, %s\n" % (
+        label(unix_sec), offset_sec, error_sec, rate_ppm, rate_error_ppm, outcome)
+
+
+DAYS = [1790000000 + 86400 * n for n in range(60)]
+
+
+@pytest.fixture
+def log(tmp_path):
+    """A multilog directory: two old files, the current one, and what else is found there."""
+    directory = tmp_path / "log"
+    directory.mkdir()
+    lines = [mark_line(day, 1e-3 * (n % 7 - 3), 10.0**-(2 + n / 20), 12 + n / 60)
+             for n, day in enumerate(DAYS)]
+    lines[0] = mark_line(DAYS[0], 5.0)  # the first mark of a new clock
+    lines.insert(5, label(DAYS[4] + 5) + " start: steering the clock\n")
+    lines.insert(6, mark_line(DAYS[4] + 5, 9.0).partition(" ")[2])
+    lines.insert(7, mark_line(DAYS[4] + 9, 3.0, outcome="doubted"))
+    lines.insert(8, mark_line(DAYS[4] + 9, float("nan")) + "\xff\0\n" + label(0)[:9] + "\n")
+    (directory / (label(DAYS[20]) + ".s")).write_text("".join(lines[:24]), "latin-1")
+    (directory / (label(DAYS[40]) + ".u")).write_text("".join(lines[24:44]), "latin-1")
+    (directory / "current").write_text("".join(lines[44:]), "latin-1")
+    for name in ("lock", "state", "note.txt"):
+        (directory / name).write_text(lines[3])
+    return str(directory)
+
+
+def graph(log, *args, **env):
+    return run("clockctl", "graph", *args, CLOCKSPEED_CONF="/dev/null", CLOCKSPEED_LOG=log, **env)
+
+
+def test_csv_has_every_mark_in_order(log):
+    rows = [line.split(",") for line in graph(log, "--csv").stdout.decode().splitlines()]
+    assert rows[0] == "time offset_seconds error_seconds rate_ppm rate_error_ppm outcome".split()
+    assert len(rows) == 62 and [row[0] for row in rows] == [rows[0][0]] + sorted(row[0] for row in rows[1:])
+    assert rows[1] == ["2026-09-21T14:13:20Z", "+5.000000000", "0.000020000", "+12.5000", "0.0100", "used"]
+    assert [row[5] for row in rows].count("doubted") == 1
+
+
+@pytest.mark.parametrize("what, ticks", [
+    ("offset", ["+2 ms", "0 s", "-2 ms"]), ("rate", ["+12.2 ppm", "+12.8 ppm"]),
+    ("error", ["10 ms", "1 ms", "100 us", "10 us"])])
+@pytest.mark.parametrize("columns", [40, 80, 132])
+def test_a_graph_fits_the_terminal_and_has_real_units_and_dates(log, what, ticks, columns):
+    for args, locale in ((["--ascii"], "C.UTF-8"), ([], "C"), ([], "C.UTF-8")):
+        text = graph(log, what, *args, COLUMNS=str(columns), LINES="24", LC_ALL=locale).stdout.decode()
+        title, *lines = text.splitlines()
+        assert "marks: 60 used, 1 doubted or refused" in title
+        assert max(map(len, lines)) <= columns and len(lines) == 20
+        assert lines[-1].split()[0] == "2026-09-21" and lines[-1].split()[-1] == "2026-11-19"
+        shown = [line[:11].replace("µ", "u") for line in lines]
+        assert all(any(tick in start for start in shown) for tick in ticks), text
+        assert any("\u2800" <= char <= "\u28ff" for char in text) == (locale != "C" and not args)
+        assert text.isascii() or locale != "C"
+
+
+def test_the_line_of_a_graph_has_no_gaps_and_shows_peaks():
+    clockctl = load("clockctl")
+    rng = random.Random(SEED)
+    points = sorted((rng.random() * 1000, rng.gauss(0, 1)) for _ in range(5000))
+    peak = points[2500] = (points[2500][0], 9.0)
+    chart = clockctl.Chart("rate", [
+        (b"%010x" % int(at + 10), b"00000000", b"0", b"0", b"%.4f" % value, b"0", b"used")
+        for at, value in points])
+    reached = list(chart.strokes(120, 80))
+    assert {column for column, _, _ in reached} == set(range(120))
+    assert any(top == 0 and abs(column - peak[0] * 119 / 1000) < 2 for column, top, _ in reached)
+    for (_, top, bottom), (_, next_top, next_bottom) in zip(reached, reached[1:]):
+        assert max(top, next_top) <= min(bottom, next_bottom), "the line is broken"
+
+
+def test_an_svg_is_well_formed_and_follows_light_and_dark(log, tmp_path):
+    path = tmp_path / "rate.svg"
+    assert graph(log, "rate", "--svg", path).returncode == 0
+    text = path.read_text()
+    root = xml.dom.minidom.parseString(text).documentElement
+    assert root.tagName == "svg" and "prefers-color-scheme: dark" in text
+    points = [tuple(map(float, point.split(","))) for point in
+              root.getElementsByTagName("polyline")[0].getAttribute("points").split()]
+    assert points[0][0] == 100 and points[-1][0] == 740 and all(50 <= y <= 350 for _, y in points)
+    assert points == sorted(points, key=lambda point: point[0])
+
+
+@pytest.mark.parametrize("args, marks", [([], 1), (["rate"], 2), (["error"], 1), (["offset", "--ascii"], 2)])
+def test_a_graph_of_one_mark_or_of_equal_ones(tmp_path, args, marks):
+    (tmp_path / "current").write_text("".join(mark_line(DAYS[n], 0) for n in range(marks)))
+    done = graph(str(tmp_path), *args)
+    assert done.returncode == 0 and done.stderr == ""
+    assert graph(str(tmp_path), *args[:1], "--svg", str(tmp_path / "x.svg")).returncode == 0
+
+
+def test_a_log_without_marks_or_no_log_is_a_clear_line(tmp_path):
+    refused = mark_line(DAYS[0], 1, outcome="refused")
+    (tmp_path / "current").write_text(label(DAYS[0]) + " start: observing\n" + refused)
+    assert graph(str(tmp_path)).stderr == (
+        "clockctl: fatal: unable to draw the offset: there is no mark in %s yet\n" % tmp_path)
+    done = graph(str(tmp_path / "none"))
+    assert (done.returncode, done.stderr) == (
+        111, "clockctl: fatal: unable to read the log %s/none: No such file or directory\n" % tmp_path)
+
+
+def test_random_logs_draw_or_say_why_not(tmp_path, capfd):
+    clockctl, rng = load("clockctl"), random.Random(SEED)
+
+    def size(least):
+        return rng.gauss(0, 10.0**rng.randrange(least, 9))
+
+    for _ in range(150):
+        lines = [mark_line(rng.choice([0, 1e9, 1.79e9, 2**33]) + rng.random() * 10**rng.randrange(8),
+                           size(-9), abs(size(-9)), size(-4)) for _ in range(rng.randrange(5))]
+        text = bytearray("".join(lines).encode())
+        for _ in range(rng.randrange(3) if text else 0):
+            text[rng.randrange(len(text))] = rng.randrange(256)
+        (tmp_path / "current").write_bytes(bytes(text))
+        for what in clockctl.CHARTS:
+            for options in ({}, {"--ascii": ""}, {"--csv": ""}, {"--svg": str(tmp_path / "x.svg")}):
+                try:
+                    clockctl.graph({"CLOCKSPEED_LOG": str(tmp_path)}, options, [what])
+                except clockctl.Failure as err:
+                    assert "there is no mark" in str(err)
+    capfd.readouterr()
 
 
 # ==== the services ==================================================================================
