@@ -193,6 +193,18 @@ def await_that(condition, patience_sec=30):
         time.sleep(0.02)
 
 
+def processes_in(directory):
+    """The processes whose working directory is below: pid -> command line."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink("/proc/%s/cwd" % pid).startswith(str(directory)):
+                found[int(pid)] = contents("/proc/%s/cmdline" % pid).replace(b"\0", b" ").decode().strip()
+        except OSError:  # it has ended
+            pass
+    return found
+
+
 class Host:
     """A home, a directory of programs and a clockspeed.conf of their own."""
 
@@ -477,6 +489,37 @@ def test_wrong_usage_of_a_command_says_how(host, args):
     assert done.stderr.startswith("clockctl: usage: clockctl " + name)
 
 
+def test_a_stopped_mark_stops_its_client(host):
+    reader = host.make_fifo()
+    stand_in(host.bin, "sntpclock", first="cd '%s'; exec sleep 3573" % host.bin)
+    process = subprocess.Popen([path_of("clockctl"), "mark"],
+                               env=dict(UTC_ENV, CLOCKSPEED_CONF=str(host.conf)))
+    assert await_that(lambda: "sleep 3573" in processes_in(host.bin).values())
+    process.terminate()
+    assert process.wait(30) == 143
+    assert await_that(lambda: not processes_in(host.bin), 5)
+    os.close(reader)
+
+
+def test_mark_and_view_with_the_real_programs(host):
+    server = subprocess.Popen([path_of("taiclockd"), "-i", "127.40.14.2"], stdout=subprocess.PIPE,
+                              env=UTC_ENV)
+    try:
+        assert server.stdout.readline().startswith(b"start: ")
+        host.write_conf(CONF % (host.home, HERE, "tai", "127.40.14.2"))
+        reader = host.make_fifo()
+        assert host.clockctl("mark").stdout.startswith((b"mark: offset +0.000", b"mark: offset -0.000"))
+        assert abs(load("clockctl").unpack(os.read(reader, 100))) < 10**15
+        before, after = host.clockctl("view").stdout.decode().splitlines()
+        assert before.startswith("before: 20") and after.startswith("after:  20")
+        os.close(reader)
+        done = host.clockctl("try", "tai:127.40.14.2")
+        assert done.returncode == 0 and " against tai:127.40.14.2\n" in done.stdout.decode()
+    finally:
+        server.kill()
+        server.communicate()
+
+
 # `try` runs the real programs.
 def left_behind(directory):
     """What `try` has in its temporary directory, and its children that still run."""
@@ -500,6 +543,8 @@ def test_try_shows_the_rate_and_leaves_nothing_behind(tmp_path):
     assert re.match(r"\d+ marks in 20 seconds; the clock was not touched", lines[-4])
     rate, error = map(float, re.search(r"counter: +(\S+) \+- (\S+) ppm", lines[-3]).groups())
     assert abs(rate) < 600 and error < 50
+    warnings = done.stderr.splitlines()
+    assert len(warnings) == len(set(warnings)), "the same warning at each mark"
     assert left_behind(odd) == []
 
 
@@ -929,18 +974,6 @@ def supervised(public_tmp):
             for each in filter(os.path.exists, (str(place), str(place / "log"))):
                 subprocess.run(["svc", "-dx", each])
         assert await_that(lambda: not processes_in(public_tmp)), processes_in(public_tmp)
-
-
-def processes_in(directory):
-    """The processes whose working directory is below: pid -> command line."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.readlink("/proc/%s/cwd" % pid).startswith(str(directory)):
-                found[int(pid)] = contents("/proc/%s/cmdline" % pid).replace(b"\0", b" ").decode().strip()
-        except OSError:  # it has ended
-            pass
-    return found
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
