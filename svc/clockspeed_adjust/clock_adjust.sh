@@ -1,10 +1,10 @@
 #!/bin/sh
 # periodically get timing mark for clockspeed service
 # The first mark is taken at once.  The waits between marks, in seconds, begin with
-# $WAIT and triple up to $WAIT_MAX (30.3 days); a mark that failed is tried again
-# after the first of them.
+# $WAIT and triple up to $WAIT_MAX (30.3 days), or are shorter where CLOCK_ERROR in
+# clockspeed.conf asks for it.  A mark that failed is tried again after $WAIT.
 WAIT_MIN=${WAIT:-541} WAIT_MAX=${WAIT_MAX:-2617923}
-NEXT=$WAIT_MIN
+LAST=$WAIT_MIN MOST=$WAIT_MIN
 PATH=$PATH:/usr/local/bin
 
 # A shell acts on a TERM at once only while it waits for what runs beside it.
@@ -21,9 +21,10 @@ while :; do
     if run clockctl mark --patience 10; then
         # log current "attoseconds":
         run clockctl atto
-        WAIT=$NEXT
-        NEXT=$((NEXT * 3))
-        [ "$NEXT" -le "$WAIT_MAX" ] || NEXT=$WAIT_MAX
+        WAIT=$(clockctl wait "$LAST" "$MOST")
+        case $WAIT in '' | *[!0-9]*) WAIT=$((LAST * 3)) ;; esac  # clockctl could not tell
+        [ "$WAIT" -le "$MOST" ] || WAIT=$MOST
+        LAST=$WAIT MOST=$WAIT_MAX
     else
         WAIT=$WAIT_MIN
     fi
