@@ -227,8 +227,9 @@ PLAIN_SIZE = 32  # of a query, as clients send it
 IOVEC = struct.Struct("@PN")
 # And struct mmsghdr: name, its size; iovecs, their number; control data, its size; flags; the size received.
 MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
+NAME_SIZES = {socket.AF_INET: 16, socket.AF_INET6: 28}  # of struct sockaddr_in and sockaddr_in6
 MMSGHDR_SIZE_AT = struct.calcsize("@PIPNPNi0P")
-MSG_WAITFORONE = 0x10000  # wait for the first datagram only
+MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only, for none
 WORKERS_MAX = 1024
 SLOTS = 64  # datagrams per batch: more would gain less than 1%, and make labels older
 QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel; its own limit is lower, as a rule
@@ -275,8 +276,10 @@ class Tally:
         if self.monotonic_ns() >= self.due_ns[0]:
             self.due_ns[0] = self.monotonic_ns() + HOUR_NS
             now = [sum(self.counts[kind::3]) for kind in range(3)]
-            say("count", "%d answered, %d odd, %d refused" % tuple(a - b for a, b in zip(now, self.told)))
+            new = tuple(count - told for count, told in zip(now, self.told))
             self.told[0], self.told[1], self.told[2] = now
+            if any(new):
+                say("count", "%d answered, %d odd, %d refused" % new)
 
 
 class Clock:
@@ -288,7 +291,7 @@ class Clock:
 
     def __init__(self, synced_only=False, on_look=lambda: None, now_ns=time.time_ns, kernel=adjtimex):
         self.synced_only, self.on_look, self.now_ns, self.kernel = synced_only, on_look, now_ns, kernel
-        self.silent, self.said = False, mmap.mmap(-1, 1)  # workers share the latter, so that one says it for all
+        self.silent, self.said = False, mmap.mmap(-1, 1)  # workers share `said`, so that one speaks for all
         self.since_ns = self.until_ns = 0
         self.table_ns = now_ns()
         leap_rows, expiry, source = read_leap_table()
@@ -517,38 +520,26 @@ class Batch:
         self.plain_tail_sizes = memoryview(bytes(self.tail_sizes)).cast("N")
         self.altered = False  # whether tail_sizes are others
 
-    def receive(self, fd, flags):
-        """-> how many datagrams there were; -1 and errno."""
-        return self.recvmmsg(fd, self.queries, SLOTS, flags, None)
-
-    def runs(self, received):
-        """Which slots hold queries -> [(first, end)...], their replies being ready but for the label."""
-        sizes, plain_sizes, words, plain_words = self.looks[received]
-        if sizes == plain_sizes and words == plain_words:
-            if self.altered:
-                self.tail_sizes[:], self.altered = self.plain_tail_sizes, False
-            return ((0, received),)
-        runs, self.altered = [], True
-        for slot, (size, word) in enumerate(zip(sizes, words)):
-            if size >= QUERY_MIN and word == plain_words[0]:
-                self.tail_sizes[slot] = size - QUERY_MIN
+    def answer_each(self, fd, first, received, label):
+        """Answer the slots from `first` on one by one -> the numbers of queries and of replies sent."""
+        sizes, _, words, plain_words = self.looks[received]
+        self.tail_sizes[:] = self.plain_tail_sizes
+        runs = []  # of slots that hold queries: first, end
+        for slot in range(first, received):
+            if sizes[slot] >= QUERY_MIN and words[slot] == plain_words[0]:
+                self.tail_sizes[slot] = sizes[slot] - QUERY_MIN
                 if runs and runs[-1][1] == slot:
                     runs[-1][1] += 1
                 else:
                     runs.append([slot, slot + 1])
-        return runs
-
-    def send(self, fd, first, end):
-        """The replies from these slots -> how many could be sent."""
-        sent = 0
-        while first < end:
-            done = self.sendmmsg(fd, self.replies[first], end - first, socket.MSG_DONTWAIT)
-            if done < 0:  # the first can't be sent: a client out of reach, a firewall, a full buffer
-                first += 1
-            else:
-                first += done
-                sent += done
-        return sent
+        self.altered = self.tail_sizes != self.plain_tail_sizes
+        queries, sent = sum(end - first for first, end in runs), 0
+        for first, end in runs if label else ():
+            while first < end:
+                done = self.sendmmsg(fd, self.replies[first], end - first, MSG_DONTWAIT)
+                sent += max(done, 0)
+                first += max(done, 1)  # it fails when the first can't be sent: pass that over
+        return queries, sent
 
 
 def serve_in_batches(sockets, clock, tally):
@@ -558,22 +549,27 @@ def serve_in_batches(sockets, clock, tally):
     try:
         import ctypes  # here, since python3-minimal has none
         libc = ctypes.CDLL(None, use_errno=True)
-        batches = {sock.fileno(): Batch(libc, 28 if sock.family == socket.AF_INET6 else 16) for sock in sockets}
+        batches = {sock.fileno(): Batch(libc, NAME_SIZES[sock.family]) for sock in sockets}
     except (AttributeError, ImportError):
         return
-    wait = MSG_WAITFORONE if len(sockets) == 1 else socket.MSG_DONTWAIT
+    wait = MSG_WAITFORONE if len(sockets) == 1 else MSG_DONTWAIT
     for fd in readable(list(batches)):
         batch = batches[fd]
-        received = batch.receive(fd, wait)
+        received = batch.recvmmsg(fd, batch.queries, SLOTS, wait, None)
         if received > 0:
-            label, queries, sent = clock.label(), 0, 0
+            # Written out, as each call of a function more shows when a lone query wakes a cold cache.
+            label, sent = clock.label(), 0
             if label:
                 batch.head[4:] = label
-            for first, end in batch.runs(received):
-                queries += end - first
-                if label:
-                    sent += batch.send(fd, first, end)
-            tally.add(received, queries, sent)
+                sizes, plain_sizes, words, plain_words = batch.looks[received]
+                if sizes == plain_sizes and words == plain_words and not batch.altered:
+                    sent = batch.sendmmsg(fd, batch.replies[0], received, MSG_DONTWAIT)
+                    if sent == received:
+                        tally.mine[0] += sent
+                        continue
+                    sent = max(sent, 0)  # it stopped at one that can't be sent
+            queries, more = batch.answer_each(fd, sent, received, label)
+            tally.add(received, sent + queries, sent + more)
         elif ctypes.get_errno() == errno.ENOSYS:
             return
         elif ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
@@ -581,8 +577,6 @@ def serve_in_batches(sockets, clock, tally):
 
 
 def serve(sockets, clock, tally):
-    signal.signal(signal.SIGHUP, clock.expire)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as of TERM, for it to end us even within a system call
     serve_in_batches(sockets, clock, tally)
     serve_plainly(sockets, clock, tally)
 
@@ -652,6 +646,8 @@ def main(argv):
         doing = "read leap seconds"
         tally = Tally(workers)
         clock = Clock(os.environ.get("CLOCK_SERVE") == "synced", tally.tell)
+        signal.signal(signal.SIGHUP, clock.expire)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as TERM's, to end it even within a system call
         doing = "write output"
         where = [place for sock in socket_sets[0] for place in places(sock)]
         emit(("start: serving on %s\n" % ", ".join(where)).encode())
