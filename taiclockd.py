@@ -370,16 +370,14 @@ class Clock:
 def open_socket(address, port, shared, both=False):
     """A UDP socket bound there, with `both` that of :: takes IPv4 too; OSError has the place as filename."""
     try:
-        family, kind, protocol, _, name = socket.getaddrinfo(  # bytes spare it the memory of the idna codec
-            address.encode(), port, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
-        sock = socket.socket(family, kind, protocol)
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
         try:
-            if family == socket.AF_INET6:
+            if sock.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
             if shared:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, QUEUE_MAX)
-            sock.bind(name)
+            sock.bind((address, port))
         except OSError:
             sock.close()
             raise
@@ -594,17 +592,20 @@ def supervise(socket_sets, clock, tally):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             tally.take(worker)
             serve(sockets, clock, tally)
-    while True:
+    ended, number = 0, signal.SIGCHLD
+    while not ended and number in (signal.SIGCHLD, signal.SIGHUP):
         number = signal.sigwait(signals)
-        if number != signal.SIGHUP:
-            break
-        for pid in workers:
-            os.kill(pid, signal.SIGHUP)
-    if number == signal.SIGCHLD:
+        if number == signal.SIGHUP:
+            for pid in workers:
+                os.kill(pid, number)
+        elif number == signal.SIGCHLD:  # also of a worker that was stopped
+            ended = os.waitpid(-1, os.WNOHANG)[0]
+    if ended:
+        workers.remove(ended)
         complain("fatal", "a worker died")
     for pid in workers:
         os.kill(pid, signal.SIGTERM)
-    return 111 if number == signal.SIGCHLD else 0
+    return 111 if ended else 0
 
 
 def die_with_parent():

@@ -467,6 +467,8 @@ def test_taiclockd_workers_share_the_port_and_end_together():
             with open("/proc/%d/task/%d/children" % (2 * (server.process.pid,))) as file:
                 workers = [int(pid) for pid in file.read().split()]
             assert len(workers) == 3
+            for number in (signal.SIGSTOP, signal.SIGCONT, signal.SIGHUP):  # no reason to end
+                os.kill(workers[0], number)
             other = run("taiclockd", "-j", "3", "-p", server.ports[0])
             assert other.returncode == 111 and "Address already in use" in other.stderr
             end_it(server.process.pid, workers)
