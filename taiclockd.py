@@ -3,7 +3,7 @@
 taiclockd - answer TAICLOCK queries with the time
 
 SYNOPSIS
-    taiclockd [-i address] [-p port]
+    taiclockd [-i address] [-p port] [-j workers]
 
 DESCRIPTION
     Answers over UDP, on all IPv4 and IPv6 addresses.  A query is `ctai` and 16 to 252 bytes
@@ -11,9 +11,15 @@ DESCRIPTION
     its first 20 bytes.  What is longer is answered as its first 256 bytes, what is shorter or
     begins otherwise not at all: no reply is longer than its query, and no reply is answered.
 
-    No client, datagram or network error stops it.  When it serves it prints a line:
+    No client, datagram or network error stops it.  It prints a line when it begins, and with
+    the first datagram after an hour or more one of what it did since the last such line: the
+    queries answered, the datagrams that were none, and the queries it could not answer:
 
         start: serving on 0.0.0.0 port 4014, :: port 4014
+        count: 86400 answered, 2 odd, 0 refused
+
+    On Linux it takes and answers up to 64 datagrams with one system call each way, and the
+    replies to all of them carry the label of the moment when they had been taken.
 
     It keeps silent, and says so once, while its clock is not to be trusted: while it shows a
     time before this program's release, and with CLOCK_SERVE=synced while the kernel takes it
@@ -27,6 +33,8 @@ DESCRIPTION
 OPTIONS
     -i address  serve on this address alone; given several times, on each
     -p port     serve on this port instead of 4014; 0 takes a free one
+    -j workers  share the load among so many processes; 0 starts one for each core.  TERM ends
+                them all; if one dies so do the others, for supervise to start them all again
 
 ENVIRONMENT
     CLOCK_SERVE  synced: answer only while the kernel takes its clock for synchronized
@@ -45,6 +53,7 @@ SEE ALSO
 """
 import errno
 import getopt
+import mmap
 import os
 import select
 import signal
@@ -54,7 +63,7 @@ import sys
 import time
 
 PROGRAM = "taiclockd"
-USAGE = "taiclockd [-i address] [-p port]"
+USAGE = "taiclockd [-i address] [-p port] [-j workers]"
 
 # ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
 # An adjustment is real time minus system clock.  A label is an absolute TAI time.  Both are
@@ -211,7 +220,19 @@ QUERY_MIN, QUERY_MAX = 20, 256  # the original reads 256 bytes of a longer one, 
 RELEASE_SEC = 1793491200  # 2026-11-01; a clock that shows an earlier time was never set
 TIME_OOP, STA_UNSYNC = 3, 0x40  # adjtimex(2): in an inserted leap second; the clock is not synchronized
 LEAP_NEAR_NS = 2 * 10**9  # so near to a leap second the kernel is asked; it leaps a tick late at most
-HOUR_NS = 3600 * 10**9
+HOUR_NS, LOOK_NS = 3600 * 10**9, 600 * 10**9
+PLAIN_SIZE = 32  # of a query, as clients send it
+
+# C's struct iovec: where, how many bytes.
+IOVEC = struct.Struct("@PN")
+# And struct mmsghdr: name, its size; iovecs, their number; control data, its size; flags; the size received.
+MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
+NAME_SIZES = {socket.AF_INET: 16, socket.AF_INET6: 28}  # of struct sockaddr_in and sockaddr_in6
+MMSGHDR_SIZE_AT = struct.calcsize("@PIPNPNi0P")
+MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only, for none
+WORKERS_MAX = 1024
+SLOTS = 64  # datagrams per batch: more would gain less than 1%, and make labels older
+QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel; its own limit is lower, as a rule
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
 
 
@@ -230,16 +251,47 @@ def answer(query, label):
     return b"stai" + label + query[20:QUERY_MAX]
 
 
+class Tally:
+    """What the workers did, in memory that they share, so that one line tells it of all."""
+
+    def __init__(self, workers=1, monotonic_ns=time.monotonic_ns):
+        self.monotonic_ns = monotonic_ns
+        shared = memoryview(mmap.mmap(-1, 8 * (4 + 3 * workers))).cast("Q")
+        self.due_ns, self.told, self.counts = shared[:1], shared[1:4], shared[4:]
+        self.due_ns[0] = monotonic_ns() + HOUR_NS
+        self.take(0)
+
+    def take(self, worker):
+        """Count in this worker's place from now on."""
+        self.mine = self.counts[3 * worker:3 * worker + 3]
+
+    def add(self, received, queries, sent):
+        self.mine[0] += sent
+        if sent < received:
+            self.mine[1] += received - queries
+            self.mine[2] += queries - sent
+
+    def tell(self):
+        """Log the sums, if the last time is an hour ago."""
+        if self.monotonic_ns() >= self.due_ns[0]:
+            self.due_ns[0] = self.monotonic_ns() + HOUR_NS
+            now = [sum(self.counts[kind::3]) for kind in range(3)]
+            new = tuple(count - told for count, told in zip(now, self.told))
+            self.told[0], self.told[1], self.told[2] = now
+            if any(new):
+                say("count", "%d answered, %d odd, %d refused" % new)
+
+
 class Clock:
     """The label of now, from the system clock, cheaply.
 
     What costs more than an addition is looked up by `look`, and holds while the clock is between since_ns
-    and until_ns: for an hour, or for a second while it depends on the kernel's opinion.
+    and until_ns: for some minutes, or for a second while it depends on the kernel's opinion.
     """
 
-    def __init__(self, synced_only=False, now_ns=time.time_ns, kernel=adjtimex):
-        self.synced_only, self.now_ns, self.kernel = synced_only, now_ns, kernel
-        self.silence = ""  # why no label is given
+    def __init__(self, synced_only=False, on_look=lambda: None, now_ns=time.time_ns, kernel=adjtimex):
+        self.synced_only, self.on_look, self.now_ns, self.kernel = synced_only, on_look, now_ns, kernel
+        self.silent, self.said = False, mmap.mmap(-1, 1)  # workers share `said`, so that one speaks for all
         self.since_ns = self.until_ns = 0
         self.table_ns = now_ns()
         leap_rows, expiry, source = read_leap_table()
@@ -252,16 +304,17 @@ class Clock:
         clock_ns = self.now_ns()
         if not self.since_ns <= clock_ns < self.until_ns:
             clock_ns = self.look(clock_ns)
-        if self.silence:
+        if self.silent:
             return None
         sec, nano = divmod(clock_ns, 10**9)
         return TAI64NA.pack(sec + self.offset_sec, nano, 0)
 
     def look(self, clock_ns):
         """Look up what `label` needs -> clock_ns, or a truer one where the kernel was asked."""
+        self.on_look()
         if not 0 <= clock_ns - self.table_ns < HOUR_NS:
             self.reread(clock_ns)
-        self.since_ns, self.until_ns = clock_ns, clock_ns + HOUR_NS
+        self.since_ns, self.until_ns = clock_ns, clock_ns + LOOK_NS
         repeated_ns = 0
         for leap_ns in (start * 10**9 for start, _ in self.rows[1:]):
             if clock_ns < leap_ns - LEAP_NEAR_NS:
@@ -289,9 +342,10 @@ class Clock:
             if not kernel or kernel["status"] & STA_UNSYNC:
                 silence = "the kernel does not take its clock for synchronized"
             self.until_ns = min(self.until_ns, clock_ns + 10**9)
-        if silence != self.silence:
-            say(*("silent", silence) if silence else ("answering", "the clock is to be trusted again"))
-        self.silence = silence
+        self.silent = bool(silence)
+        if self.silent != self.said[0]:
+            self.said[0] = self.silent
+            say(*("silent", silence) if silence else ("answering", "the clock is to be trusted now"))
 
     def ask_kernel(self):
         """What adjtimex(2) tells; None where it does not exist, or is forbidden, or there is no ctypes."""
@@ -313,16 +367,17 @@ class Clock:
         self.table_ns = self.until_ns = -2**63
 
 
-def open_socket(address, port, both=False):
+def open_socket(address, port, shared, both=False):
     """A UDP socket bound there, with `both` that of :: takes IPv4 too; OSError has the place as filename."""
     try:
-        family, kind, protocol, _, name = socket.getaddrinfo(  # bytes spare it the memory of the idna codec
-            address.encode(), port, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
-        sock = socket.socket(family, kind, protocol)
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
         try:
-            if family == socket.AF_INET6:
+            if sock.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-            sock.bind(name)
+            if shared:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, QUEUE_MAX)
+            sock.bind((address, port))
         except OSError:
             sock.close()
             raise
@@ -331,23 +386,34 @@ def open_socket(address, port, both=False):
     return sock
 
 
-def open_sockets(addresses, port):
+def open_sockets(addresses, port, shared=False):
     """One for each address; without any, as few as take all of IPv4 and of IPv6 where the system has it."""
     if not addresses:
         try:
-            return [open_socket("::", port, both=True)]
+            return [open_socket("::", port, shared, both=True)]
         except OSError as err:
             if err.errno in (errno.EADDRINUSE, errno.EACCES):
                 raise
     sockets = []
     for address in addresses or ("0.0.0.0", "::"):
         try:
-            sockets.append(open_socket(address, port))
+            sockets.append(open_socket(address, port, shared))
         except OSError:
             if addresses or not sockets:
                 raise
         port = port or sockets[0].getsockname()[1]
     return sockets
+
+
+def open_socket_sets(addresses, port, workers):
+    """The sockets of each worker; with several the kernel shares out the datagrams by SO_REUSEPORT."""
+    sets = [open_sockets(addresses, port)]  # not yet with SO_REUSEPORT: fails if another server has the port
+    if workers > 1:
+        for sock in sets[0]:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        port = sets[0][0].getsockname()[1]
+        sets += [open_sockets(addresses, port, shared=True) for _ in range(workers - 1)]
+    return sets
 
 
 def inherited_sockets():
@@ -370,72 +436,231 @@ def places(sock):
     return ["%s port %d" % (address, port)]
 
 
-def readable(sockets):
-    """Each socket as it has something to read, for ever; a single one at once: reading it waits."""
-    while len(sockets) == 1:
-        yield sockets[0]
-    poll, of_fd = select.poll(), {sock.fileno(): sock for sock in sockets}
-    for fd in of_fd:
+def readable(descriptors):
+    """Each as there is something to read, for ever; a lone one at once, as reading it waits."""
+    while len(descriptors) == 1:
+        yield descriptors[0]
+    poll = select.poll()
+    for fd in descriptors:
         poll.register(fd, select.POLLIN)
     while True:
         for fd, _ in poll.poll():
-            yield of_fd[fd]
+            yield fd
 
 
-def serve_plainly(sockets, clock):
+def serve_plainly(sockets, clock, tally):
     """Answer one datagram after the other, for ever."""
+    of_fd = {sock.fileno(): sock for sock in sockets}
     wait = 0 if len(sockets) == 1 else socket.MSG_DONTWAIT
-    for sock in readable(sockets):
+    for fd in readable(list(of_fd)):
         try:
-            query, client = sock.recvfrom(QUERY_MAX, wait)
+            query, client = of_fd[fd].recvfrom(QUERY_MAX, wait)
         except BlockingIOError:
             continue
         except OSError:
             time.sleep(PAUSE_SEC)
             continue
-        label = clock.label()
-        reply = label and answer(query, label)
-        if reply:
+        label, sent = clock.label(), 0
+        reply = answer(query, label or bytes(16))
+        if label and reply:
             try:
-                sock.sendto(reply, socket.MSG_DONTWAIT, client)
-            except OSError:  # it can't be sent: an unreachable client, a firewall, a full buffer
+                of_fd[fd].sendto(reply, socket.MSG_DONTWAIT, client)
+                sent = 1
+            except OSError:  # a client that can't be reached, a firewall, a full buffer
                 pass
+        tally.add(1, 1 if reply else 0, sent)
+
+
+class Batch:
+    """Room for a batch of datagrams and their replies, laid out for recvmmsg(2) and sendmmsg(2).
+
+    The first 20 bytes of each datagram are received into `heads`, the others into `tails`.  Each reply is
+    sent from the one `head` that all share, and from its tail as it lies.  So nothing is copied, and if all
+    are what clients send, to see that at once is all that is left to Python.
+    """
+
+    def __init__(self, libc, name_size):
+        from ctypes import addressof, c_char, c_void_p
+        self.recvmmsg, self.sendmmsg = libc["recvmmsg"], libc["sendmmsg"]
+        self.buffers = []  # what the kernel knows by address has to stay
+
+        def place(data):
+            self.buffers.append(bytearray(data))
+            return self.buffers[-1], addressof(c_char.from_buffer(self.buffers[-1]))
+
+        def headers(head_at, head_step, tail_size):
+            """Those of all slots, and their vectors -> both, and the headers' address."""
+            vectors, vectors_at = place(b"".join(
+                IOVEC.pack(head_at + slot * head_step, QUERY_MIN) +
+                IOVEC.pack(tails_at + slot * (QUERY_MAX - QUERY_MIN), tail_size) for slot in range(SLOTS)))
+            return (vectors,) + place(b"".join(
+                MMSGHDR.pack(names_at + slot * name_size, name_size, vectors_at + slot * 2 * IOVEC.size, 2,
+                             0, 0, 0, 0) for slot in range(SLOTS)))
+
+        _, names_at = place(bytes(SLOTS * name_size))
+        _, tails_at = place(bytes(SLOTS * (QUERY_MAX - QUERY_MIN)))
+        heads, heads_at = place(bytes(SLOTS * QUERY_MIN))
+        self.head, head_at = place(b"stai" + bytes(16))
+        _, queries, queries_at = headers(heads_at, QUERY_MIN, QUERY_MAX - QUERY_MIN)
+        vectors, _, replies_at = headers(head_at, 0, PLAIN_SIZE - QUERY_MIN)
+        self.queries = c_void_p(queries_at)  # made once, as it costs half as much as a call
+        self.replies = [c_void_p(replies_at + slot * MMSGHDR.size) for slot in range(SLOTS)]
+
+        # The sizes and the first words of what was received, for each number of it, and what they are if all
+        # of it is plain.
+        sizes = memoryview(queries).cast("I")[MMSGHDR_SIZE_AT // 4::MMSGHDR.size // 4]
+        words = memoryview(heads).cast("I")[::QUERY_MIN // 4]
+        plain_sizes = memoryview(SLOTS * struct.pack("@I", PLAIN_SIZE)).cast("I")
+        plain_words = memoryview(SLOTS * b"ctai").cast("I")
+        self.looks = [(sizes[:number], plain_sizes[:number], words[:number], plain_words[:number])
+                      for number in range(SLOTS + 1)]
+        self.tail_sizes = memoryview(vectors).cast("N")[3::4]  # of the replies
+        self.plain_tail_sizes = memoryview(bytes(self.tail_sizes)).cast("N")
+        self.altered = False  # whether tail_sizes are others
+
+    def answer_each(self, fd, first, received, label):
+        """Answer the slots from `first` on one by one -> the numbers of queries and of replies sent."""
+        sizes, _, words, plain_words = self.looks[received]
+        self.tail_sizes[:] = self.plain_tail_sizes
+        runs = []  # of slots that hold queries: first, end
+        for slot in range(first, received):
+            if sizes[slot] >= QUERY_MIN and words[slot] == plain_words[0]:
+                self.tail_sizes[slot] = sizes[slot] - QUERY_MIN
+                if runs and runs[-1][1] == slot:
+                    runs[-1][1] += 1
+                else:
+                    runs.append([slot, slot + 1])
+        self.altered = self.tail_sizes != self.plain_tail_sizes
+        queries, sent = sum(end - first for first, end in runs), 0
+        for first, end in runs if label else ():
+            while first < end:
+                done = self.sendmmsg(fd, self.replies[first], end - first, MSG_DONTWAIT)
+                sent += max(done, 0)
+                first += max(done, 1)  # it fails when the first can't be sent: pass that over
+        return queries, sent
+
+
+def serve_in_batches(sockets, clock, tally):
+    """Answer all that is there at once, for ever; returns where the system can't do that."""
+    if not sys.platform.startswith("linux"):  # elsewhere the structures differ
+        return
+    try:
+        import ctypes  # here, since python3-minimal has none
+        libc = ctypes.CDLL(None, use_errno=True)
+        batches = {sock.fileno(): Batch(libc, NAME_SIZES[sock.family]) for sock in sockets}
+    except (AttributeError, ImportError):
+        return
+    wait = MSG_WAITFORONE if len(sockets) == 1 else MSG_DONTWAIT
+    for fd in readable(list(batches)):
+        batch = batches[fd]
+        received = batch.recvmmsg(fd, batch.queries, SLOTS, wait, None)
+        if received > 0:
+            # Written out, as each call of a function more shows when a lone query wakes a cold cache.
+            label, sent = clock.label(), 0
+            if label:
+                batch.head[4:] = label
+                sizes, plain_sizes, words, plain_words = batch.looks[received]
+                if sizes == plain_sizes and words == plain_words and not batch.altered:
+                    sent = batch.sendmmsg(fd, batch.replies[0], received, MSG_DONTWAIT)
+                    if sent == received:
+                        tally.mine[0] += sent
+                        continue
+                    sent = max(sent, 0)  # it stopped at one that can't be sent
+            queries, more = batch.answer_each(fd, sent, received, label)
+            tally.add(received, sent + queries, sent + more)
+        elif ctypes.get_errno() == errno.ENOSYS:
+            return
+        elif ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
+            time.sleep(PAUSE_SEC)
+
+
+def serve(sockets, clock, tally):
+    serve_in_batches(sockets, clock, tally)
+    serve_plainly(sockets, clock, tally)
+
+
+def supervise(socket_sets, clock, tally):
+    """Run a worker for each set of sockets until one dies or a signal ends them all -> exit status."""
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # so that none is missed, they are waited for
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # BSDs discard what is ignored, even if waited for
+    workers = []
+    for worker, sockets in enumerate(socket_sets):
+        workers.append(os.fork())
+        if not workers[-1]:
+            die_with_parent()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            tally.take(worker)
+            serve(sockets, clock, tally)
+    ended, number = 0, signal.SIGCHLD
+    while not ended and number in (signal.SIGCHLD, signal.SIGHUP):
+        number = signal.sigwait(signals)
+        if number == signal.SIGHUP:
+            for pid in workers:
+                os.kill(pid, number)
+        elif number == signal.SIGCHLD:  # also of a worker that was stopped
+            ended = os.waitpid(-1, os.WNOHANG)[0]
+    if ended:
+        workers.remove(ended)
+        complain("fatal", "a worker died")
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)
+    return 111 if ended else 0
+
+
+def die_with_parent():
+    """Have the kernel end this worker when the parent is killed, else it would keep the port."""
+    try:
+        import ctypes
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    except (AttributeError, ImportError):
+        pass
 
 
 def main(argv):
     try:
-        options, operands = getopt.getopt(argv[1:], "i:p:", ["help"])
-        port = int(dict(options).get("-p", PORT))
-        if operands or not 0 <= port <= 65535:
+        options, operands = getopt.getopt(argv[1:], "i:p:j:", ["help"])
+        addresses = [value for option, value in options if option == "-i"]
+        options = dict(options)
+        port, workers = int(options.get("-p", PORT)), int(options.get("-j", 1))
+        if operands or not 0 <= port <= 65535 or not 0 <= workers <= WORKERS_MAX:
             raise ValueError
     except (getopt.GetoptError, ValueError):
         complain("usage", USAGE)
         return 100
     try:
         doing = "write output"
-        if ("--help", "") in options:
+        if "--help" in options:
             emit_manual()
             return 0
         doing = "take the sockets of LISTEN_FDS"
         sockets = inherited_sockets()
+        workers = workers or os.cpu_count() or 1
         doing = "bind"
-        sockets = sockets or open_sockets([value for option, value in options if option == "-i"], port)
+        if sockets:
+            socket_sets = [sockets] * workers
+        else:
+            socket_sets = open_socket_sets(addresses, port, workers)
         doing = "obey CLOCK_SERVE"
         if os.environ.get("CLOCK_SERVE", "") not in ("", "synced"):
             raise ValueError("it is neither synced nor empty")
         doing = "read leap seconds"
-        clock = Clock(os.environ.get("CLOCK_SERVE") == "synced")
+        tally = Tally(workers)
+        clock = Clock(os.environ.get("CLOCK_SERVE") == "synced", tally.tell)
+        signal.signal(signal.SIGHUP, clock.expire)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as TERM's, to end it even within a system call
         doing = "write output"
-        where = [place for sock in sockets for place in places(sock)]
+        where = [place for sock in socket_sets[0] for place in places(sock)]
         emit(("start: serving on %s\n" % ", ".join(where)).encode())
+        clock.label()  # says if there is none
+        doing = "start workers"
+        if workers > 1:
+            return supervise(socket_sets, clock, tally)
     except (OSError, ValueError) as err:
         where = " " + err.filename if getattr(err, "filename", None) else ""
         complain("fatal", "unable to %s%s: %s" % (doing, where, reason(err)))
         return 111
-    signal.signal(signal.SIGHUP, clock.expire)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # like TERM it ends us at once, whatever we wait for
-    clock.label()  # says if there is none
-    serve_plainly(sockets, clock)
+    return serve(socket_sets[0], clock, tally)
 
 
 if __name__ == "__main__":

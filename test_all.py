@@ -1041,8 +1041,9 @@ class Taiclockd:
 
     def __init__(self, *args, plain=False, **env):
         command = [sys.executable, "-c", NO_CTYPES] if plain else []
-        self.process = subprocess.Popen(command + [path_of("taiclockd"), "-p", "0", *args], env=dict(UTC_ENV, **env),
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command += [path_of("taiclockd"), "-p", "0", *args]
+        self.process = subprocess.Popen(command, env=dict(UTC_ENV, **env), stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE)
         self.start = self.process.stdout.readline().decode()
         assert self.start.startswith("start: serving on "), self.process.stderr.read()
         self.ports = [int(port) for port in re.findall(r"port (\d+)", self.start)]
@@ -1106,9 +1107,13 @@ def test_taiclockd_answers_the_vectors(taiclockd, host):
             sock.recv(65536)
 
 
+def plain_query(rng):
+    return b"ctai" + bytes(12) + rng.getrandbits(128).to_bytes(16, "big")
+
+
 def hostile_datagram(rng):
     """Mostly near misses: cut, lengthened, altered queries; a third are what clients send."""
-    query = bytearray(b"ctai" + bytes(12) + rng.getrandbits(128).to_bytes(16, "big"))
+    query = bytearray(plain_query(rng))
     way = rng.randrange(9)
     if way == 0:
         query = query[:rng.randrange(32)]
@@ -1186,8 +1191,8 @@ def test_taiclockd_takes_inherited_sockets():
 
 def test_taiclockd_refuses_inherited_descriptors_that_are_no_use():
     with open(os.devnull) as null, socket.socket() as tcp:
-        for file, count, why in ((null, "1", "Socket operation on non-socket"), (null, "x", "invalid literal"),
-                                 (tcp, "1", "descriptor 3 is not a UDP socket")):
+        for file, count, why in ((null, 1, "Socket operation on non-socket"), (null, "x", "invalid literal"),
+                                 (tcp, 1, "descriptor 3 is not a UDP socket")):
             process = start_with_descriptor(file.fileno(), count)
             err = process.communicate(timeout=60)[1].decode()
             assert process.returncode == 111 and err.count("\n") == 1
@@ -1213,6 +1218,245 @@ def test_taiclockd_term_ends_it_while_it_waits():
             server.process.terminate()
             assert server.process.wait(timeout=10) == -signal.SIGTERM
             assert time.monotonic() - begin < 1
+
+
+def stopped(server):
+    """Let what is sent meanwhile come as a batch."""
+    class Stopped:
+        def __enter__(self):
+            server.process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+        def __exit__(self, *_):
+            server.process.send_signal(signal.SIGCONT)
+    return Stopped()
+
+
+def test_taiclockd_answers_each_of_a_batch():
+    """Plain batches, odd ones and plain ones again, of all sizes: each reply is that of its own query."""
+    rng = random.Random(SEED)
+    with Taiclockd() as server:
+        socks = [server.client(rng.choice(["127.0.0.1", "::1"])) for _ in range(100)]
+        for round in range(30):
+            size = rng.choice([1, 2, 63, 64, 65, 100])
+            queries = [hostile_datagram(rng) if round % 3 == 1 else plain_query(rng) for _ in range(size)]
+            with stopped(server):
+                for sock, query in zip(socks, queries):
+                    sock.send(query)
+                resumed_ns = time.time_ns()
+            for sock, query in zip(socks, queries):
+                if len(query) >= 20 and query[:4] == b"ctai":
+                    check_reply(query, sock.recv(65536), resumed_ns, time.time_ns())
+        for sock in socks:
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.recv(256)
+            sock.close()
+
+
+def test_taiclockd_drops_only_the_reply_that_can_not_be_sent():
+    try:
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
+    except PermissionError:
+        pytest.skip("not root: no raw socket")
+    for place in (0, 5, 9):
+        with Taiclockd() as server, raw.dup() as sender:
+            socks = [server.client() for _ in range(10)]
+            with stopped(server):
+                for number, sock in enumerate(socks):
+                    if number == place:  # from port 0, to which nothing can be sent
+                        header = struct.pack(">4H", 0, server.ports[0], 40, 0)
+                        sender.sendto(header + VECTORS[0][0], ("127.0.0.1", 0))
+                    sock.send(VECTORS[0][0])
+            for sock in socks:
+                assert sock.recv(256)[20:] == VECTORS[0][0][20:]
+                sock.close()
+    raw.close()
+
+
+def flood(server, sec, payloads):
+    """As much as one process can send."""
+    with server.client() as sock:
+        end, sent = time.monotonic() + sec, 0
+        while time.monotonic() < end:
+            for payload in payloads:
+                sock.send(payload)
+            sent += len(payloads)
+    return sent
+
+
+def resident_kb(pid):
+    with open("/proc/%d/status" % pid) as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_taiclockd_does_not_grow_under_a_flood_and_term_ends_it(plain):
+    rng = random.Random(SEED)
+    payloads = [hostile_datagram(rng) for _ in range(1000)]
+    with Taiclockd(plain=plain) as server:
+        flood(server, 0.5, payloads)
+        before_kb = resident_kb(server.process.pid)
+        flood(server, 3, payloads)
+        assert resident_kb(server.process.pid) <= before_kb + 64
+        with stopped(server):
+            flood(server, 0.1, payloads)  # so that its queue is full
+            begin = time.monotonic()
+            server.process.terminate()
+        server.process.wait(timeout=10)
+        assert time.monotonic() - begin < 1
+
+
+def test_taiclockd_workers_share_the_port_and_end_together():
+    def alive(pids):
+        return [pid for pid in pids if os.path.exists("/proc/%d" % pid)
+                and " (zombie)" not in open("/proc/%d/status" % pid).read()]
+
+    def gone(pids):
+        end = time.monotonic() + 5
+        while alive(pids) and time.monotonic() < end:
+            time.sleep(0.01)
+        return not alive(pids)
+
+    for end_it, status in ((lambda parent, workers: os.kill(parent, signal.SIGTERM), 0),
+                           (lambda parent, workers: os.kill(workers[0], signal.SIGKILL), 111),
+                           (lambda parent, workers: os.kill(parent, signal.SIGKILL), -signal.SIGKILL)):
+        with Taiclockd("-j", "3") as server:
+            for _ in range(50):  # of as many ports, so that each worker gets some
+                with server.client() as sock:
+                    ask(sock, VECTORS[0][0])
+            with open("/proc/%d/task/%d/children" % (2 * (server.process.pid,))) as file:
+                workers = [int(pid) for pid in file.read().split()]
+            assert len(workers) == 3
+            for number in (signal.SIGSTOP, signal.SIGCONT, signal.SIGHUP):  # no reason to end
+                os.kill(workers[0], number)
+            other = run("taiclockd", "-j", "3", "-p", server.ports[0])
+            assert other.returncode == 111 and "Address already in use" in other.stderr
+            end_it(server.process.pid, workers)
+            assert server.process.wait(timeout=10) == status
+            assert gone(workers)
+        assert (b"taiclockd: fatal: a worker died\n" in server.err) == (status == 111)
+
+
+class FakeClock:
+    """A kernel that inserts (step_sec 1) or leaves out (-1) the second before leap_sec; a tick late, as
+    kernels are."""
+
+    def __init__(self, leap_sec, step_sec, tick_late_ns=4 * 10**6):
+        self.leap_ns, self.step_ns, self.late_ns = leap_sec * 10**9, step_sec * 10**9, tick_late_ns
+        self.elapsed_ns = self.leap_ns - 5 * 10**9  # counts every second
+
+    def leapt(self, late_ns):
+        return self.elapsed_ns >= self.leap_ns - max(-self.step_ns, 0) + late_ns
+
+    def now_ns(self):
+        return self.elapsed_ns - (self.step_ns if self.leapt(self.late_ns) else 0)
+
+    def kernel(self):  # adjtimex(2) corrects what the clock shows before the late tick
+        clock_ns = self.elapsed_ns - (self.step_ns if self.leapt(0) else 0)
+        state = 3 if self.leapt(0) and clock_ns < self.leap_ns else 0
+        return dict(state=state, status=0x2000, sec=clock_ns // 10**9, frac=clock_ns % 10**9)
+
+
+@pytest.mark.parametrize("step_sec", [1, -1])
+def test_taiclockd_labels_run_through_a_leap_second(step_sec, monkeypatch, tmp_path):
+    leap_day = 30000  # in 2052
+    table = ["2272060800 10"] + ["%d %d" % (2208988800 + 86400 * day, 11 + n)
+                                 for n, day in enumerate(load("taiclockd").LEAP_DAYS)]
+    table.append("%d %d" % (2208988800 + 86400 * leap_day, 37 + step_sec))
+    (tmp_path / "list").write_text("\n".join(table))
+    monkeypatch.setenv("LEAPSECS", str(tmp_path / "list"))
+    monkeypatch.setenv("CLOCK_SCALE", "utc")
+    fake = FakeClock(leap_day * 86400, step_sec)
+    clock = load("taiclockd").Clock(now_ns=fake.now_ns, kernel=fake.kernel)
+    begin_ns, steps = fake.elapsed_ns, 0
+    while fake.elapsed_ns < begin_ns + 10 * 10**9:
+        sec, nano, _ = struct.unpack(">QII", clock.label())
+        assert (sec - 2**62) * 10**9 + nano == fake.elapsed_ns + 37 * 10**9
+        fake.elapsed_ns += 1234567
+        steps += 1
+    assert steps > 8000
+
+
+def test_taiclockd_label_on_both_scales(monkeypatch):
+    for scale, seconds in (("utc", "400000006b0cc925"), ("tai", "400000006b0cc90a")):
+        monkeypatch.setenv("CLOCK_SCALE", scale)
+        clock = load("taiclockd").Clock(now_ns=lambda: 1796000000 * 10**9 + 5)
+        assert clock.label().hex() == seconds + "00000005" + "00000000"
+
+
+def test_taiclockd_says_once_that_its_clock_is_not_to_be_trusted(monkeypatch, capfd):
+    monkeypatch.setenv("CLOCK_SCALE", "utc")
+    now, status = [10**9], [0x40]
+    clock = load("taiclockd").Clock(True, now_ns=lambda: now[0], kernel=lambda: dict(status=status[0]))
+    for now[0] in (10**9, 5 * 10**9, 1795305599 * 10**9):
+        assert clock.label() is None
+    out = capfd.readouterr().out
+    assert out == "silent: the clock was never set, it shows a time before this program's release\n"
+    now[0] = 1795305600 * 10**9
+    assert clock.label() is None  # still so by the kernel
+    status[0] = 0
+    now[0] += 10**9
+    assert clock.label()
+    assert capfd.readouterr().out == "answering: the clock is to be trusted now\n"
+    status[0] = 0x40
+    now[0] += 10**9
+    assert clock.label() is None
+    assert capfd.readouterr().out == "silent: the kernel does not take its clock for synchronized\n"
+
+
+def test_taiclockd_keeps_silent_while_unsynchronized():
+    """By a kernel that does not tell at all, as without ctypes."""
+    with Taiclockd(plain=True, CLOCK_SERVE="synced") as server:
+        line = server.process.stdout.readline()
+        assert line == b"silent: the kernel does not take its clock for synchronized\n"
+        with server.client() as sock:
+            sock.settimeout(0.2)
+            for _ in range(3):
+                sock.send(VECTORS[0][0])
+            with pytest.raises(socket.timeout):
+                sock.recv(256)
+    assert server.out == b""
+    done = run("taiclockd", "-p", "0", CLOCK_SERVE="sync")
+    assert done.returncode == 111
+    assert done.stderr == "taiclockd: fatal: unable to obey CLOCK_SERVE: it is neither synced nor empty\n"
+
+
+def test_taiclockd_reads_a_changed_leap_table_on_hup(tmp_path):
+    table = tmp_path / "list"
+    table.write_text("2272060800 10\n3692217600 11\n")
+    with Taiclockd(LEAPSECS=str(table)) as server:
+        with server.client() as sock:
+            for rows in ("3692217600 11\n3723753600 12\n", "3692217600 12\n"):  # the second are damaged
+                table.write_text("2272060800 10\n" + rows)
+                server.process.send_signal(signal.SIGHUP)
+                time.sleep(0.2)
+                before_ns = time.time_ns()
+                sock.send(VECTORS[0][0])
+                check_reply(VECTORS[0][0], sock.recv(256), before_ns, time.time_ns(), 12)
+    assert server.err.decode() == ("taiclockd: warning: unable to read leap seconds: "
+                                   "leap second table %s is damaged\n" % table)
+
+
+def test_taiclockd_tells_its_counts_once_an_hour_for_all_workers(capfd):
+    now = [0]
+    tally = load("taiclockd").Tally(2, lambda: now[0])
+    tally.add(64, 60, 50)
+    tally.take(1)
+    tally.add(1, 1, 1)
+    tally.tell()
+    assert capfd.readouterr().out == ""
+    now[0] = 3600 * 10**9
+    tally.tell()
+    tally.tell()
+    assert capfd.readouterr().out == "count: 51 answered, 4 odd, 10 refused\n"
+    tally.add(2, 2, 2)
+    now[0] = 7200 * 10**9
+    tally.tell()
+    assert capfd.readouterr().out == "count: 2 answered, 0 odd, 0 refused\n"
+    now[0] = 10800 * 10**9
+    tally.tell()
+    assert capfd.readouterr().out == ""
 
 
 # ==== measurement: sntpclock, taiclock ==============================================================
