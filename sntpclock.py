@@ -581,14 +581,10 @@ NTP = struct.Struct(">BBbbII4sQQQQ")
 MAC_BYTES = 20  # of a digest: NTPv4 cuts longer ones, which could be taken for extension fields
 KEY_TYPES = ("MD5", "SHA1", "SHA256", "SHA384", "SHA512")
 NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
-<<<<<<< HEAD
 RELEASE_SEC = 1793491200  # 2026-11-01: no answer can be from long before this program
-=======
-RELEASE_SEC = 1795305600  # 2026-11-22: no answer can be from long before this program
 REST_SEC = {"RATE": 1024, "DENY": 86400, "RSTR": 86400}  # after a kiss-o'-death, twice as long after the next
 MOST_REST_SEC = 30 * 86400
 NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which ssl has no name
->>>>>>> clients
 MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
 
 
