@@ -51,6 +51,7 @@ if __name__ == "__main__":
     sys.exit(pytest.main(["-p", "no:cacheprovider", "-rs"] + (sys.argv[1:] or ["-q"]) + [os.path.abspath(__file__)]))
 
 # ==== what the tests share =========================================================================
+import contextlib
 import errno
 import importlib.machinery
 import importlib.util
@@ -2481,6 +2482,7 @@ def host(tmp_path):
     ('A="b"\r\nC=d\r\n', {"A": "b", "C": "d"}),
     ("A=2001:db8::1,192.0.2.1", {"A": "2001:db8::1,192.0.2.1"}),
     ("A_1=é", {"A_1": "é"}),
+    ("A=b\u00a0c", {"A": "b\u00a0c"}),
 ])
 def test_a_configuration_is_read_as_a_shell_reads_it(text, wanted, tmp_path):
     assert load("clockctl").parse_assignments(text) == wanted
@@ -2646,7 +2648,7 @@ def test_a_client_that_failed_changes_nothing(host, command, packet, status, why
     ("CLOCK_IP=', ,'", "ask the time: CLOCK_IP is not set in %(conf)s"),
     ("CLOCK_IP=-e", "ask the time: CLOCK_IP is not an address in %(conf)s"),
     ("CLOCK_IP=a CLOCK_TYPE=ptp", "ask the time: CLOCK_TYPE is neither ntp nor tai in %(conf)s"),
-    ("CLOCK_IP=a CLOCKSPEED_BIN=%(bin)s", "find sntpclock.py: it is not in %(bin)s"),
+    ("CLOCK_IP=a CLOCKSPEED_BIN=%(bin)s", "find sntpclock: it is not in %(bin)s"),
 ])
 def test_a_configuration_that_can_not_work_is_named(host, conf, why):
     names = dict(bin=host.bin, conf=host.conf)
@@ -2703,7 +2705,9 @@ def test_every_command_has_a_help_with_an_example():
 
 
 @pytest.mark.parametrize("args", [
-    ["mark", "x"], ["mark", "--patience"], ["mark", "--patience", "x"], ["wait"], ["wait", "1"],
+    ["mark", "x"], ["mark", "--patience"], ["mark", "--patience", "x"], ["mark", "--patience", "nan"],
+    ["mark", "--patience", "inf"], ["wait"], ["wait", "1"], ["wait", "1", "9" * 5000],
+    ["wait", "1", "4294967296"],
     ["wait", "x", "1"], ["wait", "-1", "1"], ["status", "x"], ["metrics", "--output"], ["graph", "phase"],
     ["try", "ftp:x"], ["try", "ntp:"], ["try", "a", "b"], ["try", "tai:-f"], ["help", "x"], ["version", "-v"],
     ["nonsense"], []])
@@ -2747,9 +2751,13 @@ def test_mark_and_view_with_the_real_programs(host):
 
 # `try` runs the real programs.
 def left_behind(directory):
-    """What `try` has in its temporary directory, and its children that still run."""
-    listed = subprocess.run(["ps", "-eo", "args"], stdout=subprocess.PIPE, check=True).stdout.decode()
-    return os.listdir(str(directory)) + [line for line in listed.splitlines() if str(directory) in line]
+    """What `try` has in its temporary directory, and its children that still run: by their environment."""
+    found = os.listdir(str(directory))
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended
+            if b"TMPDIR=" + os.fsencode(str(directory)) in contents("/proc/%s/environ" % pid):
+                found.append(contents("/proc/%s/cmdline" % pid))
+    return found
 
 
 def try_env(directory, **env):
