@@ -11,15 +11,18 @@ DESCRIPTION
     its first 20 bytes.  What is longer is answered as its first 256 bytes, what is shorter or
     begins otherwise not at all: no reply is longer than its query, and no reply is answered.
 
-    No client, datagram or network error stops it.  It prints a line when it begins, and with
-    the first datagram after an hour or more one of what it did since the last such line: the
-    queries answered, the datagrams that were none, and the queries it could not answer:
+    No client, datagram or network error stops it.  It prints a line when it begins, and while
+    it is asked, once an hour at most, one of what it did since the last such line: the queries
+    answered, the datagrams that were none, and the queries that it could or would not answer:
 
         start: serving on 0.0.0.0 port 4014, :: port 4014
         count: 86400 answered, 2 odd, 0 refused
 
     On Linux it takes and answers up to 64 datagrams with one system call each way, and the
     replies to all of them carry the label of the moment when they had been taken.
+
+    On a host with several addresses a reply leaves from the one that its route prefers, as the
+    original's does.  Clients drop what comes from another than they asked: name those by -i.
 
     It keeps silent, and says so once, while its clock is not to be trusted: while it shows a
     time before this program's release, and with CLOCK_SERVE=synced while the kernel takes it
