@@ -234,7 +234,7 @@ NAME_SIZES = {socket.AF_INET: 16, socket.AF_INET6: 28}  # of struct sockaddr_in 
 MMSGHDR_SIZE_AT = struct.calcsize("@PIPNPNi0P")
 MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only, for none
 WORKERS_MAX = 1024
-SLOTS = 64  # datagrams per batch: of a full one Python takes about 1%, and a larger one's label would be older
+SLOTS = 64  # datagrams per batch: Python takes 1% of a full one; of a larger one the label would be older
 QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel; its own limit is lower, as a rule
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
 
