@@ -2,8 +2,6 @@
 import os
 import re
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -72,7 +70,8 @@ C_PLAIN = C_HEAD + r'''
 int main(void) {
   int fd = serve(); unsigned char packet[256]; struct timeval now;
   for (;;) {
-    socklen_t size = sizeof address; int i, length = recvfrom(fd, packet, sizeof packet, 0, (void *) &address, &size);
+    socklen_t size = sizeof address;
+    int i, length = recvfrom(fd, packet, sizeof packet, 0, (void *) &address, &size);
     if (length < 20 || memcmp(packet, "ctai", 4)) continue;
     gettimeofday(&now, 0); packet[0] = 's';
     unsigned long long sec = 4611686018427387914ULL + now.tv_sec; unsigned nano = now.tv_usec * 1000 + 500;
@@ -112,7 +111,7 @@ def bench_server(rounds=25, round_sec=0.1):
         if shutil.which("gcc"):
             for name, source in (("C by one (stand-in)", C_PLAIN), ("C by the batch (limit)", C_LIMIT)):
                 binary = os.path.join(directory, name.replace(" ", "_"))
-                subprocess.run(["gcc", "-O2", "-x", "c", "-o", binary, "-"], input=source.encode(), check=True)
+                subprocess.run(["gcc", "-O2", "-xc", "-o", binary, "-"], input=source.encode(), check=True)
                 commands[name] = [binary]
         for name, args in (("taiclockd", []), ("s6-taiclockd", ["-i", "127.0.0.1", "-p", "4015"])):
             if shutil.which(name):
@@ -123,7 +122,7 @@ def bench_server(rounds=25, round_sec=0.1):
             for outstanding in (1, 8, 64, 256):
                 compare_servers(servers, outstanding, rounds, round_sec)
             process, _ = servers["taiclockd.py"]
-            print("  resident after that: %.1f MB" % (resident_kb(process.pid) / 1000))
+            print("  resident after that: %.1f MB" % (resident_kb(process.pid) * 1024 / 1e6))
         finally:
             for process, _ in servers.values():
                 process.kill()
@@ -151,13 +150,13 @@ def resident_kb(pid):
 
 
 def compare_servers(servers, outstanding, rounds, round_sec):
-    figures = {name: [] for name in servers}  # CPU microseconds per reply, replies per second, p99 microseconds
+    figures = {name: [] for name in servers}  # CPU us per reply, replies per second, p99 us
     lost = dict.fromkeys(servers, 0)
     for _ in range(rounds):
         for name, (process, port) in servers.items():
             before_ns = cpu_ns(process.pid)
-            load = subprocess.run([sys.executable, "-IS", "-c", LOAD, str(port), str(outstanding), str(round_sec)],
-                                  stdout=subprocess.PIPE, check=True).stdout.split()
+            command = [sys.executable, "-IS", "-c", LOAD, str(port), str(outstanding), str(round_sec)]
+            load = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()
             used_us = (cpu_ns(process.pid) - before_ns) / 1000
             answered, lost[name] = int(load[0]), lost[name] + int(load[1])
             figures[name].append((used_us / answered, answered / float(load[2]), float(load[3]) * 1e6))
@@ -169,55 +168,33 @@ def compare_servers(servers, outstanding, rounds, round_sec):
             + (", %d lost" % lost[name] if lost[name] else "", ", ".join(ratios))))
 
 
-def bench_workers(ours, env, rounds=30, queries=300):
-    """How fast one worker and several empty their queues, filled while they are stopped.
-
-    The kernel stamps the replies: so nothing but the workers runs meanwhile.
-    """
-    rates = {}
+def bench_workers(ours, env, rounds=15, round_sec=0.3):
+    """What more workers are worth: CPU per reply, and from it how many times the replies of one worker they
+    give if each has a core of its own, which the load would else take from them on a small machine."""
     cores = len(os.sched_getaffinity(0))
+    used = {}
     for workers in sorted({1, 2, cores}):
-        process, port = start_server(ours, [ours, "-p", "0", "-j", str(workers)], env)
+        process, port = start_server("taiclockd.py", [ours, "-p", "0", "-j", str(workers)], env)
         try:
-            time.sleep(0.3)  # for all to wait for queries
+            time.sleep(0.3)  # for all to be there
             pids = [process.pid]
             if workers > 1:
                 with open("/proc/%d/task/%d/children" % (process.pid, process.pid)) as file:
                     pids = [int(pid) for pid in file.read().split()]
-            rates[workers] = statistics.median(empty_queues(pids, port, queries * workers) for _ in range(rounds))
-            resident = max(resident_kb(pid) for pid in pids) / 1000
+            command = [sys.executable, "-IS", "-c", LOAD, str(port), "64", str(round_sec)]
+            figures = []
+            for _ in range(rounds):
+                before_ns = sum(map(cpu_ns, pids))
+                loads = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+                answered = sum(int(load.communicate()[0].split()[0]) for load in loads)
+                figures.append((sum(map(cpu_ns, pids)) - before_ns) / 1000 / answered)
+            used[workers] = statistics.median(figures)
+            print("  %d worker%s, 4 x 64 outstanding  %6.2f us, on as many free cores %.2f of one, %.1f MB" % (
+                workers, "s"[workers == 1:], used[workers], workers * used[1] / used[workers],
+                max(map(resident_kb, pids)) * 1024 / 1e6))
         finally:
             process.terminate()
             process.communicate()
-        print("  %d worker%s on %d cores  %8.0f/s  %.2f of one  %.1f MB resident" % (
-            workers, "s"[workers == 1:], cores, rates[workers], rates[workers] / rates[1], resident))
-
-
-def empty_queues(pids, port, queries):
-    """-> replies per second of their time."""
-    socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(60)]  # for a fair share of each
-    for sock in socks:
-        sock.setsockopt(socket.SOL_SOCKET, 35, 1)  # SO_TIMESTAMPNS
-        sock.connect(("127.0.0.1", port))
-        sock.setblocking(False)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    for number in range(queries):
-        socks[number % len(socks)].send(b"ctai" + bytes(28))
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
-    time.sleep(0.05)
-    stamps = []
-    for sock in socks:
-        with sock:
-            try:
-                while True:
-                    (_, _, stamp), = sock.recvmsg(64, 64)[1]
-                    sec, nano = (int.from_bytes(stamp[at:at + 8], sys.byteorder) for at in (0, 8))
-                    stamps.append(sec * 10**9 + nano)
-            except BlockingIOError:
-                pass
-    return len(stamps) / (max(stamps) - min(stamps)) * 1e9
 
 
 if __name__ == "__main__":

@@ -11,15 +11,18 @@ DESCRIPTION
     its first 20 bytes.  What is longer is answered as its first 256 bytes, what is shorter or
     begins otherwise not at all: no reply is longer than its query, and no reply is answered.
 
-    No client, datagram or network error stops it.  It prints a line when it begins, and with
-    the first datagram after an hour or more one of what it did since the last such line: the
-    queries answered, the datagrams that were none, and the queries it could not answer:
+    No client, datagram or network error stops it.  It prints a line when it begins, and while
+    it is asked, once an hour at most, one of what it did since the last such line: the queries
+    answered, the datagrams that were none, and the queries that it could or would not answer:
 
         start: serving on 0.0.0.0 port 4014, :: port 4014
         count: 86400 answered, 2 odd, 0 refused
 
     On Linux it takes and answers up to 64 datagrams with one system call each way, and the
     replies to all of them carry the label of the moment when they had been taken.
+
+    On a host with several addresses a reply leaves from the one that its route prefers, as the
+    original's does.  Clients drop what comes from another than they asked: name those by -i.
 
     It keeps silent, and says so once, while its clock is not to be trusted: while it shows a
     time before this program's release, and with CLOCK_SERVE=synced while the kernel takes it
@@ -231,7 +234,7 @@ NAME_SIZES = {socket.AF_INET: 16, socket.AF_INET6: 28}  # of struct sockaddr_in 
 MMSGHDR_SIZE_AT = struct.calcsize("@PIPNPNi0P")
 MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only, for none
 WORKERS_MAX = 1024
-SLOTS = 64  # datagrams per batch: more would gain less than 1%, and make labels older
+SLOTS = 64  # datagrams per batch: Python takes 1% of a full one; of a larger one the label would be older
 QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel; its own limit is lower, as a rule
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
 
