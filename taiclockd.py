@@ -189,7 +189,6 @@ TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
 TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
 TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick ppsfreq "
                 "jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
-ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def adjtimex(**fields):
@@ -221,7 +220,8 @@ def adjtimex(**fields):
 PORT = 4014
 QUERY_MIN, QUERY_MAX = 20, 256  # the original reads 256 bytes of a longer one, and answers those
 RELEASE_SEC = 1793491200  # 2026-11-01; a clock that shows an earlier time was never set
-TIME_OOP, STA_UNSYNC = 3, 0x40  # adjtimex(2): in an inserted leap second; the clock is not synchronized
+TIME_OOP, STA_UNSYNC, STA_NANO = 3, 0x40, 0x2000  # adjtimex(2): in an inserted leap second; not synchronized;
+# frac counts nanoseconds
 LEAP_NEAR_NS = 2 * 10**9  # so near to a leap second the kernel is asked; it leaps a tick late at most
 HOUR_NS, LOOK_NS = 3600 * 10**9, 600 * 10**9
 PLAIN_SIZE = 32  # of a query, as clients send it

@@ -1073,7 +1073,7 @@ def check_reply(query, reply, before_ns, after_ns, tai_utc=37):
     assert before_ns <= label_ns <= after_ns and atto == 0
 
 
-def ask(sock, query):
+def ask_server(sock, query):
     before_ns = time.time_ns()
     sock.send(query)
     reply = sock.recv(65536)
@@ -1098,11 +1098,11 @@ def test_taiclockd_answers_the_vectors(taiclockd, host):
     with taiclockd.client(host) as sock:
         for query, size in VECTORS:
             if size:
-                ask(sock, query)
+                ask_server(sock, query)
             else:
                 sock.send(query)
         marker = b"ctai" + bytes(16) + b"the last"  # replies come in order: nothing else is on its way
-        ask(sock, marker)
+        ask_server(sock, marker)
         sock.settimeout(0.2)
         with pytest.raises(socket.timeout):
             sock.recv(65536)
@@ -1158,7 +1158,7 @@ def test_taiclockd_serves_on_the_addresses_given():
         assert server.start == "start: serving on 127.0.0.1 port %d, ::1 port %d\n" % (2 * (server.ports[0],))
         for host in ("127.0.0.1", "::1", "127.0.0.1"):
             with server.client(host) as sock:
-                ask(sock, VECTORS[0][0])
+                ask_server(sock, VECTORS[0][0])
         with server.client("127.0.0.2") as sock:
             with pytest.raises(ConnectionRefusedError):
                 sock.send(VECTORS[0][0])
@@ -1184,7 +1184,7 @@ def test_taiclockd_takes_inherited_sockets():
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
                 client.settimeout(10)
                 client.connect(("127.0.0.1", port))
-                ask(client, VECTORS[0][0])
+                ask_server(client, VECTORS[0][0])
         finally:
             process.terminate()
             process.communicate(timeout=10)
@@ -1325,7 +1325,7 @@ def test_taiclockd_workers_share_the_port_and_end_together():
         with Taiclockd("-j", "3") as server:
             for _ in range(50):  # of as many ports, so that each worker gets some
                 with server.client() as sock:
-                    ask(sock, VECTORS[0][0])
+                    ask_server(sock, VECTORS[0][0])
             with open("/proc/%d/task/%d/children" % (2 * (server.process.pid,))) as file:
                 workers = [int(pid) for pid in file.read().split()]
             assert len(workers) == 3
