@@ -613,12 +613,12 @@ def decode_answer(query, packet, pivot_sec, authentic=None):
     leap, version, mode = flags >> 6, flags >> 3 & 7, flags & 7
     if mode not in (2, 4) or version == 0:
         raise ValueError("answer of mode %d, version %d" % (mode, version))
-    if stratum == 0:
-        word = "".join(chr(byte) if 32 < byte < 127 else "?" for byte in reference.rstrip(b"\0"))
-        if word in REST_SEC:
-            raise Dismissed("kiss-o'-death " + word, word == "RATE")
+    word = "".join(chr(byte) if 32 < byte < 127 else "?" for byte in reference.rstrip(b"\0"))
+    if stratum == 0 and word in REST_SEC:
+        raise Dismissed("kiss-o'-death " + word, word == "RATE")
+    if stratum == 0 and word:
         raise ValueError("stratum 0, %s" % word)
-    if leap == 3 or stratum > 15:
+    if leap == 3 or not 1 <= stratum <= 15:
         raise ValueError("the server is not synchronised")
     if not received or not sent:
         raise ValueError("answer without time")
