@@ -806,9 +806,10 @@ def main(argv):
             emit_manual()
             return 0
         doing = "read leap seconds"
-        leap_rows, expiry, _ = read_leap_table()
+        leap_rows, expiry, source = read_leap_table()
         clock_rows = clock_table(leap_rows)
-        if clock_rows is not leap_rows and expiry and expiry < time.time():  # on the utc scale they cancel
+        # on the utc scale they cancel; of the system's own table the daemons tell, once
+        if clock_rows is not leap_rows and source != LEAP_FILES[-1] and expiry and expiry < time.time():
             settings.warn("the leap second table has expired")
         signer = kisses = None
         if ident:
