@@ -140,6 +140,16 @@ def test_shared_blocks_are_the_same_bytes_in_every_copy():
     assert set(SCRIPTS) <= set(next(iter(copies[everywhere[0]].values())))
 
 
+def test_every_script_begins_in_the_same_way():
+    heads = set()
+    for name in SCRIPTS + ("clockctl", "svc/install"):
+        if os.path.exists(path_of(name)):
+            with open(path_of(name)) as file:
+                heads.add(file.readline() + file.readline())
+            assert os.access(path_of(name), os.X_OK)
+    assert len(heads) == 1 and heads.pop().startswith('#!/bin/sh\n"""exec" python3 -IS -c ')
+
+
 @pytest.mark.parametrize("name", SCRIPTS + ("clockctl",))
 def test_help_is_the_manual_page(name):
     done = run(name, "--help")
