@@ -972,9 +972,9 @@ class Clockspeed:
         """etc/atto and etc/state."""
         if self.estimator.has_phase():
             self.known_ns = max(self.known_ns, from_tai(self.real()[0], self.rows))
-        ppm, error_ppm = self.estimator.rate()
+        ppm, _ = self.estimator.rate()
         atto = pack(round(10**9 * (1 + ppm / 1e6)))
-        if error_ppm < UNKNOWN_PPM and atto != self.read_atto():
+        if self.marks["used"] > 1 and atto != self.read_atto():  # one mark tells no rate
             self.save("atto", atto)
         self.save_json("state", {
             "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
