@@ -286,9 +286,10 @@ def step_kernel(adjtimex, delta_ns):
 WANDERS = [1e-11 * 10 ** (k / 2) for k in range(8)]   # up to 3.2e-8 per sqrt(s)
 NOISES = [1e-6 * 2**k for k in range(17)]       # up to 66 ms, in s
 USUAL_WANDER, USUAL_NOISE = 3e-10, 1e-3         # a PC at a desk, a server some networks away
-# A wave: the chance that there is one, its usual amplitudes (some degrees at 0.1 ppm each), how they change
-# with the weather in a day, and the wanders that show it: 0.3 ppm in a day at most, decades are enough.
-WAVE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.3, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
+# A wave: the chance that there is one (low, as one that isn't there costs some accuracy, and one that is
+# shows in some days), its usual amplitudes (some degrees at 0.1 ppm each), how they change with the weather
+# in a day, and the wanders that show it: 0.3 ppm in a day at most, decades are enough.
+WAVE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
 WAVE_SECS = 3600, 10800, 21600, 43200   # from now: moments to bound a wave's error at
 DAY_NS = 86400 * 10**9
 OMEGA = 2 * math.pi / 86400
@@ -640,7 +641,7 @@ class Estimator:
             known = self.models + [kind[:-1] for kind in self.kinds]
             if not all(is_float(model[0], 1e-99, 1e9) and is_known(model[1:]) for model in known):
                 raise ValueError("no covariance")
-            if not (len(self.kinds) == len(KINDS) and all(is_float(kind[-1], 0, 1e60) for kind in self.kinds)):
+            if len(self.kinds) != len(KINDS) or not all(is_float(kind[-1], 0, 1e60) for kind in self.kinds):
                 raise ValueError("no mixtures")
             self.mean = collapse([kind[:-1] for kind in self.kinds], [kind[-1] for kind in self.kinds])
             ticks = [self.tick_ns] + [tick_ns for tick_ns, _ in self.held]
