@@ -2560,6 +2560,7 @@ def test_the_scripts_fit_the_supervisor(tmp_path, name, tools):
         words = re.findall(r"(?m)^(?!#).*", contents(path).decode())
         assert name == "daemontools" or not re.search(r"(?<!-)setuidgid |multilog t ", "\n".join(words))
     scanner.unlink()
+    assert install(tmp_path, "--supervisor", name).startswith("write /var/svc.d/.clockspeed-installed\nleft to you")
     assert install(tmp_path).startswith("nothing to do\n"), "the supervisor was forgotten"
 
 
@@ -2585,6 +2586,24 @@ def test_what_starts_at_boot_can_be_linked_in_an_image(tmp_path):
     (tmp_path / "etc/service/clockspeed").mkdir()
     assert install(tmp_path, "--start", status=111) == (
         "install: fatal: unable to ln -s /var/svc.d/clockspeed /etc/service/clockspeed: there is something else\n")
+
+
+def test_a_running_service_is_restarted_and_its_clock_let_alone(tmp_path, source):
+    install(tmp_path, "--server", "ntp:192.0.2.7", "--start")
+    assert "clockctl set" in install(tmp_path)
+    supervise = tmp_path / "var/svc.d/clockspeed/supervise"
+    supervise.mkdir()
+    os.mkfifo(str(supervise / "control"))
+    assert "clockctl set" in install(tmp_path)
+    reader = os.open(str(supervise / "control"), os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert "clockctl set" not in install(tmp_path) and "svc -t" not in install(tmp_path)
+        with open(str(source / "clockspeed.py"), "a") as file:
+            file.write("# the next version\n")
+        assert "left to you: svc -t /service/clockspeed\n" in install(tmp_path, source=str(source))
+        assert install(tmp_path, source=str(source)).count("svc -t") == 0
+    finally:
+        os.close(reader)
 
 
 def test_removal_keeps_what_is_not_ours_and_purge_does_not(tmp_path):
