@@ -2714,7 +2714,7 @@ def test_only_root_installs_on_the_host_but_all_may_look(source):
 
 @pytest.mark.parametrize("args", [
     ["operand"], ["--server"], ["--server", "ntp"], ["--server", "ntp:"], ["--server", "ntp:-x"],
-    ["--server", "ntp:a b"], ["--server", "ntp:a,,b"], ["--server", 'ntp:$(reboot)"'], ["--server", "http:a"],
+    ["--server", "ntp:a b"], ["--server", "ntp:a,,b"], ["--server", "ntp,a"], ["--server", 'ntp:$(reboot)"'], ["--server", "http:a"],
     ["--supervisor", "systemd"], ["--purge"], ["--remove", "--start"], ["--remove", "--server", "ntp:a"], ["-x"]])
 def test_wrong_usage_of_install(tmp_path, args):
     assert install(tmp_path, *args, status=100).startswith("install: usage: install ")
