@@ -2625,7 +2625,12 @@ def test_removal_keeps_what_is_not_ours_and_purge_does_not(tmp_path):
     install(tmp_path, "--server", "tai:192.0.2.9")
     assert set(snapshot(tmp_path)) == set(before) | {"usr/local/bin/other"}
     (tmp_path / RUN_PATH).write_text("# mine\n")
+    (tmp_path / "usr/local/clockspeed/etc/notes").write_text("")
+    (tmp_path / "usr/local/clockspeed/adjust").unlink()
+    (tmp_path / "usr/local/clockspeed/adjust").write_text("")
     install(tmp_path, "--remove", "--purge")
+    assert files_below(tmp_path) == {"usr/local/bin/other", "usr/local/clockspeed/adjust",
+                                     "usr/local/clockspeed/etc/notes"}
     assert not (tmp_path / "var/svc.d").exists()
 
 
@@ -2714,8 +2719,8 @@ def test_only_root_installs_on_the_host_but_all_may_look(source):
 
 @pytest.mark.parametrize("args", [
     ["operand"], ["--server"], ["--server", "ntp"], ["--server", "ntp:"], ["--server", "ntp:-x"],
-    ["--server", "ntp:a b"], ["--server", "ntp:a,,b"], ["--server", "ntp,a"], ["--server", 'ntp:$(reboot)"'], ["--server", "http:a"],
-    ["--supervisor", "systemd"], ["--purge"], ["--remove", "--start"], ["--remove", "--server", "ntp:a"], ["-x"]])
+    ["--server", "ntp:a b"], ["--server", "ntp:a,,b"], ["--server", "ntp,a"], ["--server", 'ntp:$(reboot)"'],
+    ["--server", "http:a"], ["--supervisor", "systemd"], ["--purge"], ["--remove", "--start"], ["--remove", "--server", "ntp:a"], ["-x"]])
 def test_wrong_usage_of_install(tmp_path, args):
     assert install(tmp_path, *args, status=100).startswith("install: usage: install ")
     assert snapshot(tmp_path) == {}
