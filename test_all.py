@@ -74,6 +74,7 @@ import xml.dom.minidom
 import pytest
 
 SCRIPTS = ("clockadd", "clockspeed", "clockview", "sntpclock", "taiclock", "taiclockd")
+ALL_SCRIPTS = SCRIPTS + ("clockctl", "svc/install")
 UTC_ENV = dict(os.environ, CLOCK_SCALE="utc", TZ="UTC", LEAPSECS="")
 SEED = 20261122
 
@@ -129,7 +130,7 @@ def marked_blocks(name):
 
 def test_shared_blocks_are_the_same_bytes_in_every_copy():
     copies = {}
-    for name in SCRIPTS + ("clockctl",):
+    for name in ALL_SCRIPTS:
         for title, text in marked_blocks(name).items():
             copies.setdefault(title, {}).setdefault(text, []).append(name)
     for title, texts in copies.items():
@@ -142,37 +143,37 @@ def test_shared_blocks_are_the_same_bytes_in_every_copy():
 
 def test_every_script_begins_in_the_same_way():
     heads = set()
-    for name in SCRIPTS + ("clockctl", "svc/install"):
-        if os.path.exists(path_of(name)):
-            with open(path_of(name)) as file:
-                heads.add(file.readline() + file.readline())
-            assert os.access(path_of(name), os.X_OK)
+    for name in ALL_SCRIPTS:
+        with open(path_of(name)) as file:
+            heads.add(file.readline() + file.readline())
+        assert os.access(path_of(name), os.X_OK)
     assert len(heads) == 1 and heads.pop().startswith('#!/bin/sh\n"""exec" python3 -IS -c ')
 
 
-@pytest.mark.parametrize("name", SCRIPTS + ("clockctl",))
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_help_is_the_manual_page(name):
     done = run(name, "--help")
     assert done.returncode == 0 and done.stderr == ""
     text = done.stdout.decode()
-    assert text.startswith("%s - " % name)
+    assert text.startswith("%s - " % os.path.basename(name))
     for heading in ("SYNOPSIS", "DESCRIPTION", "EXIT STATUS", "SEE ALSO"):
         assert "\n%s\n" % heading in text
 
 
-@pytest.mark.parametrize("name", SCRIPTS + ("clockctl",))
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_usage_errors_exit_100_with_one_line(name):
     done = run(name, "--no-such-option")
     assert done.returncode == 100 and done.stdout == b""
-    assert done.stderr.startswith("%s: usage: %s" % (name, name)) and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("{0}: usage: {0}".format(os.path.basename(name))) and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", SCRIPTS + ("clockctl",))
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_a_full_stdout_is_a_clear_line(name):
     with open("/dev/full", "wb") as full:
         done = subprocess.run([path_of(name), "--help"], stdout=full, stderr=subprocess.PIPE, env=UTC_ENV)
     assert done.returncode == 111
-    assert done.stderr.decode() == "%s: fatal: unable to write output: No space left on device\n" % name
+    assert done.stderr.decode() == (
+        "%s: fatal: unable to write output: No space left on device\n" % os.path.basename(name))
 
 
 # ==== clockview, clockadd =========================================================================
