@@ -3334,3 +3334,104 @@ def test_random_logs_draw_or_say_why_not(tmp_path, capfd):
                 except clockctl.Failure as err:
                     assert "there is no mark" in str(err)
     capfd.readouterr()
+
+
+# ==== clockctl: what the clients are asked for =======================================================
+
+def our_client(host, name="sntpclock"):
+    """A Python client that writes down its arguments -> a function that tells those of the last run."""
+    path = host.bin / name
+    path.write_text('#!/bin/sh\n"""exec" python3 -IS "$0" "$@"\n"""\nimport os, sys\n'
+                    "open(%r, 'w').write(' '.join(sys.argv[1:]))\nos.write(1, %r)\n"
+                    % (str(path) + ".args", PLUS_QUARTER))
+    path.chmod(0o755)
+    return lambda: contents(str(path) + ".args").decode()
+
+
+TRUST = "CLOCK_KEYFILE=/etc/keys CLOCK_KEY=7\nCLOCK_HTTPS='https://a.example/ https://b.example/'\n"
+
+
+def test_our_clients_get_the_options_of_the_configuration_and_c_ones_refuse_them(host, told):
+    told(a_status())
+    conf, args = contents(host.conf).decode(), our_client(host)
+    memory = "-s %s/etc " % host.home
+    stand_in(host.bin, "clockview", b"shown\n")
+    assert host.clockctl("view").returncode == 0 and args() == memory + "192.0.2.1"
+    host.write_conf(conf + TRUST)
+    assert host.clockctl("view").returncode == 0
+    assert args() == memory + "-k /etc/keys -K 7 -c https://a.example/ -c https://b.example/ 192.0.2.1"
+    client = stand_in(host.bin, "sntpclock")
+    os.unlink(client + ".args")  # of the one before
+    refusal = ("clockctl: fatal: unable to ask the time: CLOCK_KEYFILE and CLOCK_HTTPS need CLOCK_TYPE=ntp "
+               "and the Python sntpclock, not %s/%s\n")
+    assert host.clockctl("view").stderr == refusal % (host.bin, "sntpclock")
+    args = our_client(host, "taiclock")
+    host.write_conf(conf.replace("ntp", "tai") + TRUST)
+    assert host.clockctl("view").stderr == refusal % (host.bin, "taiclock")
+    assert not os.path.exists(client + ".args"), "an answer that nobody vouches for was asked for"
+    host.write_conf(conf.replace("ntp", "tai"))
+    assert host.clockctl("view").returncode == 0 and args() == "192.0.2.1"
+    host.write_conf(conf + "CLOCK_KEYFILE=/etc/keys\n")
+    assert "CLOCK_KEYFILE and CLOCK_KEY only one is set in %s\n" % host.conf in host.clockctl("view").stderr
+
+
+@pytest.mark.parametrize("name, kind", [("sntpclock", "ntp"), ("taiclock", "tai")])
+def test_set_and_the_first_mark_of_a_boot_ask_without_limit(tmp_path, name, kind):
+    host = Host(tmp_path, kind)
+    reader, args = host.make_fifo(), our_client(host, name)
+    stand_in(host.bin, "clockadd", b"")
+    status = host.home / "etc" / "status"
+
+    def limit(command, *statuses):
+        for each in statuses:
+            status.write_text(json.dumps(each))
+        assert host.clockctl(command).returncode == 0
+        return "-l 0" in args()
+    assert limit("set") and limit("mark")
+    assert limit("mark", a_status(marks={"used": 0, "doubted": 2, "refused": 1}))
+    assert limit("mark", a_status(boot_id="another"))
+    assert not limit("mark", a_status()) and limit("set")
+    os.close(reader)
+
+
+@pytest.mark.parametrize("error, changes, wanted", [
+    ("", {}, ""), ("soon", {}, ""), ("1e-300", {}, ""), ("0.01", {}, "-r 1 "), ("0.01", dict(wander=0), ""),
+    ("0.01", dict(asking_early=True), ""), ("0.01", dict(age_sec=7200), ""),
+    ("0.0005", dict(noise_ns=2e6, wander=1e-8), "-r 2 "), ("0.0002", dict(noise_ns=2e6, wander=1e-8), "")])
+def test_mark_asks_for_no_more_exchanges_than_the_accuracy_needs(host, told, error, changes, wanted):
+    told(a_status(**changes))
+    host.write_conf(contents(host.conf).decode() + "CLOCK_ERROR=%s\n" % error)
+    reader, args = host.make_fifo(), our_client(host)
+    assert host.clockctl("mark").returncode == 0
+    assert args() == "-s %s/etc %s192.0.2.1" % (host.home, wanted)
+    os.close(reader)
+
+
+def test_the_wait_between_marks_is_that_of_the_filters_steady_state():
+    """Against the filter itself, run until it settles."""
+    clockctl = load("clockctl")
+    for noise, wander, target in ((2e6, 1e-9, 1e7), (2e6, 1e-10, 1e7), (2e4, 1e-9, 1e6), (3e7, 1e-8, 1e7)):
+        sec = clockctl.mark_every_sec(noise, wander, target)
+        a = b = c = 1e12  # ns^2, ns^2/s, ns^2/s^2: nothing known
+        a, q = a * 1e6, (wander * 1e9)**2
+        for _ in range(3000):
+            s = a + noise**2
+            a, b, c = a - a * a / s, b - a * b / s, c - b * b / s
+            a, b, c = a + sec * (2 * b + sec * c) + q * sec**3 / 3, b + sec * c + q * sec**2 / 2, c + q * sec
+        assert a**0.5 == pytest.approx(target, rel=1e-3)
+
+
+def test_exchanges_are_the_fewest_packets_for_an_accuracy():
+    clockctl, rng = load("clockctl"), random.Random(SEED)
+    for _ in range(500):
+        noise, wander, target = (10**rng.uniform(*powers) for powers in ((3, 8), (-11, -7.5), (4, 8)))
+
+        def every(count):
+            return clockctl.mark_every_sec(noise / count**0.5, wander, target)
+        chosen = clockctl.exchanges(noise, wander, target)
+        assert 1 <= chosen <= 10
+        good = [count for count in range(1, 11) if every(count) >= 64]
+        if good:
+            assert chosen / every(chosen) == min(count / every(count) for count in good)
+        else:
+            assert chosen == 10
