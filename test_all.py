@@ -3486,7 +3486,10 @@ def test_check_config(clockctl, tmp_path):
         return levels(clockctl.check_config(path, problem, dict(good, **changes)))
     assert found() == "warn ok"  # no such file
     (tmp_path / "conf").write_text("")
-    assert found() == "ok" and found(CLOCK_ERROR="0.01") == "ok" and found("line 3") == "fail"
+    assert found() == "ok" and found(CLOCK_ERROR="0.01") == "ok"
+    assert found(clockctl.Failure("read " + path, "line 3 is wrong")) == "fail"
+    with pytest.raises(clockctl.Failure):  # which findings() makes a warning of
+        found(clockctl.Failure("read " + path, PermissionError()))
     for wrong in (dict(CLOCK_IP=""), dict(CLOCK_IP="-f"), dict(CLOCK_TYPE="ptp"), dict(CLOCK_ERROR="x"),
                   dict(CLOCK_KEY="1"), dict(CLOCK_IP="192.0.2.1")):
         assert found(**wrong) == "fail", wrong
@@ -3515,7 +3518,8 @@ def test_check_programs(clockctl, tmp_path):
     ("", 0, struct.pack(">qII", 7, 0, 0), "warn"), ("", 0, b"", "fail"),
     ("sntpclock: warning: b is a falseticker: offset\nsntpclock: warning: the leap second table has expired\n",
      0, PLUS_QUARTER, "warn ok"),
-    ("sntpclock: fatal: unable to get the time\n", 111, b"", "fail fail"), ("\xff \x1b", 100, b"", "fail")])
+    ("sntpclock: fatal: unable to get the time\n", 111, b"", "fail"),
+    ("sntpclock: fatal: unable to take key 1 from x: Permission denied\n", 111, b"", "warn"), ("\xff \x1b", 100, b"", "fail")])
 def test_check_server(clockctl, said, status, packet, wanted):
     assert levels(clockctl.check_server(["sntpclock", "a"], told_by(said, status, packet))) == wanted
 
@@ -3531,8 +3535,13 @@ def test_check_clockspeed_and_its_marks(clockctl):
     old = {"tick_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW) - 40 * 86400 * 10**9, "offset_ns": 0,
            "outcome": "used"}
     assert found(last_mark=old) == ("ok", "warn") and found(pid=2**22 + 1) == ("fail", "")
-    assert levels(clockctl.check_clockspeed(None, "there is none", True)) == "fail"
-    assert levels(clockctl.check_clockspeed(None, "there is none", False)) == "warn"
+    for ours, error in ((True, "there is none"), (False, "there is none"), (True, PermissionError())):
+        probe = clockctl.check_clockspeed(None, clockctl.Failure("read it", error), ours)
+        if ours and error == "there is none":
+            assert levels(probe) == "fail"
+        else:
+            with pytest.raises(clockctl.Failure):
+                levels(probe)
     assert levels(clockctl.check_marks(None, None)) == ""
 
 
@@ -3750,6 +3759,20 @@ def test_check_of_a_host_with_nothing_and_of_one_that_works(public_tmp):
         process.stop()
         server.kill()
         server.communicate()
+
+
+def test_check_without_ctypes_and_json(tmp_path):
+    lacking = "import runpy, sys; sys.modules.update(ctypes=None, json=None); sys.argv = sys.argv[1:]\n"
+    for option in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-ISc", lacking + "runpy.run_path(sys.argv[0], run_name='__main__')",
+             path_of("clockctl"), "check"] + option, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+            env=dict(UTC_ENV, CLOCKSPEED_CONF="/dev/null", CLOCKSPEED_HOME=str(tmp_path), CLOCKSPEED_BIN=HERE,
+                     CLOCK_IP="127.0.0.1", CLOCK_TYPE="tai"))
+        if option:
+            assert done.stderr == b"clockctl: fatal: unable to print JSON: import of json halted; None in sys.modules\n"
+        else:
+            assert done.stderr == b"" and b"warn  clockspeed: unable to look: unable to read " in done.stdout
 
 
 @pytest.mark.parametrize("no_color, coloured", [("", True), ("1", False)])
