@@ -3419,6 +3419,17 @@ def test_mark_asks_for_no_more_exchanges_than_the_accuracy_needs(host, told, err
     os.close(reader)
 
 
+def test_a_slow_client_is_awaited_visibly_on_a_terminal_only(host):
+    need("script")
+    stand_in(host.bin, "sntpclock", first="sleep 3")
+    stand_in(host.bin, "clockview", b"shown\n")
+    env = dict(UTC_ENV, CLOCKSPEED_CONF=str(host.conf))
+    seen = subprocess.run(["script", "-qec", path_of("clockctl") + " view", "/dev/null"], stdout=subprocess.PIPE,
+                          env=env, stdin=subprocess.DEVNULL, timeout=60).stdout
+    assert b"waiting for sntpclock ..." in seen and seen.endswith(b"\r\x1b[Kshown\r\n")
+    assert host.clockctl("view").stdout == b"shown\n"
+
+
 def test_the_wait_between_marks_is_that_of_the_filters_steady_state():
     """Against the filter itself, run until it settles."""
     clockctl = load("clockctl")
@@ -3723,6 +3734,9 @@ def test_check_of_a_host_with_nothing_and_of_one_that_works(public_tmp):
     done = run("clockctl", "check", CLOCKSPEED_CONF=str(none), CLOCKSPEED_HOME=str(none))
     assert done.returncode == 2 and done.stderr == "" and b"\x1b" not in done.stdout
     assert re.search(rb"^fail  configuration: unable to read .*; correct it$", done.stdout, re.M)
+    done = run("clockctl", "check", CLOCKSPEED_CONF="/dev/null", CLOCKSPEED_BIN=HERE, CLOCKSPEED_HOME=str(none),
+               CLOCK_IP="127.0.0.1", CLOCK_TYPE="tai", CLOCK_HTTPS="https://a.example/")
+    assert b"fail  server: unable to ask the time: CLOCK_KEYFILE and CLOCK_HTTPS need" in done.stdout
     host = Host(public_tmp, "tai", "127.40.14.3")
     for name in SCRIPTS:
         shutil.copy(path_of(name), str(host.bin))
