@@ -1,5 +1,5 @@
 #!/bin/sh
-"""exec" python3 -IS "$0" "$@"  # sh starts Python isolated: no PYTHONPATH, no current directory
+"""exec" python3 -IS -c 'import sys; del sys.argv[0]; exec(compile(open(sys.argv[0], "rb").read(), sys.argv[0], "exec"))' "$0" "$@"
 clockspeed - keep the system clock right between rare looks at a time server
 
 SYNOPSIS
@@ -97,6 +97,10 @@ ATTO_PPM = 10.0  # and of one from etc/atto, which tells nothing of its quality
 
 
 # ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
+# The file's second line is sh.  It starts Python isolated, so that neither PYTHONPATH nor the current
+# directory can inject code, and has it compile the file as a string, since of a program that is a file
+# it would keep the syntax tree, some 3 MB, to the end.
+#
 # An adjustment is real time minus system clock.  A label is an absolute TAI time.  Both are
 # seconds in two's complement, nanoseconds and attoseconds, the fraction always counted upwards.
 TAI64NA = struct.Struct(">qII")
@@ -270,11 +274,14 @@ def step_kernel(adjtimex, delta_ns):
 #         processes", 1965); the answer is the mixture.  Each model may become another one between two marks
 #         (H. A. P. Blom, Y. Bar-Shalom, "The interacting multiple model algorithm", 1988), so that none is
 #         given up for good: an unlikely one follows the mixture, ready when its time comes.
+# WAVE    Temperature makes the rate rise and fall with the time of day: some of the grid's models have two
+#         more unknowns, the amplitudes of cosine and sine of real time's day, which outlive a boot.  What
+#         has learned a wave and what knows of none mix among themselves only, or neither would stay so.
 # DOUBT   A mark that a wild one explains better than all models is held.  Later marks decide what explains
 #         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander
 #         grew, or nothing that was known holds.
 # LIMITS  Noise is taken for symmetric and white: a route that is late one way for days shifts the clock.
-#         Temperature's daily wave is followed as wander, not learned as a wave.
+#         A daily wave's harmonics are followed as wander, not learned.
 #
 # Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.
 
@@ -283,6 +290,13 @@ def step_kernel(adjtimex, delta_ns):
 WANDERS = [1e-11 * 10 ** (k / 2) for k in range(8)]   # up to 3.2e-8 per sqrt(s)
 NOISES = [1e-6 * 2**k for k in range(17)]       # up to 66 ms, in s
 USUAL_WANDER, USUAL_NOISE = 3e-10, 1e-3         # a PC at a desk, a server some networks away
+# A wave: the chance that there is one (low, as one that isn't there costs some accuracy, and one that is
+# shows in some days), its usual amplitudes (some degrees at 0.1 ppm each), how they change with the weather
+# in a day, and the wanders that show it: 0.3 ppm in a day at most, decades are enough.
+WAVE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
+WAVE_SECS = 3600, 10800, 21600, 43200   # from now: moments to bound a wave's error at
+DAY_NS = 86400 * 10**9
+OMEGA = 2 * math.pi / 86400
 
 
 def usual(value, centre):
@@ -290,16 +304,20 @@ def usual(value, centre):
     return math.exp(-0.5 * math.log10(value / centre) ** 2)
 
 
-def grid():
-    """[(q in (ns/s)^2 per s, r in ns^2, prior share)]"""
-    pairs = [(w, n, usual(w, USUAL_WANDER) * usual(n, USUAL_NOISE)) for w in WANDERS for n in NOISES]
+def grid(wanders, chance, wave_ppm, weather_ppm):
+    """[(q in (ns/s)^2 per s, r in ns^2, prior share, var of the wave's amplitudes, its growth per s)]"""
+    pairs = [(w, n, usual(w, USUAL_WANDER) * usual(n, USUAL_NOISE)) for w in wanders for n in NOISES]
     total = sum(share for _, _, share in pairs)
-    return [((w * 1e9) ** 2, (n * 1e9) ** 2, share / total) for w, n, share in pairs]
+    return [((w * 1e9) ** 2, (n * 1e9) ** 2, chance * share / total,
+             (wave_ppm * 1e3) ** 2, (weather_ppm * 1e3) ** 2 / 86400) for w, n, share in pairs]
 
 
-MODELS = grid()
+PLAIN = grid(WANDERS, 1 - WAVE, 0.0, 0.0)
+MODELS = PLAIN + grid(WAVE_WANDERS, WAVE, WAVE_PPM, WEATHER_PPM)
+KINDS = slice(len(PLAIN)), slice(len(PLAIN), None)
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
 SILENT = 1e-3         # a model so much less likely than the best has no say: in a month it would shout
+NEVER = -200.0        # logarithm of the least likelihood beside the best, that nothing underflows
 # What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
 # same in each decade; 1 us to 10 s and both signs make 2 ln(10^7) = 32, and its logarithm hardly matters.
 WILD, STEP, BEND, ANEW = 0.03, 1e-3, 1e-3, 1e-4
@@ -312,71 +330,104 @@ ANYTHING = 1e8        # ns/s: a counter is within 10% of real time
 FAR_SEC = 1e8         # next_mark's longest answer
 LIMIT_NS = 1 << 64    # no counter or real time is beyond (year 2554)
 
+# A model is (weight, x, v, y, z, xx, xv, xy, xz, vv, vy, vz, yy, yz, zz): phase x, rate v, amplitudes y of
+# cosine and z of sine, and their covariance.
+PAIRS = [(i, j) for i in range(4) for j in range(i, 4)]
 
-def collapse(models):
-    """Mixture -> (phase, rate, var of phase, covariance, var of rate, q); spread between models included."""
+
+def collapse(models, qs):
+    """Mixture of models and their q -> (x ... zz, q); spread between models included."""
     least = SILENT * max(model[0] for model in models)
-    heard = [(model, q) for model, (q, _, _) in zip(models, MODELS) if model[0] >= least]
-    total = sum(m[0] for m, _ in heard)
-    x0 = sum(m[0] * m[1] for m, _ in heard) / total
-    v0 = sum(m[0] * m[2] for m, _ in heard) / total
-    a0 = b0 = c0 = q0 = 0.0
-    for (w, x, v, a, b, c), q in heard:
-        w, dx, dv = w / total, x - x0, v - v0
-        a0 += w * (a + dx * dx)
-        b0 += w * (b + dx * dv)
-        c0 += w * (c + dv * dv)
-        q0 += w * q
-    return x0, v0, a0, b0, c0, q0
+    heard = [(model[0], model[1:], q) for model, q in zip(models, qs) if model[0] >= least]
+    total = sum(w for w, _, _ in heard)
+    mean = [sum(w * known[i] for w, known, _ in heard) / total for i in range(4)]
+    spread = [0.0] * len(PAIRS)
+    for w, known, _ in heard:
+        off = [x - x0 for x, x0 in zip(known, mean)]
+        spread = [p0 + w * (p + off[i] * off[j]) for p0, p, (i, j) in zip(spread, known[4:], PAIRS)]
+    return (*mean, *(p / total for p in spread), sum(w * q for w, _, q in heard) / total)
 
 
-def mix(models, mean):
-    """What each model knows after it may have been another one before.
-
-    One whose share is mostly newcomers' sleeps: it is the mixture, and needs no place in state().
-    """
-    mixed = []
-    x0, v0, a0, b0, c0, _ = mean
-    for (w, x, v, a, b, c), (_, _, share) in zip(models, MODELS):
-        stay, come = (1 - SWITCH) * w, SWITCH * share
-        if stay < come:
-            mixed.append((come,) + mean[:5])
-            continue
-        s = stay / (stay + come)
-        m, dx, dv = 1 - s, x0 - x, v0 - v
-        mixed.append((stay + come, x + m * dx, v + m * dv, s * a + m * (a0 + s * dx * dx),
-                      s * b + m * (b0 + s * dx * dv), s * c + m * (c0 + s * dv * dv)))
-    return mixed
+def collapse_kinds(models):
+    """-> [(weight, x ... zz, q) of the models without a wave, of those with one]"""
+    return [(sum(model[0] for model in models[kind]),
+             *collapse(models[kind], [q for q, *_ in MODELS[kind]])) for kind in KINDS]
 
 
-def learn(models, sec, ahead_ns, burst=0.0):
-    """Each filter's step to a mark -> (log evidence, models).
+def mix(models, kinds):
+    """What each model knows after it may have been another one of its kind before."""
+    return [mix_one(model, sleeper) for model, sleeper in zip(models, sleepers(kinds))]
 
-    The mark came sec after the last one and ahead_ns later in real time than on the counter.  Phases are
-    relative to the mark before, then to this one.  burst is wander over this interval in addition.
+
+def sleepers(kinds):
+    """What a model is of which the data said nothing: newcomers from its kind."""
+    return [(SWITCH * share, *mixture[1:-1]) for mixture, kind in zip(kinds, KINDS)
+            for _, _, share, _, _ in MODELS[kind]]
+
+
+def mix_one(model, sleeper):
+    """One whose share is mostly newcomers' sleeps: it is they, and needs no place in state()."""
+    stay, come = (1 - SWITCH) * model[0], sleeper[0]
+    if stay < come:
+        return sleeper
+    s = stay / (stay + come)
+    m = 1 - s
+    off = [x0 - x for x, x0 in zip(model[1:5], sleeper[1:5])]
+    return (stay + come, *(x + m * d for x, d in zip(model[1:5], off)),
+            *(s * p + m * (p0 + s * off[i] * off[j]) for p, p0, (i, j) in zip(model[5:], sleeper[5:], PAIRS)))
+
+
+def wave(real_ns, sec):
+    """What amplitudes 1 of cosine and sine add to the phase in sec from real_ns on."""
+    start = real_ns % DAY_NS * 1e-9 * OMEGA
+    end = start + OMEGA * sec
+    return (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA
+
+
+def gained(before, mark):
+    """(s on the counter, ns that real time gained on it) from one mark to another; exact until a float."""
+    ticks = mark[0] - before[0]
+    return ticks * 1e-9, float(mark[1] - before[1] - ticks)
+
+
+def learn(models, before, mark, burst=0.0):
+    """Each filter's step from the mark before to this one -> (log evidence, models).
+
+    Phases are relative to the mark before, then to this one.  burst is wander in between in addition.
     """
     known, logs = [], []
-    for (w, x, v, a, b, c), (q, r, _) in zip(models, MODELS):
+    sec, ahead_ns = gained(before, mark)
+    cos, sin = wave(before[1], sec)
+    for (w, x, v, y, z, xx, xv, xy, xz, vv, vy, vz, yy, yz, zz), (q, r, _, _, weather) in zip(models, MODELS):
+        off = ahead_ns - (x + v * sec + y * cos + z * sin)
+        xx = max(xx + cos * (2 * xy + cos * yy + 2 * sin * yz) + sin * (2 * xz + sin * zz), 0.0)
+        xv += cos * vy + sin * vz
+        xy += cos * yy + sin * yz + sec * vy
+        xz += cos * yz + sin * zz + sec * vz
         qt = (q + burst) * sec
-        # determinant of the predicted covariance, all terms positive: c - b^2/s would cancel after a gap
-        det = max(a * c - b * b, 0.0) + qt * (a + sec * (b + sec * c / 3)) + qt * qt * sec * sec / 12
-        a += sec * (2 * b + sec * (c + qt / 3))
-        b += sec * (c + qt / 2)
-        c += qt
-        s = a + r
-        off = ahead_ns - x - v * sec
+        # determinant of (x, v) predicted, no term negative: vv - xv^2/s would cancel after a gap
+        det = (max(xx * vv - xv * xv, 0.0) + qt * max(xx + sec * (xv + sec * vv / 3), 0.0)
+               + qt * qt * sec * sec / 12)
+        xx = max(xx + sec * (2 * xv + sec * (vv + qt / 3)), 0.0)
+        xv += sec * (vv + qt / 2)
+        vv += qt
+        s = xx + r
         logs.append(math.log(w) - 0.5 * (math.log(2 * math.pi * s) + off * off / s))
-        known.append((-r / s * off, v + b / s * off, a * r / s, b * r / s, (det + c * r) / s))
+        known.append((off * xx / s - off, v + off * xv / s, y + off * xy / s, z + off * xz / s,
+                      xx * r / s, xv * r / s, xy * r / s, xz * r / s,
+                      (det + vv * r) / s, vy - xv * xy / s, vz - xv * xz / s,
+                      max(yy - xy * xy / s, 0.0) + weather * sec, yz - xy * xz / s,
+                      max(zz - xz * xz / s, 0.0) + weather * sec))
     top = max(logs)
-    shares = [math.exp(log - top) for log in logs]
+    shares = [math.exp(max(log - top, NEVER)) for log in logs]
     total = sum(shares)
     return top + math.log(total), [(share / total,) + k for share, k in zip(shares, known)]
 
 
 def anchor(models, sec, rate_var):
-    """Models that take their phase from a mark sec after the last; rates go on, less certain by rate_var."""
-    return [(w, 0.0, v, r, 0.0, c + q * sec + rate_var)
-            for (w, _, v, _, _, c), (q, r, _) in zip(models, MODELS)]
+    """Models that take their phase from a mark sec after the last; the rate is less certain by rate_var."""
+    return [(w, 0.0, *known[1:4], r, 0.0, 0.0, 0.0, known[8] + q * sec + rate_var, *known[9:])
+            for (w, *known), (q, r, *_) in zip(models, MODELS)]
 
 
 def is_int(value):
@@ -391,10 +442,12 @@ def is_mark(tick_ns, real_ns):
     return is_int(tick_ns) and is_int(real_ns)
 
 
-def is_known(x, v, a, b, c):
-    """Phase, rate, covariance: bounded so that no arithmetic overflows, and a covariance indeed."""
-    return (all(is_float(value, -1e60, 1e60) for value in (x, v, b))
-            and is_float(a, 0, 1e60) and is_float(c, 0, 1e60) and b * b <= a * c * 1.000001)
+def is_known(known):
+    """State and covariance: bounded so that no arithmetic overflows, and a covariance indeed."""
+    cov = dict(zip(PAIRS, known[4:]))
+    return (len(known) == 4 + len(PAIRS) and all(is_float(value, -1e60, 1e60) for value in known)
+            and all(p * p <= cov[i, i] * cov[j, j] * 1.000001 for (i, j), p in cov.items())
+            and all(cov[i, i] >= 0 for i in range(4)))
 
 
 class Estimator:
@@ -405,9 +458,10 @@ class Estimator:
     """
 
     def __init__(self, rate_ppm=0.0, rate_error_ppm=UNKNOWN_PPM):
-        v, c = rate_ppm * 1e3, (rate_error_ppm * 1e3) ** 2
-        self.models = [(share, 0.0, v, 0.0, 0.0, c) for _, _, share in MODELS]
-        self.mean = collapse(self.models)
+        rate, var = rate_ppm * 1e3, (rate_error_ppm * 1e3) ** 2
+        self.models = [(share, 0.0, rate, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, var, 0.0, 0.0, amp_var, 0.0, amp_var)
+                       for _, _, share, amp_var, _ in MODELS]
+        self._sum_up(self.models)
         self.tick_ns = self.real_ns = None      # the last mark used: phases are relative to it
         self.held = []                          # marks doubted since: [(tick_ns, real_ns)]
 
@@ -422,7 +476,7 @@ class Estimator:
         if tick_ns <= latest:
             return "refused"
         mark = (tick_ns, real_ns)
-        evidence, models = learn(self.models, *self._since(mark))
+        evidence, models = learn(self.models, self._last(), mark)
         if evidence < self._any_size(mark, WILD):
             self.held.append(mark)
             models = self._explained()
@@ -432,22 +486,28 @@ class Estimator:
         return "used"
 
     def _use(self, models, tick_ns, real_ns):
-        self.mean = collapse(models)
-        self.models = mix(models, self.mean)
+        self._sum_up(models)
+        self.models = mix(models, self.kinds)
         self.tick_ns, self.real_ns, self.held = tick_ns, real_ns, []
 
-    def _since(self, mark):
-        """(s, ns that real time gained on the counter) since the last mark used; exact until a float."""
-        ticks = mark[0] - self.tick_ns
-        return ticks * 1e-9, float(mark[1] - self.real_ns - ticks)
+    def _sum_up(self, models):
+        """The mixture of each kind, and of both."""
+        self.kinds = collapse_kinds(models)
+        self.mean = collapse([kind[:-1] for kind in self.kinds], [kind[-1] for kind in self.kinds])
 
-    def _off(self, mark):
-        sec, ahead_ns = self._since(mark)
-        return ahead_ns - self.mean[0] - self.mean[1] * sec
+    def _last(self):
+        return self.tick_ns, self.real_ns
+
+    def _gain(self, sec):
+        """ns that real time is expected to gain on the counter, sec after (or before) the last mark used."""
+        x, v, y, z = self.mean[:4]
+        cos, sin = wave(self.real_ns, sec)
+        return x + v * sec + y * cos + z * sin
 
     def _any_size(self, mark, chance):
         """Log density of a mark off by any size from the predicted error up: a lucky one is not wild."""
-        size = abs(self._off(mark)) + self._error(self._since(mark)[0]) + 1.0  # ns: no clock is better
+        sec, ahead_ns = gained(self._last(), mark)
+        size = abs(ahead_ns - self._gain(sec)) + self._error(sec) + 1.0  # ns: no clock is better
         return math.log(chance / (SIZES * size))
 
     def _explained(self):
@@ -459,31 +519,35 @@ class Estimator:
     def _explain(self, need, how):
         """(log odds against wild, need, models) if the last marks held are right, and how it came."""
         first, *later = self.held[-need:]
-        sec, ahead_ns = self._since(first)
+        sec, ahead_ns = gained(self._last(), first)
         if how == "step":       # of real time: phase from the mark, rate as it was
             odds, models = self._any_size(first, STEP), anchor(self.models, sec, 0.0)
         elif how == "anew":     # counter or real time are not what they were
             odds, models = self._any_size(first, ANEW), anchor(self.models, sec, ANYTHING**2)
         elif how == "bend":     # a jump of the rate at any moment since: as random as a burst of wander
-            jump = 2 * self._off(first) / sec
+            jump = 2 * (ahead_ns - self._gain(sec)) / sec
             odds = self._any_size(first, BEND)
-            models = learn(self.models, sec, ahead_ns, jump**2 / sec)[1]
+            models = learn(self.models, self._last(), first, jump**2 / sec)[1]
         else:                   # noise or wander grew: the unlikely models were right
-            odds, models = learn(self.models, sec, ahead_ns)
+            odds, models = learn(self.models, self._last(), first)
         odds -= self._any_size(first, WILD)
         before = first
         for mark in later:
-            models = mix(models, collapse(models))
-            ticks = mark[0] - before[0]
-            evidence, models = learn(models, ticks * 1e-9, float(mark[1] - before[1] - ticks))
+            evidence, models = learn(mix(models, collapse_kinds(models)), before, mark)
             odds += evidence - self._any_size(mark, WILD)
             before = mark
         return odds, need, models
 
+    def _var(self, sec):
+        """Square of the expected error of real time in ns^2, sec after (or before) the last mark used."""
+        _, _, _, _, xx, xv, xy, xz, vv, vy, vz, yy, yz, zz, q = self.mean
+        cos, sin = wave(self.real_ns, sec)
+        return max(xx + sec * (2 * xv + sec * vv) + q * abs(sec) ** 3 / 3
+                   + cos * (2 * (xy + sec * vy) + cos * yy + 2 * sin * yz)
+                   + sin * (2 * (xz + sec * vz) + sin * zz), 0.0)
+
     def _error(self, sec):
-        """Standard deviation of real time in ns, sec after (or before) the last mark used."""
-        _, _, a, b, c, q = self.mean
-        return math.sqrt(max(a + sec * (2 * b + sec * c) + q * abs(sec) ** 3 / 3, 0.0))
+        return math.sqrt(self._var(sec))
 
     def has_phase(self):
         """Whether a mark has told the time."""
@@ -494,10 +558,15 @@ class Estimator:
         return bool(self.held)
 
     def variance(self, tick_ns):
-        """The square of real()'s error at t seconds from tick_ns on: the factors of 1, t, t^2 and t^3, in ns^2."""
+        """real()'s error squared t seconds from tick_ns on: the factors of 1, t, t^2 and t^3, in ns^2.
+
+        Exact without a wave.  A wave's error rises and falls by the day: the factor of t is large enough
+        for half a day, after which it grows no more.
+        """
         sec = (tick_ns - self.tick_ns) * 1e-9
-        _, _, a, b, c, q = self.mean
-        return [self._error(sec) ** 2, 2 * (b + sec * c) + q * sec * sec, c + q * sec, q / 3]
+        now, vv, q = self._var(sec), self.mean[8], self.mean[-1]
+        return [now, max((self._var(sec + t) - now) / t - t * (vv + q * sec + q * t / 3) for t in WAVE_SECS),
+                vv + q * sec, q / 3]
 
     def real(self, tick_ns):
         """-> (real time in ns, its standard deviation in ns).  ValueError before the first mark."""
@@ -505,15 +574,20 @@ class Estimator:
             raise ValueError("no mark yet")
         ticks = tick_ns - self.tick_ns
         sec = ticks * 1e-9
-        return self.real_ns + ticks + round(self.mean[0] + self.mean[1] * sec), self._error(sec)
+        return self.real_ns + ticks + round(self._gain(sec)), self._error(sec)
 
     def rate(self):
-        """-> (ppm, standard deviation in ppm) as of the last mark used."""
-        return self.mean[1] * 1e-3, math.sqrt(self.mean[4]) * 1e-3
+        """-> (ppm, standard deviation in ppm) over whole days, as of the last mark used."""
+        return self.mean[1] * 1e-3, math.sqrt(self.mean[8]) * 1e-3
+
+    def rate_at(self, tick_ns):
+        """-> ppm at one moment of the day."""
+        angle = 0.0 if self.tick_ns is None else self.real(tick_ns)[0] % DAY_NS * 1e-9 * OMEGA
+        return (self.mean[1] + self.mean[2] * math.cos(angle) + self.mean[3] * math.sin(angle)) * 1e-3
 
     def learned(self):
         """-> (wander per sqrt(s), noise of a mark in ns), the mixture's geometric means."""
-        logs = [(w, math.log(q), math.log(r)) for (w, _, _, _, _, _), (q, r, _) in zip(self.models, MODELS)]
+        logs = [(model[0], math.log(q), math.log(r)) for model, (q, r, *_) in zip(self.models, MODELS)]
         total = sum(w for w, _, _ in logs)
         return (math.exp(sum(w * q for w, q, _ in logs) / total / 2) * 1e-9,
                 math.exp(sum(w * r for w, _, r in logs) / total / 2))
@@ -539,17 +613,19 @@ class Estimator:
     def forget_phase(self, rate_error_ppm):
         """The counter started anew (a boot) or stood still: keep the rate, less certain by this much."""
         var = (rate_error_ppm * 1e3) ** 2
-        self.models = [(w, 0.0, v, 0.0, 0.0, c + var) for w, _, v, _, _, c in self.models]
-        self.mean = collapse(self.models)
+        self.models = [(w, 0.0, *known[1:4], 0.0, 0.0, 0.0, 0.0, known[8] + var, *known[9:])
+                       for w, *known in self.models]
+        self._sum_up(self.models)
         self.tick_ns = self.real_ns = None
         self.held = []
 
     def state(self):
         """Plain data for JSON, the sleeping models left out.  from_state(state()) goes on to the last bit."""
-        models = [[i] + list(model) for i, (model, (_, _, share)) in enumerate(zip(self.models, MODELS))
-                  if model != (SWITCH * share,) + self.mean[:5]]
+        models = [[i, *model] for i, (model, sleeper) in enumerate(zip(self.models, sleepers(self.kinds)))
+                  if model != sleeper]
         return {"grid": len(MODELS), "tick_ns": self.tick_ns, "real_ns": self.real_ns,
-                "mean": list(self.mean), "models": models, "held": [list(mark) for mark in self.held]}
+                "kinds": [list(kind) for kind in self.kinds], "models": models,
+                "held": [list(mark) for mark in self.held]}
 
     @classmethod
     def from_state(cls, state):
@@ -559,17 +635,19 @@ class Estimator:
             if state["grid"] != len(MODELS):
                 raise ValueError("another grid")
             self.tick_ns, self.real_ns = state["tick_ns"], state["real_ns"]
-            self.mean = tuple(state["mean"])
-            self.models = [(SWITCH * share,) + self.mean[:5] for _, _, share in MODELS]
-            for i, w, x, v, a, b, c in state["models"]:
-                if not (type(i) is int and 0 <= i < len(MODELS) and is_float(w, 1e-99, 1.0)):
+            self.kinds = [tuple(kind) for kind in state["kinds"]]
+            self.models = sleepers(self.kinds)
+            for i, *model in state["models"]:
+                if not (type(i) is int and 0 <= i < len(MODELS)):
                     raise ValueError("no such model")
-                self.models[i] = (w, x, v, a, b, c)
+                self.models[i] = tuple(model)
             self.held = [tuple(mark) for mark in state["held"]]
-            if not all(is_known(*model[1:]) for model in self.models):
+            known = self.models + [kind[:-1] for kind in self.kinds]
+            if not all(is_float(model[0], 1e-99, 1e9) and is_known(model[1:]) for model in known):
                 raise ValueError("no covariance")
-            if not (is_known(*self.mean[:5]) and is_float(self.mean[5], 0, 1e60) and len(self.mean) == 6):
-                raise ValueError("no mixture")
+            if len(self.kinds) != len(KINDS) or not all(is_float(kind[-1], 0, 1e60) for kind in self.kinds):
+                raise ValueError("no mixtures")
+            self.mean = collapse([kind[:-1] for kind in self.kinds], [kind[-1] for kind in self.kinds])
             ticks = [self.tick_ns] + [tick_ns for tick_ns, _ in self.held]
             if ticks != [None]:
                 if not all(is_mark(*mark) for mark in [(self.tick_ns, self.real_ns)] + self.held):
@@ -778,10 +856,10 @@ def replace_file(etc_fd, name, data):
 
 
 def read_file(etc_fd, name):
-    """The bytes of etc/NAME, 64 KiB at most; OSError."""
+    """The bytes of etc/NAME, 256 KiB at most (a state has 50 when its models are all awake); OSError."""
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=etc_fd)
     try:
-        return os.read(fd, 65536)
+        return os.read(fd, 1 << 18)
     finally:
         os.close(fd)
 
@@ -968,9 +1046,9 @@ class Clockspeed:
         """etc/atto and etc/state."""
         if self.estimator.has_phase():
             self.known_ns = max(self.known_ns, from_tai(self.real()[0], self.rows))
-        ppm, error_ppm = self.estimator.rate()
+        ppm, _ = self.estimator.rate()
         atto = pack(round(10**9 * (1 + ppm / 1e6)))
-        if error_ppm < UNKNOWN_PPM and atto != self.read_atto():
+        if self.marks["used"] > 1 and atto != self.read_atto():  # one mark tells no rate
             self.save("atto", atto)
         self.save_json("state", {
             "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
@@ -1091,7 +1169,8 @@ class Clockspeed:
                 self.begin_phase()
             self.tell_slew()
         try:
-            wait_sec = self.clock.steer(self.estimator.rate()[0], self.offset_ns, self.tick_ns, self.clock_ns, changed)
+            rate_ppm = self.estimator.rate_at(self.tick_ns)
+            wait_sec = self.clock.steer(rate_ppm, self.offset_ns, self.tick_ns, self.clock_ns, changed)
             if error_ns is not None:
                 tai_offset_sec, leap = self.leap()
                 today = leap and leap[0] - self.clock_ns / 10**9 <= ARM_SEC
@@ -1156,6 +1235,19 @@ def become(user, capabilities, etc_fd, fifo):
     check(libc.capset(struct.pack("=Ii", CAPABILITY_VERSION, 0),
                       struct.pack("=6I", capabilities, capabilities, 0, 0, 0, 0)))
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
+
+
+# ==== shared with some: daemons (the same bytes in each script that has it) ====
+def settle():
+    """Be PROGRAM and not python3 in ps and top, and give back what compiling this file took."""
+    try:
+        with open("/proc/self/comm", "w") as file:
+            file.write(PROGRAM)
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)  # only glibc has to be told
+    except (ImportError, AttributeError, OSError):
+        pass
+# ==== end shared with some ====
 
 
 def serve(daemon, fifo, signal_fd):
@@ -1235,6 +1327,7 @@ def main(argv):
     say("start: %s, %s, rate %+.4f ppm, rate error %.4f ppm, %s"
         % (clock.doing, clock.counter, *daemon.estimator.rate(), source))
     daemon.begin_clock()
+    settle()
     try:
         serve(daemon, fifo, signal_fd)
     finally:

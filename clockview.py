@@ -1,5 +1,5 @@
 #!/bin/sh
-"""exec" python3 -IS "$0" "$@"  # sh starts Python isolated: no PYTHONPATH, no current directory
+"""exec" python3 -IS -c 'import sys; del sys.argv[0]; exec(compile(open(sys.argv[0], "rb").read(), sys.argv[0], "exec"))' "$0" "$@"
 clockview - show what an adjustment would do to the system clock
 
 SYNOPSIS
@@ -37,6 +37,10 @@ PROGRAM = "clockview"
 USAGE = "clockview [--help] < adjustment"
 
 # ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
+# The file's second line is sh.  It starts Python isolated, so that neither PYTHONPATH nor the current
+# directory can inject code, and has it compile the file as a string, since of a program that is a file
+# it would keep the syntax tree, some 3 MB, to the end.
+#
 # An adjustment is real time minus system clock.  A label is an absolute TAI time.  Both are
 # seconds in two's complement, nanoseconds and attoseconds, the fraction always counted upwards.
 TAI64NA = struct.Struct(">qII")

@@ -1,5 +1,5 @@
 #!/bin/sh
-"""exec" python3 -IS "$0" "$@"  # sh starts Python isolated: no PYTHONPATH, no current directory
+"""exec" python3 -IS -c 'import sys; del sys.argv[0]; exec(compile(open(sys.argv[0], "rb").read(), sys.argv[0], "exec"))' "$0" "$@"
 sntpclock - ask NTP servers how far the system clock is off
 
 SYNOPSIS
@@ -77,6 +77,10 @@ USAGE = "sntpclock [-46f] [-r exchanges] [-t ms] [-T ms] [-h ms] [-e ms] [-l day
         "[-k file -K id] [-s dir] [-c url]... host..."
 
 # ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
+# The file's second line is sh.  It starts Python isolated, so that neither PYTHONPATH nor the current
+# directory can inject code, and has it compile the file as a string, since of a program that is a file
+# it would keep the syntax tree, some 3 MB, to the end.
+#
 # An adjustment is real time minus system clock.  A label is an absolute TAI time.  Both are
 # seconds in two's complement, nanoseconds and attoseconds, the fraction always counted upwards.
 TAI64NA = struct.Struct(">qII")
@@ -806,9 +810,10 @@ def main(argv):
             emit_manual()
             return 0
         doing = "read leap seconds"
-        leap_rows, expiry, _ = read_leap_table()
+        leap_rows, expiry, source = read_leap_table()
         clock_rows = clock_table(leap_rows)
-        if clock_rows is not leap_rows and expiry and expiry < time.time():  # on the utc scale they cancel
+        # on the utc scale they cancel; of the system's own table the daemons tell, once
+        if clock_rows is not leap_rows and source != LEAP_FILES[-1] and expiry and expiry < time.time():
             settings.warn("the leap second table has expired")
         signer = kisses = None
         if ident:

@@ -1,5 +1,7 @@
 """rig.py - what the virtual machine scenarios share: an independent look at the clock, and checks"""
+import glob
 import importlib.machinery
+import os
 import socket
 import struct
 import subprocess
@@ -90,3 +92,19 @@ class Server:
     def ppm(self):
         tick, real = self.look()
         return ((real - self.real) / (tick - self.tick) - 1) * 1e6
+
+
+def host():
+    """(counter, the host's clock) in ns at one moment: the quickest of 10 exchanges on the rig's port."""
+    def once():
+        before, line = raw_ns(), b""
+        os.write(port, b"?")
+        while not line.endswith(b"\n"):
+            line += os.read(port, 100)
+        after = raw_ns()
+        return after - before, (before + after) // 2, int(line.split()[1])
+    port = os.open(glob.glob("/dev/vport*p2")[0], os.O_RDWR)
+    try:
+        return min(once() for _ in range(10))[1:]
+    finally:
+        os.close(port)
