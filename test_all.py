@@ -3610,7 +3610,8 @@ class StandInRoot:
                    '#!/bin/sh\nexec %s -p %d "$@"\n' % (path_of("sntpclock"), port))
         self.write(self.source / "clockadd.py", self.recorder("clockadd"))
         self.write(self.source / "svc" / "install",
-                   '#!/bin/sh\nexec %s --dry-run "$@"\n' % os.path.join(HERE, "svc", "install"))
+                   '#!/bin/sh\nexec %s --dry-run --root %s "$@"\n' % (
+                       os.path.join(HERE, "svc", "install"), directory / "tmp"))
         self.write(self.stand_ins / "setuidgid", '#!/bin/sh\nshift\nexec "$@"\n')
         for name in ("chown", "groupadd", "groupdel", "systemctl", "useradd", "userdel"):
             self.write(self.stand_ins / name, self.recorder(name))
