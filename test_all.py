@@ -3586,7 +3586,7 @@ def test_the_readmes_harmless_blocks(text):
 def test_the_readmes_configurations(text):
     clockctl = load("clockctl")
     for name in clockctl.parse_assignments(text):
-        assert name == "CLOCK_SCALE" or re.search(r"^    %s\b" % name, clockctl.__doc__, re.M), name
+        assert name == "CLOCK_SCALE" or re.search(r"^    (\w+, )*%s\b" % name, clockctl.__doc__, re.M), name
 
 
 class StandInRoot:

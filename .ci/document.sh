@@ -59,6 +59,7 @@ for ((n = 1; n <= count; n++)); do
 done
 check "svc/install --remove --purge leaves nothing" [ -z "$(ls -A /service /var/svc.d /var/multilog /usr/local/clockspeed \
 	/usr/local/etc/clockspeed.conf /usr/local/bin/clockctl 2>/dev/null | grep -v :)" ]
+sleep 6  # svscan buries its dead every 5 s
 check "and no process" [ -z "$(pgrep supervise)" ]
 kill $svscan
 wait $svscan
