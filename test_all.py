@@ -3578,6 +3578,8 @@ def test_each_block_of_the_readme_is_of_a_kind():
 
 @pytest.mark.parametrize("text", [text for _, text in readme_blocks("sh")])
 def test_the_readmes_harmless_blocks(text):
+    for line in text.splitlines():  # root runs this, too
+        assert "install" not in line or "--dry-run" in line
     done = subprocess.run(["sh", "-e"], input=text.encode(), cwd=HERE, env=UTC_ENV, stdout=subprocess.PIPE, timeout=120)
     assert done.returncode == 0 and done.stdout
 
