@@ -1,25 +1,40 @@
 #!/usr/bin/env python3
-"""bench_all.py - what clockspeed reaches, and what it costs
+"""bench_all.py - what the programs reach, and what they cost
 
 SYNOPSIS
-    ./bench_all.py [-s seeds] [words]
+    ./bench_all.py [-s seeds] [estimator | clients | server | programs] ... [word ...]
 
 DESCRIPTION
-    Prints how near the estimator keeps to real time in simulated worlds, beside the original's two
-    points, and what a mark costs: all lines, or those with one of the words in their name.
-    Figures are medians over the seeds (20 if not given: some ten minutes).  A seed gives the same
-    world to each estimator; only the CPU figure reads a clock.
+    estimator  how near the estimator keeps to real time in simulated worlds, beside the original's
+               two points; medians over the seeds (20 if not given: some ten minutes)
+    clients    the error of one measurement by sntpclock, beside the other clients that are there;
+               root, for network namespaces
+    server     CPU per reply of taiclockd, beside C servers compiled on the spot and those on PATH
+    programs   start-up time and memory of each program, CPU of a day of clockspeed
+    Without a name, all of them.  Other words choose the estimator's lines that have one of them.
+    Nothing here touches the clock.
 """
+import contextlib
+import heapq
 import importlib.machinery
 import importlib.util
+import itertools
 import math
 import os
 import random
+import re
+import select
+import shutil
+import socket
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+# No shim before the interpreter: the programs are measured as they run on a plain host.
+os.environ["PATH"] = "/usr/bin:" + os.environ["PATH"]
 
 
 def load(name):
@@ -31,7 +46,28 @@ def load(name):
     return module
 
 
-# ==== the estimator ====
+def medians(rows):
+    return [statistics.median(column) for column in zip(*rows)]
+
+
+# Runs a command and tells its ms and the kB it had at most; small itself, since a child begins as a copy of it.
+METER = """
+import os, sys, time
+start = time.perf_counter()
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ,
+                      file_actions=[(os.POSIX_SPAWN_OPEN, 1, "/dev/null", 1, 0)])
+usage = os.wait4(pid, 0)[2]
+print((time.perf_counter() - start) * 1e3, usage.ru_maxrss / 1024)
+"""
+
+
+def cost(command, runs=15):
+    """-> [ms from start to end, MB at most] of a command, medians."""
+    return medians(map(float, subprocess.run(["python3", "-IS", "-c", METER, *command], stdout=subprocess.PIPE,
+                                             check=True).stdout.split()) for _ in range(runs))
+
+
+# ==== the estimator ===============================================================================
 Estimator = load("clockspeed").Estimator
 DAY = 86400.0
 EPOCH_NS = 1800000000 * 10**9  # big enough that a float would lose 256 ns
@@ -218,10 +254,6 @@ CHANGES = ((20e-6, dict(jump_ppm=1.0)), (200e-6, dict(jump_ppm=1.0)), (20e-6, di
            (20e-6, dict(step_sec=0.001)), (2e-3, dict(step_sec=-3600.0)))
 
 
-def medians(rows):
-    return [statistics.median(column) for column in zip(*rows)]
-
-
 def compare(options, seeds):
     """-> medians of rms in s, rms / two points' (NaN if they can't be asked), rms of error/predicted, marks"""
     rows, start = [], options["days"] * DAY / 4  # errors are those of the last three quarters
@@ -304,11 +336,433 @@ def bench_estimator(seeds=range(20), words=()):
         value * 1e3 for value in cpu_per_mark()))
 
 
+# ==== clients =======================================================================================
+RUNS, SLOW_RUNS = 50, 6  # chronyd -Q takes seconds by design
+RELAY_DELAY_SEC, RELAY_JITTER_SEC = 0.5e-3, 0.3e-3  # the least and the mean of the rest, each way
+
+
+def relay(listen, upstream):
+    """A UDP relay that keeps each packet a while; not every kernel has netem.  Runs until it is killed."""
+    chance, poller = random.Random(1), select.poll()
+    front = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    front.bind(listen)
+    poller.register(front, select.POLLIN)
+    backs, clients, waiting, count = {}, {}, [], itertools.count()
+    while True:
+        left_sec = waiting[0][0] - time.monotonic() if waiting else 1
+        for descriptor, _ in poller.poll(max(int(left_sec * 1000), 0)):  # spins for the last millisecond
+            if descriptor == front.fileno():
+                packet, client = front.recvfrom(2048)
+                if client not in backs:
+                    backs[client] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                    backs[client].connect(upstream)
+                    clients[backs[client].fileno()] = client
+                    poller.register(backs[client], select.POLLIN)
+            else:
+                client = clients[descriptor]
+                packet = backs[client].recv(2048)
+            due = time.monotonic() + RELAY_DELAY_SEC + chance.expovariate(1 / RELAY_JITTER_SEC)
+            heapq.heappush(waiting, (due, next(count), packet, client, descriptor == front.fileno()))
+        while waiting and waiting[0][0] <= time.monotonic():
+            _, _, packet, client, forward = heapq.heappop(waiting)
+            if forward:
+                backs[client].send(packet)
+            else:
+                front.sendto(packet, client)
+
+
+def packet_offset(done):
+    """A client's stdout -> ns."""
+    sec, nano = int.from_bytes(done.stdout[:8], "big", signed=True), int.from_bytes(done.stdout[8:12], "big")
+    return sec * 10**9 + nano if done.stdout else None
+
+
+def original_offset(done):
+    """The same of a C original, which by design is off by the leap seconds where the clock shows UTC."""
+    return packet_offset(done) and (packet_offset(done) + 5 * 10**8) % 10**9 - 5 * 10**8
+
+
+def number_after(pattern):
+    """-> what finds the seconds after that in a client's output and makes ns of them."""
+    def offset(done):
+        found = re.search(pattern + rb"([-+]?[\d.]+(?:e-?\d+)?)", done.stdout + done.stderr)
+        return found and float(found.group(1)) * 1e9
+    return offset
+
+
+shown_bound = number_after(rb"result: .* bound ")
+
+
+def patched(name, statement):
+    """A command that runs a script of ours with a statement put in before it starts."""
+    source = "import sys; sys.argv = sys.argv[1:]; text = open(sys.argv[0]).read(); " \
+             "exec(compile(text.replace('if __name__ ==', %r, 1), sys.argv[0], 'exec'))"
+    return ["python3", "-IS", "-c", source % (statement + "\nif __name__ =="), os.path.join(HERE, name + ".py")]
+
+
+def clients(home):
+    """[(name, command with ADDRESS, done -> offset in ns or None, runs)]; none of them touches the clock."""
+    ours = [os.path.join(HERE, "sntpclock.py"), "-v", "2", "ADDRESS"]
+    user_stamps = patched("sntpclock", "enable_kernel_stamps = lambda sock: None") + ["-v", "2", "ADDRESS"]
+    chronyd = ["chronyd", "-Q", "-x", "-t", "20", "cmdport 0", "user root", "server ADDRESS iburst",
+               "pidfile " + os.path.join(home, "query.pid")]
+    candidates = [("sntpclock.py", ours, packet_offset, RUNS),
+                  ("  user-space stamps", user_stamps, packet_offset, RUNS),
+                  ("ntpdig", ["ntpdig", "-j", "ADDRESS"], number_after(rb'"offset":'), RUNS),
+                  ("ntpdig, 10 samples", ["ntpdig", "-j", "-p", "10", "-g", "10", "ADDRESS"],
+                   number_after(rb'"offset":'), RUNS),
+                  ("chronyd -Q", chronyd, number_after(rb"wrong by "), SLOW_RUNS),
+                  ("busybox ntpd -qw", ["busybox", "ntpd", "-n", "-q", "-w", "-ddd", "-p", "ADDRESS"],
+                   number_after(rb"offset:"), SLOW_RUNS),
+                  ("C sntpclock", ["sntpclock", "ADDRESS"], original_offset, RUNS),
+                  ("s6-sntpclock", ["s6-sntpclock", "ADDRESS"], original_offset, RUNS)]
+    return [client for client in candidates if shutil.which(client[1][0])]
+
+
+@contextlib.contextmanager
+def started(*command, **options):
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def network(home):
+    """Two network namespaces joined by a veth: ours with a chronyd on 127.0.0.1, another with a chronyd
+    behind the relay on 10.99.99.1; on port 123, as not all clients can choose.  -> a prefix for commands"""
+    here, there = "clockbench%d-a" % os.getpid(), "clockbench%d-b" % os.getpid()
+
+    elsewhere = ["nice", "-n", "-15"]  # another machine has cores of its own
+
+    def ip(*words):
+        subprocess.run(("ip",) + words, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def chronyd(name, port):
+        conf = os.path.join(home, name + ".conf")
+        with open(conf, "w") as file:
+            file.write("local stratum 1\nallow\nuser root\ncmdport 0\nbindcmdaddress /\nport %d\npidfile %s\n"
+                       % (port, os.path.join(home, name + ".pid")))
+        return started("ip", "netns", "exec", name, *(elsewhere if name == there else []),
+                       "chronyd", "-x", "-d", "-f", conf)
+    with contextlib.ExitStack() as stack:
+        for name in here, there:
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "del", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", here, "link", "add", "veth0", "type", "veth", "peer", "name", "veth0", "netns", there)
+        for name, address in (here, "10.99.99.2/24"), (there, "10.99.99.1/24"):
+            ip("-n", name, "address", "add", address, "dev", "veth0")
+            ip("-n", name, "link", "set", "veth0", "up")
+        stack.enter_context(chronyd(here, 123))
+        stack.enter_context(chronyd(there, 10123))
+        stack.enter_context(started("ip", "netns", "exec", there, *elsewhere, sys.executable, __file__,
+                                    "relay", "10.99.99.1", "123", "127.0.0.1", "10123"))
+        time.sleep(2)  # for chronyd's start
+        yield ["ip", "netns", "exec", here]
+
+
+def measure(command, offset_of, runs):
+    """-> (errors in ns, how many were over the bound shown, or None)"""
+    errors, over = [], None
+    for _ in range(runs):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        offset_ns = offset_of(done)
+        if offset_ns is None:
+            continue
+        errors.append(abs(offset_ns))  # the clocks are one: what they differ by is the error
+        bound_ns = shown_bound(done)
+        if bound_ns is not None:
+            over = (over or 0) + (errors[-1] > bound_ns + 1)
+    return errors, over
+
+
+def bench_clients():
+    """|error| of one measurement; the servers have this machine's own clock, so that the truth is known."""
+    if os.getuid() or not shutil.which("ip") or not shutil.which("chronyd"):
+        print("clients: needs root, iproute2 and chronyd, for two network namespaces and a server")
+        return
+    places = [("loopback", "127.0.0.1"),
+              ("veth and a relay, %.1f ms + %.1f ms jitter each way"
+               % (RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3), "10.99.99.1")]
+    with tempfile.TemporaryDirectory() as home, network(home) as prefix:
+        print("|error| of one measurement in us, and how many errors were over the bound that was shown")
+        for place, address in places:
+            for state, hogs in ("idle", 0), ("all cores busy", os.cpu_count()):
+                print("\n%s, %s\n%-20s %9s %9s %6s %5s %7s"
+                      % (place, state, "", "median", "95%", "over", "runs", "x ours"))
+                with contextlib.ExitStack() as stack:
+                    for _ in range(hogs):
+                        stack.enter_context(started(sys.executable, "-c", "while True: pass"))
+                    ours = None
+                    for name, command, offset_of, runs in clients(home):
+                        command = [word.replace("ADDRESS", address) for word in command]
+                        errors, over = measure(prefix + command, offset_of, runs)
+                        if not errors:
+                            print("%-20s no answer" % name)
+                            continue
+                        median = statistics.median(errors)
+                        ours = ours or median
+                        print("%-20s %9.2f %9.2f %6s %5d %7.1f"
+                              % (name, median / 1e3, sorted(errors)[int(len(errors) * 0.95)] / 1e3,
+                                 "-" if over is None else over, len(errors), median / ours))
+        print("\nsntpclock.py, start to answer on loopback: %.0f ms, %.1f MB (wanted: 60 ms, 12 MB)"
+              % tuple(cost(prefix + [os.path.join(HERE, "sntpclock.py"), "0"])))
+
+
+# ==== taiclockd ===================================================================================
+# Queries to one server, `outstanding` at a time, each batch sent and received by one system call.
+LOAD = r'''
+import ctypes, socket, struct, sys, time
+port, outstanding, sec = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.connect(("127.0.0.1", port))
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, 200000))
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+libc, kept = ctypes.CDLL(None), []
+def place(data):
+    kept.append(ctypes.create_string_buffer(data, len(data)))
+    return ctypes.addressof(kept[-1])
+def headers(data):
+    return [ctypes.c_void_p(place(b"".join(
+        struct.pack("@PIPNPNi0PI0P", 0, 0, place(struct.pack("@PN", place(data), len(data))), 1, 0, 0, 0, 0)
+        for _ in range(outstanding))))][0]
+queries, replies = headers(b"ctai" + bytes(28)), headers(bytes(64))
+fd, answered, lost, waits, begin = sock.fileno(), 0, 0, [], time.perf_counter()
+now = begin
+while now < begin + sec:
+    sent = now
+    assert libc.sendmmsg(fd, queries, outstanding, 0) == outstanding
+    missing = outstanding
+    while missing:
+        received = libc.recvmmsg(fd, replies, missing, 0x10000, None)
+        now = time.perf_counter()
+        if received <= 0:
+            lost += missing
+            break
+        missing -= received
+        answered += received
+        waits.append((now - sent, received))
+waits.sort()
+rank = 0
+for wait, received in waits:
+    rank += received
+    if rank >= 0.99 * answered:
+        break
+print(answered, lost, now - begin, wait)
+'''
+C_HEAD = r'''
+#define _GNU_SOURCE
+#include <netinet/in.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+static struct sockaddr_in6 address = {.sin6_family = AF_INET6};
+static int serve(void) {
+  int fd = socket(AF_INET6, SOCK_DGRAM, 0), queue = 4 << 20; socklen_t size = sizeof address;
+  setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &queue, sizeof queue);
+  bind(fd, (void *) &address, size); getsockname(fd, (void *) &address, &size);
+  printf("port %d\n", ntohs(address.sin6_port)); fflush(stdout); return fd; }
+'''
+# What the original taiclockd does for each query: recvfrom, gettimeofday, sendto.
+C_PLAIN = C_HEAD + r'''
+int main(void) {
+  int fd = serve(); unsigned char packet[256]; struct timeval now;
+  for (;;) {
+    socklen_t size = sizeof address;
+    int i, length = recvfrom(fd, packet, sizeof packet, 0, (void *) &address, &size);
+    if (length < 20 || memcmp(packet, "ctai", 4)) continue;
+    gettimeofday(&now, 0); packet[0] = 's';
+    unsigned long long sec = 4611686018427387914ULL + now.tv_sec; unsigned nano = now.tv_usec * 1000 + 500;
+    for (i = 0; i < 8; ++i) packet[4 + i] = sec >> (56 - 8 * i);
+    for (i = 0; i < 4; ++i) packet[12 + i] = nano >> (24 - 8 * i);
+    memset(packet + 16, 0, 4);
+    sendto(fd, packet, length, 0, (void *) &address, size); } }
+'''
+# The least that a server by the batch can do: send back what came.
+C_LIMIT = C_HEAD + r'''
+#define SLOTS 64
+int main(void) {
+  static struct mmsghdr headers[SLOTS]; static struct iovec vectors[SLOTS]; static char packets[SLOTS][256];
+  static struct sockaddr_in6 names[SLOTS]; int fd = serve(), i, received, sent;
+  for (;;) {
+    for (i = 0; i < SLOTS; ++i) {
+      vectors[i] = (struct iovec) {packets[i], 256};
+      headers[i].msg_hdr = (struct msghdr) {.msg_name = &names[i], .msg_namelen = sizeof *names,
+                                            .msg_iov = &vectors[i], .msg_iovlen = 1}; }
+    received = recvmmsg(fd, headers, SLOTS, MSG_WAITFORONE, 0);
+    for (i = 0; i < received; ++i) vectors[i].iov_len = headers[i].msg_len;
+    for (i = 0; i < received; i += sent > 0 ? sent : 1) sent = sendmmsg(fd, headers + i, received - i, 0); } }
+'''
+
+
+def bench_server(rounds=25, round_sec=0.1):
+    """taiclockd: CPU per reply, replies per second, and the wait of the slowest 1%, beside C's.
+
+    The servers take turns, and all figures are medians, ratios those of turns that followed each other:
+    so what else the machine does meanwhile counts for all.  CPU is the server's own.
+    """
+    ours = os.path.join(HERE, "taiclockd.py")
+    env = dict(os.environ, CLOCK_SCALE="utc", TZ="UTC")
+    with tempfile.TemporaryDirectory() as directory:
+        commands = {"taiclockd.py": [ours, "-p", "0"]}
+        if shutil.which("gcc"):
+            for name, source in (("C by one (stand-in)", C_PLAIN), ("C by the batch (limit)", C_LIMIT)):
+                binary = os.path.join(directory, name.replace(" ", "_"))
+                subprocess.run(["gcc", "-O2", "-xc", "-o", binary, "-"], input=source.encode(), check=True)
+                commands[name] = [binary]
+        for name, args in (("taiclockd", []), ("s6-taiclockd", ["-i", "127.0.0.1", "-p", "4015"])):
+            if shutil.which(name):
+                commands[name] = [name] + args
+        print("taiclockd, one worker: CPU per reply, replies per second, 99% answered within")
+        servers = {name: start_server(name, command, env) for name, command in commands.items()}
+        try:
+            for outstanding in (1, 8, 64, 256):
+                compare_servers(servers, outstanding, rounds, round_sec)
+            process, _ = servers["taiclockd.py"]
+            print("  resident after that: %.1f MB" % (resident_kb(process.pid) * 1024 / 1e6))
+        finally:
+            for process, _ in servers.values():
+                process.kill()
+                process.communicate()
+    bench_workers(ours, env)
+
+
+def start_server(name, command, env):
+    """-> process, port; what does not print its port has the usual one, or that of its arguments."""
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if "taiclockd" in name and not name.endswith(".py"):
+        time.sleep(0.5)
+        return process, int(command[-1]) if len(command) > 1 else 4014
+    return process, int(re.search(rb"port (\d+)", process.stdout.readline()).group(1))
+
+
+def cpu_ns(pid):
+    with open("/proc/%d/schedstat" % pid) as file:
+        return int(file.read().split()[0])
+
+
+def resident_kb(pid):
+    with open("/proc/%d/status" % pid) as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
+
+
+def compare_servers(servers, outstanding, rounds, round_sec):
+    figures = {name: [] for name in servers}  # CPU us per reply, replies per second, p99 us
+    lost = dict.fromkeys(servers, 0)
+    for _ in range(rounds):
+        for name, (process, port) in servers.items():
+            before_ns = cpu_ns(process.pid)
+            command = [sys.executable, "-IS", "-c", LOAD, str(port), str(outstanding), str(round_sec)]
+            load = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()
+            used_us = (cpu_ns(process.pid) - before_ns) / 1000
+            answered, lost[name] = int(load[0]), lost[name] + int(load[1])
+            figures[name].append((used_us / answered, answered / float(load[2]), float(load[3]) * 1e6))
+    for name, rows in figures.items():
+        ratios = ["%.2f of %s" % (statistics.median(a[0] / b[0] for a, b in zip(rows, figures[other])), other)
+                  for other in figures if other != name and name == "taiclockd.py"]
+        print("  %4d outstanding  %-22s %6.2f us %8.0f/s %6.0f us%s  %s" % (
+            (outstanding, name) + tuple(map(statistics.median, zip(*rows)))
+            + (", %d lost" % lost[name] if lost[name] else "", ", ".join(ratios))))
+
+
+def bench_workers(ours, env, rounds=15, round_sec=0.3):
+    """What more workers are worth: CPU per reply, and from it how many times the replies of one worker they
+    give if each has a core of its own, which the load would else take from them on a small machine."""
+    cores = len(os.sched_getaffinity(0))
+    used = {}
+    for workers in sorted({1, 2, cores}):
+        process, port = start_server("taiclockd.py", [ours, "-p", "0", "-j", str(workers)], env)
+        try:
+            time.sleep(0.3)  # for all to be there
+            pids = [process.pid]
+            if workers > 1:
+                with open("/proc/%d/task/%d/children" % (process.pid, process.pid)) as file:
+                    pids = [int(pid) for pid in file.read().split()]
+            command = [sys.executable, "-IS", "-c", LOAD, str(port), "64", str(round_sec)]
+            figures = []
+            for _ in range(rounds):
+                before_ns = sum(map(cpu_ns, pids))
+                loads = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+                answered = sum(int(load.communicate()[0].split()[0]) for load in loads)
+                figures.append((sum(map(cpu_ns, pids)) - before_ns) / 1000 / answered)
+            used[workers] = statistics.median(figures)
+            print("  %d worker%s, 4 x 64 outstanding  %6.2f us, on as many free cores %.2f of one, %.1f MB" % (
+                workers, "s"[workers == 1:], used[workers], workers * used[1] / used[workers],
+                max(map(resident_kb, pids)) * 1024 / 1e6))
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+# ==== programs ====================================================================================
+WAKES_A_DAY, STATUSES_A_DAY, STATES_A_DAY = 1440, 144, 24  # of a settled clockspeed
+
+
+def bench_programs():
+    """Start-up and memory of each program, asked for its manual; the resident size of the daemons; a day's CPU."""
+    print("%-14s %6s %6s" % ("--help", "ms", "MB"))
+    for name in ("clockadd.py", "clockspeed.py", "clockview.py", "sntpclock.py", "taiclock.py", "taiclockd.py",
+                 "clockctl"):
+        print("%-14s %6.1f %6.1f" % (name, *cost([os.path.join(HERE, name), "--help"])))
+    print("%-14s %6.1f %6.1f" % ("python3 alone", *cost(["python3", "-IS", "-c", "pass"])))
+    with tempfile.TemporaryDirectory() as home:
+        process = subprocess.Popen([os.path.join(HERE, "clockspeed.py"), "-n", home], stdout=subprocess.PIPE)
+        try:
+            process.stdout.readline()
+            for _ in range(5):
+                time.sleep(0.2)
+                with open(home + "/adjust", "wb", buffering=0) as fifo:
+                    fifo.write(bytes(16))
+                process.stdout.readline()
+            time.sleep(1)
+            print("clockspeed.py, resident after 5 marks: %.1f MB (wanted 13)" % (resident_kb(process.pid) / 1024))
+        finally:
+            process.terminate()
+            process.communicate()
+    print("clockspeed.py, CPU of a settled day: %.2f s (wanted 1)" % cpu_of_a_day())
+
+
+def cpu_of_a_day():
+    """s that the wake-ups and files of a day cost, with a kernel that is read but not set."""
+    module = load("clockspeed")
+    with tempfile.TemporaryDirectory() as etc:
+        etc_fd = os.open(etc, os.O_RDONLY)
+        clock = module.KernelClock(adjtimex=lambda **_: module.adjtimex())
+        daemon = module.Clockspeed(clock, etc_fd, False, lambda line: None)
+        for _ in range(50):
+            time.sleep(0.01)
+            daemon.mark(bytes(16))
+
+        def cpu(act, count):
+            start = time.process_time()
+            for _ in range(50):
+                act()
+            return (time.process_time() - start) / 50 * count
+        used = (cpu(daemon.wake, WAKES_A_DAY) + cpu(daemon.save_status, STATUSES_A_DAY)
+                + cpu(daemon.save_state, STATES_A_DAY))
+        os.close(etc_fd)
+    return used
+
+
+BENCHES = {"estimator": bench_estimator, "clients": bench_clients, "server": bench_server,
+           "programs": bench_programs}
+
+
 def main(argv):
-    words, count = argv[1:], 20
+    words, seeds = argv[1:], 20
+    if words[:1] == ["relay"]:  # of bench_clients, in a network namespace
+        relay((words[1], int(words[2])), (words[3], int(words[4])))
     if words[:1] == ["-s"]:
-        words, count = words[2:], int(words[1])
-    bench_estimator(range(count), words)
+        words, seeds = words[2:], int(words[1])
+    others = [word for word in words if word not in BENCHES]
+    for name, bench in BENCHES.items():
+        if name in words or not words or others and name == "estimator":
+            print("\n== %s: %s" % (name, bench.__doc__.strip().splitlines()[0]))
+            bench(*[range(seeds), others] if name == "estimator" else [])
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-"""exec" python3 -IS -c 'import sys; del sys.argv[0]; exec(compile(open(sys.argv[0], "rb").read(), sys.argv[0], "exec"))' "$0" "$@"
+"""exec" python3 -IS -c 'import sys; del sys.argv[0]; __file__ = sys.argv[0]; exec(compile(open(__file__, "rb").read(), __file__, "exec"))' "$0" "$@"
 clockspeed - keep the system clock right between rare looks at a time server
 
 SYNOPSIS
@@ -91,7 +91,7 @@ ADJ_OFFSET_SINGLESHOT, STA_INS, STA_DEL, STA_UNSYNC = 0x8001, 0x10, 0x20, 0x40
 PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
 BIAS_LIMIT_PPM = 50  # no kernel's clock is off the rate that it was given by more: somebody else was at work
 RATE_RANGE = (0.9, 1.1)  # ns of real time per tick; an atto outside was made with another counter
-UNKNOWN_PPM = 500.0  # what a rate may be off by before any mark has told: a crystal 50, a virtual machine some 100
+UNKNOWN_PPM = 500.0  # what a rate may be off by before any mark: a crystal 50, a virtual machine some 100
 REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
 ATTO_PPM = 10.0  # and of one from etc/atto, which tells nothing of its quality
 
@@ -1052,9 +1052,9 @@ class Clockspeed:
             self.save("atto", atto)
         self.save_json("state", {
             "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
-            "atto": self.read_atto().hex(),
-            "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm, "known_ns": self.known_ns,
-            "marks": self.marks, "last_mark": self.last_mark, "estimator": self.estimator.state()})
+            "atto": self.read_atto().hex(), "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm,
+            "known_ns": self.known_ns, "marks": self.marks, "last_mark": self.last_mark,
+            "estimator": self.estimator.state()})
 
     def save_status(self):
         known = self.estimator.has_phase()
@@ -1067,12 +1067,13 @@ class Clockspeed:
             "variance": self.estimator.variance(self.tick_ns) if known else None,
             "rate_ppm": ppm, "rate_error_ppm": error_ppm, "noise_ns": noise_ns, "wander": wander,
             "marks": self.marks, "last_mark": self.last_mark, "asking_early": self.estimator.doubts(),
-            "leap": {"source": self.leap_source, "expires": self.leap_expiry, "tai_offset": tai_offset_sec, "next": leap},
-            "kernel": self.clock.report()})
+            "leap": {"source": self.leap_source, "expires": self.leap_expiry, "tai_offset": tai_offset_sec,
+                     "next": leap},
+            "kernel": self.clock.report()}, indent=1)
 
-    def save_json(self, name, content):
+    def save_json(self, name, content, **style):
         if json:
-            self.save(name, json.dumps(content, indent=1).encode() + b"\n")
+            self.save(name, json.dumps(content, **style).encode() + b"\n")
 
     # -- leap seconds
 
@@ -1156,14 +1157,16 @@ class Clockspeed:
         if self.near_leap():
             return 1
         slept_ns = self.clock.suspended_ns() - self.suspended_ns
-        if abs(slept_ns) > SUSPENDED_NS:
+        slept = abs(slept_ns) > SUSPENDED_NS
+        if slept:
             self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
             self.estimator.forget_phase(0)
             self.begin_phase()
         real_ns, error_ns = self.real()
         self.offset_ns = real_ns - to_tai(self.clock_ns, self.rows)
         moved_ns = offset_before_ns - self.offset_ns
-        if abs(moved_ns) > MOVED_NS + (self.tick_ns - before_ns) * MOVED_PPM // 10**6 and not slept_ns:
+        if abs(moved_ns) > MOVED_NS + (self.tick_ns - before_ns) * MOVED_PPM // 10**6 and not slept:
+            changed = True  # a slew that was on its way is lost in a step
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             if error_ns is None:
                 self.begin_phase()

@@ -1,5 +1,5 @@
 #!/bin/sh
-"""exec" python3 -IS -c 'import sys; del sys.argv[0]; exec(compile(open(sys.argv[0], "rb").read(), sys.argv[0], "exec"))' "$0" "$@"
+"""exec" python3 -IS -c 'import sys; del sys.argv[0]; __file__ = sys.argv[0]; exec(compile(open(__file__, "rb").read(), __file__, "exec"))' "$0" "$@"
 taiclock - ask TAICLOCK servers how far the system clock is off
 
 SYNOPSIS

@@ -74,6 +74,7 @@ import xml.dom.minidom
 import pytest
 
 SCRIPTS = ("clockadd", "clockspeed", "clockview", "sntpclock", "taiclock", "taiclockd")
+ALL_SCRIPTS = SCRIPTS + ("clockctl", "svc/install")
 UTC_ENV = dict(os.environ, CLOCK_SCALE="utc", TZ="UTC", LEAPSECS="")
 SEED = 20261122
 
@@ -129,7 +130,7 @@ def marked_blocks(name):
 
 def test_shared_blocks_are_the_same_bytes_in_every_copy():
     copies = {}
-    for name in SCRIPTS + ("clockctl",):
+    for name in ALL_SCRIPTS:
         for title, text in marked_blocks(name).items():
             copies.setdefault(title, {}).setdefault(text, []).append(name)
     for title, texts in copies.items():
@@ -142,37 +143,37 @@ def test_shared_blocks_are_the_same_bytes_in_every_copy():
 
 def test_every_script_begins_in_the_same_way():
     heads = set()
-    for name in SCRIPTS + ("clockctl", "svc/install"):
-        if os.path.exists(path_of(name)):
-            with open(path_of(name)) as file:
-                heads.add(file.readline() + file.readline())
-            assert os.access(path_of(name), os.X_OK)
+    for name in ALL_SCRIPTS:
+        with open(path_of(name)) as file:
+            heads.add(file.readline() + file.readline())
+        assert os.access(path_of(name), os.X_OK)
     assert len(heads) == 1 and heads.pop().startswith('#!/bin/sh\n"""exec" python3 -IS -c ')
 
 
-@pytest.mark.parametrize("name", SCRIPTS + ("clockctl",))
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_help_is_the_manual_page(name):
     done = run(name, "--help")
     assert done.returncode == 0 and done.stderr == ""
     text = done.stdout.decode()
-    assert text.startswith("%s - " % name)
+    assert text.startswith("%s - " % os.path.basename(name))
     for heading in ("SYNOPSIS", "DESCRIPTION", "EXIT STATUS", "SEE ALSO"):
         assert "\n%s\n" % heading in text
 
 
-@pytest.mark.parametrize("name", SCRIPTS + ("clockctl",))
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_usage_errors_exit_100_with_one_line(name):
     done = run(name, "--no-such-option")
     assert done.returncode == 100 and done.stdout == b""
-    assert done.stderr.startswith("%s: usage: %s" % (name, name)) and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("{0}: usage: {0}".format(os.path.basename(name))) and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", SCRIPTS + ("clockctl",))
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_a_full_stdout_is_a_clear_line(name):
     with open("/dev/full", "wb") as full:
         done = subprocess.run([path_of(name), "--help"], stdout=full, stderr=subprocess.PIPE, env=UTC_ENV)
     assert done.returncode == 111
-    assert done.stderr.decode() == "%s: fatal: unable to write output: No space left on device\n" % name
+    assert done.stderr.decode() == (
+        "%s: fatal: unable to write output: No space left on device\n" % os.path.basename(name))
 
 
 # ==== clockview, clockadd =========================================================================
@@ -479,7 +480,7 @@ class Simulation:
         cs = self.module
         self.clock = cs.KernelClock.__new__(cs.KernelClock)
         self.clock.read, self.clock.boot_id = self.kernel.read, lambda: self.kernel.boot
-        self.clock.suspended_ns = lambda: self.kernel.slept_ns
+        self.clock.suspended_ns = lambda: self.kernel.slept_ns + self.kernel.tick % 300  # two clocks are read
         self.clock.__init__(self.kernel.adjtimex, 10000)
         self.daemon = cs.Clockspeed(self.clock, self.etc_fd, may_step, self.lines.append)
         self.source = self.daemon.load()
@@ -3548,6 +3549,385 @@ def test_a_hostile_state_is_a_value_error_or_does_no_harm():
     for state in (None, 1, "x", [], {}, float("nan")):
         with pytest.raises(ValueError):
             bench_all.Estimator.from_state(state)
+
+
+# ==== svc/install ====================================================================================
+
+INSTALL = load("svc/install")
+CONF_PATH = "usr/local/etc/clockspeed.conf"
+RUN_PATH = "var/svc.d/clockspeed/run"
+
+
+def install(root, *args, status=0, source=HERE, user=None, **env):
+    """svc/install into an image -> what it printed, or the line of its failure."""
+    done = subprocess.run([os.path.join(source, "svc", "install"), "--root", str(root), *args],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, env=dict(UTC_ENV, **env),
+                          preexec_fn=user and (lambda: os.setuid(user)))
+    stdout, stderr = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == status, stderr
+    assert stderr.count("\n") == bool(status) and "Traceback" not in stderr, stderr
+    return stderr if status else stdout
+
+
+def snapshot(root):
+    """path: all that tells whether it was touched."""
+    found = {}
+    for place, directories, names in os.walk(str(root)):
+        for path in (os.path.join(place, name) for name in directories + names):
+            there = os.lstat(path)
+            data = contents(path) if stat.S_ISREG(there.st_mode) else None
+            link = os.readlink(path) if stat.S_ISLNK(there.st_mode) else None
+            found[os.path.relpath(path, str(root))] = (there.st_mode, there.st_ino, there.st_mtime_ns, data, link)
+    return found
+
+
+def files_below(root):
+    return {path for path, each in snapshot(root).items() if not stat.S_ISDIR(each[0])}
+
+
+@pytest.fixture
+def source(public_tmp):
+    """A copy of the project, as the next version has it."""
+    place = public_tmp / "src"
+    place.mkdir()
+    for name in SCRIPTS + ("clockctl",):
+        shutil.copy(path_of(name), str(place))
+    shutil.copytree(os.path.join(HERE, "svc"), str(place / "svc"))
+    return place
+
+
+def test_an_empty_directory_gets_all_that_a_host_needs(tmp_path):
+    said = install(tmp_path, "--server", "ntp:192.0.2.7,2001:db8::1")
+    found = snapshot(tmp_path)
+    modes = {path: stat.S_IMODE(each[0]) for path, each in found.items() if not stat.S_ISLNK(each[0])}
+    bin_path = "usr/local/clockspeed/bin/"
+    for name in SCRIPTS:
+        assert found[bin_path + name + ".py"][3] == contents(path_of(name))
+        assert modes[bin_path + name + ".py"] == 0o755
+        assert found[bin_path + name][4] == name + ".py"
+    assert found[bin_path + "clockctl"][3] == contents(path_of("clockctl"))
+    assert found["usr/local/bin/clockctl"][4] == "/usr/local/clockspeed/bin/clockctl"
+    for script in SERVICE_SCRIPTS:
+        assert found[script.replace("svc/", "var/svc.d/")][3] == contents(os.path.join(HERE, script))
+        assert modes[script.replace("svc/", "var/svc.d/")] == 0o755
+    for service in ("clockspeed", "clockspeed_adjust", "taiclockd"):
+        assert modes["var/multilog/" + service] == 0o755
+        assert "left to you: chown multilog:nofiles /var/multilog/%s\n" % service in said
+        assert "left to you: ln -s /var/svc.d/%s /service/%s" % (service, service) in said
+    assert stat.S_ISFIFO(found["usr/local/clockspeed/adjust"][0]) and modes["usr/local/clockspeed/adjust"] == 0o600
+    values = load("clockctl").parse_assignments(found[CONF_PATH][3].decode())
+    assert (values["CLOCK_TYPE"], values["CLOCK_IP"]) == ("ntp", "192.0.2.7 2001:db8::1")
+    assert modes[CONF_PATH] == 0o644 and modes["usr/local/clockspeed/etc"] == 0o755
+    assert "left to you: chown clocksd /usr/local/clockspeed/adjust\n" in said and "clockctl set\n" in said
+    assert not [path for path in found if path.endswith((".tmp", ".new"))]
+
+
+def test_a_second_run_finds_nothing_to_do_and_touches_nothing(tmp_path):
+    install(tmp_path)
+    before = snapshot(tmp_path)
+    assert install(tmp_path).startswith("nothing to do\n")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_dry_run_tells_what_the_run_then_does_and_changes_nothing(tmp_path):
+    dry = install(tmp_path, "--dry-run", "--start")
+    assert snapshot(tmp_path) == {}
+    assert install(tmp_path, "--start") == dry
+    before = snapshot(tmp_path)
+    dry = install(tmp_path, "--remove", "--purge", "--dry-run")
+    assert snapshot(tmp_path) == before
+    assert install(tmp_path, "--remove", "--purge") == dry
+
+
+def test_the_next_version_replaces_what_was_not_edited(tmp_path, source):
+    install(tmp_path)
+    edited = tmp_path / RUN_PATH
+    edited.write_text("#!/bin/sh\n# mine\n")
+    for name in ("clockview.py", "svc/clockspeed/run", "svc/taiclockd/run"):
+        (source / name).write_text((source / name).read_text() + "# the next version\n")
+    (source / "svc/taiclockd/log/notes").write_text("new\n")
+    said = install(tmp_path, source=str(source))
+    assert "write /var/svc.d/clockspeed/run.new, mode 755; /var/svc.d/clockspeed/run stays" in said
+    assert edited.read_text() == "#!/bin/sh\n# mine\n"
+    assert (tmp_path / (RUN_PATH + ".new")).read_bytes() == contents(str(source / "svc/clockspeed/run"))
+    assert (tmp_path / "usr/local/clockspeed/bin/clockview.py").read_text().endswith("# the next version\n")
+    assert (tmp_path / "var/svc.d/taiclockd/run").read_text().endswith("# the next version\n")
+    assert (tmp_path / "var/svc.d/taiclockd/log/notes").read_text() == "new\n"
+    assert install(tmp_path, source=str(source)).startswith("nothing to do\n")
+
+    # Who takes FILE.new is up to date; and what a version no longer has goes, unless edited.
+    (tmp_path / (RUN_PATH + ".new")).rename(edited)
+    (source / "svc/taiclockd/log/notes").unlink()
+    said = install(tmp_path, source=str(source))
+    assert "run.new" not in said and "remove /var/svc.d/taiclockd/log/notes\n" in said
+    assert not (tmp_path / "var/svc.d/taiclockd/log/notes").exists()
+    assert install(tmp_path, source=str(source)).startswith("nothing to do\n")
+
+
+def test_a_configuration_is_filled_once_and_then_the_administrators(tmp_path):
+    assert "edit CLOCK_IP in /usr/local/etc/clockspeed.conf" in install(tmp_path)
+    assert "write /%s, mode 644\n" % CONF_PATH in install(tmp_path, "--server", "tai:192.0.2.9")
+    conf = tmp_path / CONF_PATH
+    assert 'CLOCK_TYPE="tai"' in conf.read_text() and 'CLOCK_IP="192.0.2.9"' in conf.read_text()
+    conf.write_text("CLOCK_TYPE=ntp\nCLOCK_IP=192.0.2.1,192.0.2.2\n")
+    assert install(tmp_path).startswith("nothing to do\n")
+    assert install(tmp_path, "--server", "ntp:192.0.2.1,192.0.2.2").startswith("nothing to do\n")
+    assert "/%s stays" % CONF_PATH in install(tmp_path, "--server", "ntp:192.0.2.3")
+    assert conf.read_text() == "CLOCK_TYPE=ntp\nCLOCK_IP=192.0.2.1,192.0.2.2\n"
+    assert 'CLOCK_IP="192.0.2.3"' in (tmp_path / (CONF_PATH + ".new")).read_text()
+
+
+def test_other_directories_reach_the_scripts(tmp_path):
+    install(tmp_path, CLOCKSPEED_HOME="/srv/clock", CLOCKSPEED_BIN="/opt/bin")
+    text = (tmp_path / RUN_PATH).read_text()
+    assert "cd /srv/clock ||" in text and text.endswith("exec /opt/bin/clockspeed /srv/clock\n")
+    assert "/opt/bin/taiclockd\n" in (tmp_path / "var/svc.d/taiclockd/run").read_text()
+    assert os.readlink(str(tmp_path / "usr/local/bin/clockctl")) == "/opt/bin/clockctl"
+    assert stat.S_ISFIFO(os.stat(str(tmp_path / "srv/clock/adjust")).st_mode)
+    assert install(tmp_path).startswith("nothing to do\n"), "the configuration does not say where"
+    install(tmp_path, "--remove", "--purge")
+    assert not (tmp_path / "srv/clock").exists()
+
+
+@pytest.mark.parametrize("name, tools", [
+    ("daemontools", ("setuidgid clocksd ", "setuidgid multilog multilog t /var/multilog/taiclockd\n")),
+    ("runit", ("chpst -u clocksd ", "chpst -u multilog svlogd -t /var/multilog/taiclockd\n")),
+    ("s6", ("s6-setuidgid clocksd ", "s6-setuidgid multilog s6-log t /var/multilog/taiclockd\n"))])
+def test_the_scripts_fit_the_supervisor(tmp_path, name, tools):
+    scanner = tmp_path / "usr/bin" / INSTALL.SUPERVISORS[name].scanner
+    scanner.parent.mkdir(parents=True)
+    scanner.write_text("")
+    said = install(tmp_path)  # finds it
+    scan_dir = INSTALL.SUPERVISORS[name].scan_dirs[0]
+    assert "ln -s /var/svc.d/clockspeed %s/clockspeed\n" % scan_dir in said
+    assert ("s6-svscanctl -a " + scan_dir in said) == (name == "s6")
+    place = tmp_path / "var/svc.d/taiclockd"
+    assert "\nexec " + tools[0] in (place / "run").read_text()
+    assert (place / "log/run").read_text().endswith("\nexec " + tools[1])
+    for script in SERVICE_SCRIPTS:
+        path = str(tmp_path / script.replace("svc/", "var/svc.d/"))
+        assert subprocess.run(["sh", "-n", path], stderr=subprocess.PIPE).stderr == b""
+        words = re.findall(r"(?m)^(?!#).*", contents(path).decode())
+        assert name == "daemontools" or not re.search(r"(?<!-)setuidgid |multilog t ", "\n".join(words))
+    scanner.unlink()
+    assert install(tmp_path, "--supervisor", name).startswith("write /var/svc.d/.clockspeed-installed\nleft to you")
+    assert install(tmp_path).startswith("nothing to do\n"), "the supervisor was forgotten"
+
+
+@pytest.mark.parametrize("tool, command", [
+    ("useradd", "useradd "), ("pw", "pw useradd clocksd -g nofiles"),
+    ("adduser", "adduser -S -D -H -h /nonexistent -s /bin/false -G nofiles clocksd"),
+    ("busybox", "busybox adduser -S ")])
+def test_users_are_made_with_what_there_is(tmp_path, tool, command):
+    (tmp_path / "usr/sbin").mkdir(parents=True)
+    (tmp_path / "usr/sbin" / tool).write_text("")
+    (tmp_path / "sbin").symlink_to("usr/sbin")
+    said = install(tmp_path)
+    assert "left to you: " + command in said and said.count("nofiles\n") >= 1
+
+
+def test_what_starts_at_boot_can_be_linked_in_an_image(tmp_path):
+    (tmp_path / "etc/service").mkdir(parents=True)
+    assert "ln -s /var/svc.d/clockspeed /etc/service/clockspeed\n" in install(tmp_path, "--start")
+    assert sorted(os.listdir(str(tmp_path / "etc/service"))) == ["clockspeed", "clockspeed_adjust"]
+    assert install(tmp_path, "--start").startswith("nothing to do\n")
+    install(tmp_path, "--remove")
+    assert os.listdir(str(tmp_path / "etc/service")) == []
+    (tmp_path / "etc/service/clockspeed").mkdir()
+    assert install(tmp_path, "--start", status=111) == (
+        "install: fatal: unable to ln -s /var/svc.d/clockspeed /etc/service/clockspeed: there is something else\n")
+
+
+def test_a_running_service_is_restarted_and_its_clock_let_alone(tmp_path, source):
+    install(tmp_path, "--server", "ntp:192.0.2.7", "--start")
+    assert "clockctl set" in install(tmp_path)
+    supervise = tmp_path / "var/svc.d/clockspeed/supervise"
+    supervise.mkdir()
+    os.mkfifo(str(supervise / "control"))
+    assert "clockctl set" in install(tmp_path)
+    reader = os.open(str(supervise / "control"), os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert "clockctl set" not in install(tmp_path) and "svc -t" not in install(tmp_path)
+        with open(str(source / "clockspeed.py"), "a") as file:
+            file.write("# the next version\n")
+        assert "left to you: svc -t /service/clockspeed\n" in install(tmp_path, source=str(source))
+        assert install(tmp_path, source=str(source)).count("svc -t") == 0
+    finally:
+        os.close(reader)
+
+
+def test_removal_keeps_what_is_not_ours_and_purge_does_not(tmp_path):
+    install(tmp_path, "--server", "tai:192.0.2.9")
+    before = snapshot(tmp_path)
+    (tmp_path / "var/multilog/clockspeed/current").write_text("log\n")
+    (tmp_path / "usr/local/clockspeed/etc/atto").write_bytes(PACKETS[0][0].encode())
+    (tmp_path / "usr/local/bin/other").write_text("")
+    (tmp_path / RUN_PATH).write_text("# mine\n")
+    (tmp_path / "var/svc.d/clockspeed/supervise").mkdir()
+    said = install(tmp_path, "--remove")
+    assert "left to you: remove /var/svc.d/clockspeed/run, which is not as we installed it\n" in said
+    assert files_below(tmp_path) == {CONF_PATH, RUN_PATH, "var/multilog/clockspeed/current",
+                                     "usr/local/clockspeed/etc/atto", "usr/local/bin/other"}
+    assert install(tmp_path, "--remove").startswith("nothing to do\n")
+    (tmp_path / RUN_PATH).unlink()
+    install(tmp_path, "--remove", "--purge")
+    assert files_below(tmp_path) == {"usr/local/bin/other"}
+    install(tmp_path, "--server", "tai:192.0.2.9")
+    assert set(snapshot(tmp_path)) == set(before) | {"usr/local/bin/other"}
+    (tmp_path / RUN_PATH).write_text("# mine\n")
+    (tmp_path / "usr/local/clockspeed/etc/notes").write_text("")
+    (tmp_path / "usr/local/clockspeed/adjust").unlink()
+    (tmp_path / "usr/local/clockspeed/adjust").write_text("")
+    install(tmp_path, "--remove", "--purge")
+    assert files_below(tmp_path) == {"usr/local/bin/other", "usr/local/clockspeed/adjust",
+                                     "usr/local/clockspeed/etc/notes"}
+    assert not (tmp_path / "var/svc.d").exists()
+
+
+def test_links_in_place_of_files_are_not_followed(tmp_path):
+    image, victim = tmp_path / "image", tmp_path / "victim"
+    victim.write_text("precious")
+    install(image if image.mkdir() else image)
+    files = [path for path, each in snapshot(image).items() if stat.S_ISREG(each[0])]
+    install(image, "--remove", "--purge")
+    for path in files:
+        (image / path).parent.mkdir(parents=True, exist_ok=True)
+        (image / path).symlink_to(victim)
+    manifest = image / "var/svc.d/.clockspeed-installed"
+    assert install(image, status=111) == (
+        "install: fatal: unable to read /usr/local/etc/clockspeed.conf: Too many levels of symbolic links\n")
+    (image / CONF_PATH).unlink()
+    assert "unable to read /var/svc.d/.clockspeed-installed: Too many" in install(image, status=111)
+    manifest.unlink()
+    for path in files:  # not even the temporary name's
+        (image / path).parent.joinpath("." + (image / path).name + ".new.tmp").symlink_to(victim)
+    install(image)
+    assert victim.read_text() == "precious"
+    assert os.readlink(str(image / RUN_PATH)) == str(victim) and (image / (RUN_PATH + ".new")).read_text()
+
+
+def test_links_on_the_way_stay_in_the_image(tmp_path):
+    image, outside = tmp_path / "image", tmp_path / "outside"
+    for place in (image / "data", image / "usr", outside / "deep"):
+        place.mkdir(parents=True)
+    (image / "var").symlink_to("/data")
+    (image / "usr/local").symlink_to("../../../../.." + str(outside / "deep"))
+    install(image)
+    inside = str(image) + str(outside / "deep")  # as one sees it who is chrooted there
+    assert os.path.lexists(inside + "/bin/clockctl")
+    assert (image / "data/svc.d/clockspeed/run").exists() and os.listdir(str(outside / "deep")) == []
+    (image / "data/multilog/loop").symlink_to("loop")
+    install(image, "--remove", "--purge")
+    assert not os.path.lexists(inside + "/bin/clockctl") and (image / "data/multilog/loop").is_symlink()
+
+
+def test_links_of_other_users_on_the_way_are_refused(public_tmp):
+    if os.geteuid():
+        pytest.skip("not root: the link can't be another user's")
+    image = public_tmp / "image"
+    (image / "var/elsewhere").mkdir(parents=True)
+    (image / "var/svc.d").symlink_to("elsewhere")
+    os.chown(str(image / "var/svc.d"), 65534, 65534, follow_symlinks=False)
+    assert install(image, status=111).endswith(": svc.d in it is a link that is not followed\n")
+    assert snapshot(image / "var/elsewhere") == {}
+
+
+@pytest.mark.parametrize("path, make", [
+    ("usr/local/clockspeed/adjust", "file"), ("usr/local/clockspeed", "file"), ("var/svc.d/clockspeed", "file"),
+    ("var/multilog/clockspeed", "file"), (CONF_PATH, "directory"), ("var/svc.d/.clockspeed-installed", "directory"),
+    (CONF_PATH, "CLOCK_IP=$(reboot)\n"), ("var/svc.d/.clockspeed-installed", "#\ngarbage\n"),
+    ("var/svc.d/.clockspeed-installed", "\xff\xfe"), (CONF_PATH, "CLOCKSPEED_HOME=/a b\n"),
+    (CONF_PATH, "CLOCKSPEED_BIN=../bin\n"), (CONF_PATH, "CLOCKSPEED_HOME=/a/../b\n")])
+def test_what_is_in_the_way_is_a_clear_line(tmp_path, path, make):
+    place = tmp_path / path
+    place.parent.mkdir(parents=True)
+    if make == "directory":
+        place.mkdir()
+    else:
+        place.write_bytes(b"" if make == "file" else make.encode("latin-1"))
+    before = snapshot(tmp_path)[path]
+    for status in (111, 111):
+        assert re.match(r"install: fatal: unable to \S.*: \S.*\n$", install(tmp_path, status=status))
+    assert snapshot(tmp_path)[path][3:] == before[3:]
+
+
+def test_a_directory_that_can_not_be_written_is_a_clear_line(public_tmp, source):
+    image = public_tmp / "image"
+    image.mkdir()
+    image.chmod(0o555)
+    said = install(image, status=111, source=str(source), user=65534 if os.geteuid() == 0 else None)
+    assert said == "install: fatal: unable to mkdir -p /usr/local/clockspeed/etc: Permission denied\n"
+
+
+def test_only_root_installs_on_the_host_but_all_may_look(source):
+    if os.geteuid():
+        pytest.skip("not root: what runs as another user here must not be the tester")
+    said = install("/", status=111, source=str(source), user=65534)
+    assert said == "install: fatal: unable to install: not root; --dry-run shows what would be done\n"
+    assert "clockspeed" in install("/", "--dry-run", source=str(source), user=65534)
+
+
+@pytest.mark.parametrize("args", [
+    ["operand"], ["--server"], ["--server", "ntp"], ["--server", "ntp:"], ["--server", "ntp:-x"],
+    ["--server", "ntp:a b"], ["--server", "ntp:a,,b"], ["--server", "ntp,a"], ["--server", 'ntp:$(reboot)"'],
+    ["--server", "http:a"], ["--supervisor", "systemd"], ["--purge"], ["--remove", "--start"], ["--remove", "--server", "ntp:a"], ["-x"]])
+def test_wrong_usage_of_install(tmp_path, args):
+    assert install(tmp_path, *args, status=100).startswith("install: usage: install ")
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_directory_that_is_none_is_a_clear_line(tmp_path):
+    assert install(tmp_path / "none", status=111) == (
+        "install: fatal: unable to use %s: No such file or directory\n" % (tmp_path / "none"))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    tree = INSTALL.Tree(str(tmp_path))
+    (tmp_path / "file").write_text("old")
+
+    def fail(name, directory_fd):
+        os.close(os.open(name, os.O_CREAT, dir_fd=directory_fd))
+        raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(OSError):
+        tree.put("/file", fail)
+    assert os.listdir(str(tmp_path)) == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_the_running_scanner_is_found_with_its_directory(tmp_path):
+    scanned = tmp_path / "scanned"
+    scanned.mkdir()
+
+    def process(pid, root, cwd, *words):
+        place = tmp_path / "proc" / str(pid)
+        place.mkdir(parents=True)
+        (place / "cmdline").write_bytes(b"".join(word.encode() + b"\0" for word in words))
+        (place / "root").symlink_to(root)
+        (place / "cwd").symlink_to(cwd)
+    process(1, "/", "/", "/sbin/init", "svscan")
+    process(20, str(tmp_path), "/", "svscan", str(tmp_path))  # in a container
+    process(30, "/", "/", "/usr/bin/runsvdir", "-P", str(scanned), "log: ....")
+    process(40, "/", str(scanned), "s6-svscan", "-t", "0")
+    assert INSTALL.running_scanners(str(tmp_path / "proc")) == {"runit": str(scanned), "s6": str(scanned)}
+    assert INSTALL.running_scanners(str(tmp_path / "none")) == {}
+
+
+@pytest.mark.parametrize("off, status, asked, done", [
+    ("00.250000000000000000", 0, "view", True), ("58.999999999000000000", 0, "view set", True),
+    ("02.000000000000000000", 0, "view set", True), ("00.250000000000000000", 111, "view", False),
+    ("garbage", 0, "view", False)])
+def test_a_clock_over_a_second_off_is_set_once(tmp_path, monkeypatch, capfd, off, status, asked, done):
+    clockctl = tmp_path / "clockctl"
+    clockctl.write_text('#!/bin/sh\necho $1 >>"$0.asked"\necho "before: 2026-11-22 15:41:00.000000000000000000"\n'
+                        'echo "after:  2026-11-22 15:41:%s"\nexit %d\n' % (off, status))
+    clockctl.chmod(0o755)
+    monkeypatch.setattr(INSTALL, "CLOCKCTL", str(clockctl))
+    installed = {}
+    action = INSTALL.SetClock(installed)
+    assert not action.is_done(None)
+    action.do(None)
+    assert contents(str(clockctl) + ".asked").decode().split() == asked.split()
+    assert action.is_done(None) == done
+    assert ("install: warning: unable to set the clock now" in capfd.readouterr().err) == (not done)
 
 
 # ==== the README ====================================================================================
