@@ -53,6 +53,7 @@ if __name__ == "__main__":
 # ==== what the tests share =========================================================================
 import contextlib
 import errno
+import hashlib
 import importlib.machinery
 import importlib.util
 import json
@@ -2723,7 +2724,7 @@ def test_every_command_has_a_help_with_an_example():
     ["mark", "x"], ["mark", "--patience"], ["mark", "--patience", "x"], ["mark", "--patience", "nan"],
     ["mark", "--patience", "inf"], ["wait"], ["wait", "1"], ["wait", "1", "9" * 5000],
     ["wait", "1", "4294967296"],
-    ["wait", "x", "1"], ["wait", "-1", "1"], ["status", "x"], ["metrics", "--output"], ["graph", "phase"],
+    ["wait", "x", "1"], ["wait", "-1", "1"], ["status", "x"], ["check", "x"], ["leap", "a", "b"], ["metrics", "--output"], ["graph", "phase"],
     ["try", "ftp:x"], ["try", "ntp:"], ["try", "a", "b"], ["try", "tai:-f"], ["help", "x"], ["version", "-v"],
     ["nonsense"], []])
 def test_wrong_usage_of_a_command_says_how(host, args):
@@ -2783,16 +2784,16 @@ def test_try_shows_the_rate_and_leaves_nothing_behind(tmp_path):
     odd = tmp_path / "a b\n'c"
     odd.mkdir()
     began_sec = time.monotonic()
-    done = subprocess.run([path_of("clockctl"), "try"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          timeout=120, env=try_env(odd, LC_ALL="C"))
+    (tmp_path / "expired").write_bytes(leap_seconds_list(expires=1e9))
+    done = subprocess.run([path_of("clockctl"), "try"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120,
+                          env=try_env(odd, LC_ALL="C", LEAPSECS=str(tmp_path / "expired")))
     lines = done.stdout.decode("ascii").splitlines()
     assert done.returncode == 0, done.stderr
     assert 15 < time.monotonic() - began_sec < 60
     assert re.match(r"\d+ marks in 20 seconds; the clock was not touched", lines[-4])
     rate, error = map(float, re.search(r"counter: +(\S+) \+- (\S+) ppm", lines[-3]).groups())
     assert abs(rate) < 600 and error < 50
-    warnings = done.stderr.splitlines()
-    assert len(warnings) == len(set(warnings)), "the same warning at each mark"
+    assert done.stderr == b""
     assert left_behind(odd) == []
 
 
@@ -3025,6 +3026,14 @@ def told(host):
     return tell
 
 
+def test_a_status_is_what_clockspeed_writes(simulate, tmp_path):
+    simulate(FakeKernel()).mark()
+    written = json.loads(contents(tmp_path / "etc" / "status"))
+    assert set(written) == set(a_status()) | {"doing"}
+    for name in ("last_mark", "kernel", "leap", "marks"):
+        assert set(written[name]) == set(a_status()[name]), name
+
+
 def test_status_is_a_page_that_tells_how_wrong_the_clock_can_be(told):
     done = told(a_status()).clockctl("status", LC_ALL="C.UTF-8")
     assert (done.returncode, done.stderr) == (0, "")
@@ -3041,7 +3050,7 @@ last mark     60 min ago, offset +123 µs, used
 next mark     as clockspeed_adjust has it (CLOCK_ERROR is not set)
 kernel        synchronised, frequency +12.300 ppm, tick 10000, error 1.2 ms at most
 leap seconds  TAI - UTC is 37 s
-leap table    built in, expired on 2026-06-28
+leap table    built in, expired on 2026-06-28: `clockctl leap FILE` takes a newer one
 """ % os.getpid()
     assert told(a_status()).clockctl("status", LC_ALL="C").stdout.isascii()
 
@@ -3055,7 +3064,9 @@ leap table    built in, expired on 2026-06-28
     (dict(asking_early=True), "next mark     at once: the last one is in doubt\n"),
     (dict(kernel=None, last_mark=None), "refused\nleap seconds"),
     (dict(leap={"source": "/etc/leapsecs.dat", "expires": None, "tai_offset": 37, "next": [1798761600, -1]}),
-     "TAI - UTC is 37 s, -1 s on 2027-01-01 00:00:00\nleap table    /etc/leapsecs.dat\n"),
+     "TAI - UTC is 37 s, -1 s at the end of 2026-12-31\nleap table    /etc/leapsecs.dat\n"),
+    (dict(leap={"source": "built in", "expires": None, "tai_offset": 10, "next": None}),
+     "leap seconds  the clock counts them, on the tai scale\nleap table    built in\n"),
     (dict(written_ns=10**40), "steering the clock"),
     (dict(written_ns=10**40, boot_id=""), "last written  Unix second 1"),
 ])
@@ -3305,6 +3316,7 @@ def test_an_svg_is_well_formed_and_follows_light_and_dark(log, tmp_path):
     text = path.read_text()
     root = xml.dom.minidom.parseString(text).documentElement
     assert root.tagName == "svg" and "prefers-color-scheme: dark" in text
+    assert root.getElementsByTagName("rect"), "no background but the viewer's"
     points = [tuple(map(float, point.split(","))) for point in
               root.getElementsByTagName("polyline")[0].getAttribute("points").split()]
     assert points[0][0] == 100 and points[-1][0] == 740 and all(50 <= y <= 350 for _, y in points)
@@ -3323,7 +3335,7 @@ def test_a_log_without_marks_or_no_log_is_a_clear_line(tmp_path):
     refused = mark_line(DAYS[0], 1, outcome="refused")
     (tmp_path / "current").write_text(label(DAYS[0]) + " start: observing\n" + refused)
     assert graph(str(tmp_path)).stderr == (
-        "clockctl: fatal: unable to draw the offset: there is no mark in %s yet\n" % tmp_path)
+        "clockctl: fatal: unable to draw the offset: there is no mark in the log (CLOCKSPEED_LOG) yet\n")
     done = graph(str(tmp_path / "none"))
     assert (done.returncode, done.stderr) == (
         111, "clockctl: fatal: unable to read the log %s/none: No such file or directory\n" % tmp_path)
@@ -3928,6 +3940,549 @@ def test_a_clock_over_a_second_off_is_set_once(tmp_path, monkeypatch, capfd, off
     assert contents(str(clockctl) + ".asked").decode().split() == asked.split()
     assert action.is_done(None) == done
     assert ("install: warning: unable to set the clock now" in capfd.readouterr().err) == (not done)
+
+
+# ==== clockctl: what the clients are asked for =======================================================
+
+def our_client(host, name="sntpclock"):
+    """A Python client that writes down its arguments -> a function that tells those of the last run."""
+    path = host.bin / name
+    path.write_text('#!/bin/sh\n"""exec" python3 -IS "$0" "$@"\n"""\nimport os, sys\n'
+                    "open(%r, 'w').write(' '.join(sys.argv[1:]))\nos.write(1, %r)\n"
+                    % (str(path) + ".args", PLUS_QUARTER))
+    path.chmod(0o755)
+    return lambda: contents(str(path) + ".args").decode()
+
+
+TRUST = "CLOCK_KEYFILE=/etc/keys CLOCK_KEY=7\nCLOCK_HTTPS='https://a.example/ https://b.example/'\n"
+
+
+def test_our_clients_get_the_options_of_the_configuration_and_c_ones_refuse_them(host, told):
+    told(a_status())
+    conf, args = contents(host.conf).decode(), our_client(host)
+    memory = "-s %s/etc " % host.home
+    stand_in(host.bin, "clockview", b"shown\n")
+    assert host.clockctl("view").returncode == 0 and args() == memory + "192.0.2.1"
+    host.write_conf(conf + TRUST)
+    assert host.clockctl("view").returncode == 0
+    assert args() == memory + "-k /etc/keys -K 7 -c https://a.example/ -c https://b.example/ 192.0.2.1"
+    client = stand_in(host.bin, "sntpclock")
+    os.unlink(client + ".args")  # of the one before
+    refusal = ("clockctl: fatal: unable to ask the time: CLOCK_KEYFILE and CLOCK_HTTPS need CLOCK_TYPE=ntp "
+               "and the Python sntpclock, not %s/%s\n")
+    assert host.clockctl("view").stderr == refusal % (host.bin, "sntpclock")
+    args = our_client(host, "taiclock")
+    host.write_conf(conf.replace("ntp", "tai") + TRUST)
+    assert host.clockctl("view").stderr == refusal % (host.bin, "taiclock")
+    assert not os.path.exists(client + ".args"), "an answer that nobody vouches for was asked for"
+    host.write_conf(conf.replace("ntp", "tai"))
+    assert host.clockctl("view").returncode == 0 and args() == "192.0.2.1"
+    host.write_conf(conf + "CLOCK_KEYFILE=/etc/keys\n")
+    assert "CLOCK_KEYFILE and CLOCK_KEY only one is set in %s\n" % host.conf in host.clockctl("view").stderr
+
+
+@pytest.mark.parametrize("name, kind", [("sntpclock", "ntp"), ("taiclock", "tai")])
+def test_set_and_the_first_mark_of_a_boot_ask_without_limit(tmp_path, name, kind):
+    host = Host(tmp_path, kind)
+    reader, args = host.make_fifo(), our_client(host, name)
+    stand_in(host.bin, "clockadd", b"")
+    status = host.home / "etc" / "status"
+
+    def limit(command, *statuses):
+        for each in statuses:
+            status.write_text(json.dumps(each))
+        assert host.clockctl(command).returncode == 0
+        return "-l 0" in args()
+    assert limit("set") and limit("mark")
+    assert limit("mark", a_status(marks={"used": 0, "doubted": 2, "refused": 1}))
+    assert limit("mark", a_status(boot_id="another"))
+    assert not limit("mark", a_status()) and limit("set")
+    os.close(reader)
+
+
+@pytest.mark.parametrize("error, changes, wanted", [
+    ("", {}, ""), ("soon", {}, ""), ("1e-300", {}, ""), ("0.01", {}, "-r 1 "), ("0.01", dict(wander=0), ""),
+    ("0.01", dict(asking_early=True), ""), ("0.01", dict(age_sec=7200), ""),
+    ("0.0005", dict(noise_ns=2e6, wander=1e-8), "-r 2 "), ("0.0002", dict(noise_ns=2e6, wander=1e-8), "")])
+def test_mark_asks_for_no_more_exchanges_than_the_accuracy_needs(host, told, error, changes, wanted):
+    told(a_status(**changes))
+    host.write_conf(contents(host.conf).decode() + "CLOCK_ERROR=%s\n" % error)
+    reader, args = host.make_fifo(), our_client(host)
+    assert host.clockctl("mark").returncode == 0
+    assert args() == "-s %s/etc %s192.0.2.1" % (host.home, wanted)
+    os.close(reader)
+
+
+def test_a_slow_client_is_awaited_visibly_on_a_terminal_only(host):
+    need("script")
+    stand_in(host.bin, "sntpclock", first="sleep 3")
+    stand_in(host.bin, "clockview", b"shown\n")
+    env = dict(UTC_ENV, CLOCKSPEED_CONF=str(host.conf))
+    seen = subprocess.run(["script", "-qec", path_of("clockctl") + " view", "/dev/null"], stdout=subprocess.PIPE,
+                          env=env, stdin=subprocess.DEVNULL, timeout=60).stdout
+    assert b"waiting for sntpclock ..." in seen and seen.endswith(b"\r\x1b[Kshown\r\n")
+    assert host.clockctl("view").stdout == b"shown\n"
+
+
+def test_the_wait_between_marks_is_that_of_the_filters_steady_state():
+    """Against the filter itself, run until it settles."""
+    clockctl = load("clockctl")
+    for noise, wander, target in ((2e6, 1e-9, 1e7), (2e6, 1e-10, 1e7), (2e4, 1e-9, 1e6), (3e7, 1e-8, 1e7)):
+        sec = clockctl.mark_every_sec(noise, wander, target)
+        a = b = c = 1e12  # ns^2, ns^2/s, ns^2/s^2: nothing known
+        a, q = a * 1e6, (wander * 1e9)**2
+        for _ in range(3000):
+            s = a + noise**2
+            a, b, c = a - a * a / s, b - a * b / s, c - b * b / s
+            a, b, c = a + sec * (2 * b + sec * c) + q * sec**3 / 3, b + sec * c + q * sec**2 / 2, c + q * sec
+        assert a**0.5 == pytest.approx(target, rel=1e-3)
+
+
+def test_exchanges_are_the_fewest_packets_for_an_accuracy():
+    clockctl, rng = load("clockctl"), random.Random(SEED)
+    for _ in range(500):
+        noise, wander, target = (10**rng.uniform(*powers) for powers in ((3, 8), (-11, -7.5), (4, 8)))
+
+        def every(count):
+            return clockctl.mark_every_sec(noise / count**0.5, wander, target)
+        chosen = clockctl.exchanges(noise, wander, target)
+        assert 1 <= chosen <= 10
+        good = [count for count in range(1, 11) if every(count) >= 64]
+        if good:
+            assert chosen / every(chosen) == min(count / every(count) for count in good)
+        else:
+            assert chosen == 10
+
+
+# ==== clockctl: check ================================================================================
+
+def levels(probe):
+    """What a probe found: its levels; each complete, and what is not well with what to do."""
+    found = list(probe)
+    for level, text, todo in found:
+        assert level in ("ok", "warn", "fail") and text and "\n" not in text + todo
+        assert todo or level == "ok", text
+    return " ".join(level for level, _, _ in found)
+
+
+def told_by(text, status=0, packet=PLUS_QUARTER):
+    """What runs a program, pretended: its stderr or, for a service, its stdout."""
+    def run(command, stderr):
+        services = stderr == subprocess.STDOUT
+        return subprocess.CompletedProcess(command, status, text.encode() if services else packet, text.encode())
+    return run
+
+
+@pytest.fixture
+def clockctl():
+    return load("clockctl")
+
+
+def status_of(clockctl, **changes):
+    boot_id = contents("/proc/sys/kernel/random/boot_id").decode().strip()
+    return clockctl.Status(a_status(**changes), time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW), boot_id)
+
+
+def test_check_config(clockctl, tmp_path):
+    path = str(tmp_path / "conf")
+    good = dict(clockctl.DEFAULTS, CLOCK_IP="198.51.100.1")
+
+    def found(problem=None, **changes):
+        return levels(clockctl.check_config(path, problem, dict(good, **changes)))
+    assert found() == "warn ok"  # no such file
+    (tmp_path / "conf").write_text("")
+    assert found() == "ok" and found(CLOCK_ERROR="0.01") == "ok"
+    assert found(clockctl.Failure("read " + path, "line 3 is wrong")) == "fail"
+    with pytest.raises(clockctl.Failure):  # which findings() makes a warning of
+        found(clockctl.Failure("read " + path, PermissionError()))
+    for wrong in (dict(CLOCK_IP=""), dict(CLOCK_IP="-f"), dict(CLOCK_TYPE="ptp"), dict(CLOCK_ERROR="x"),
+                  dict(CLOCK_KEY="1"), dict(CLOCK_IP="192.0.2.1")):
+        assert found(**wrong) == "fail", wrong
+    (tmp_path / "conf").chmod(0o666)
+    assert found() == "fail ok"
+
+
+def test_check_programs(clockctl, tmp_path):
+    stand_in(tmp_path, "clockview")
+    shutil.copy(path_of("clockadd"), str(tmp_path / "clockadd.py"))
+    tmp_path.chmod(0o755)
+
+    def found(*names):
+        return list(clockctl.check_programs(str(tmp_path), names))
+    assert found("clockview", "clockadd") == [
+        ("ok", "clockview, clockadd.py in %s; in C: clockview" % tmp_path, "")]
+    assert levels(found("clockspeed", "clockview")) == "fail ok" and levels(found("clockspeed")) == "fail"
+    (tmp_path / "clockview").chmod(0o666)
+    assert levels(found("clockview")) == "fail fail ok"  # not executable; everybody's
+    tmp_path.chmod(0o777)
+    assert levels(found("clockadd")) == "fail ok"
+
+
+@pytest.mark.parametrize("said, status, packet, wanted", [
+    ("taiclock: info: a: offset +0.25 s, delay 0.001 s\ntaiclock: info: result: offset", 0, PLUS_QUARTER, "ok ok"),
+    ("", 0, struct.pack(">qII", 7, 0, 0), "warn"), ("", 0, b"", "fail"),
+    ("sntpclock: warning: b is a falseticker: offset\nsntpclock: warning: the leap second table has expired\n",
+     0, PLUS_QUARTER, "warn ok"),
+    ("sntpclock: fatal: unable to get the time\n", 111, b"", "fail"),
+    ("sntpclock: fatal: unable to take key 1 from x: Permission denied\n", 111, b"", "warn"), ("\xff \x1b", 100, b"", "fail")])
+def test_check_server(clockctl, said, status, packet, wanted):
+    assert levels(clockctl.check_server(["sntpclock", "a"], told_by(said, status, packet))) == wanted
+
+
+def test_check_clockspeed_and_its_marks(clockctl):
+    def found(limit_sec=None, **changes):
+        status = status_of(clockctl, **changes)
+        return (levels(clockctl.check_clockspeed(status, None, True)),
+                levels(clockctl.check_marks(status, limit_sec)))
+    assert found() == found(0.01) == ("ok", "ok") and found(1e-6) == ("ok", "warn")
+    assert found(observe_only=True) == ("warn", "ok") and found(asking_early=True) == ("ok", "warn")
+    assert found(last_mark=None) == ("ok", "warn") and found(variance=None, offset_ns=None) == ("ok", "warn")
+    old = {"tick_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW) - 40 * 86400 * 10**9, "offset_ns": 0,
+           "outcome": "used"}
+    assert found(last_mark=old) == ("ok", "warn") and found(pid=2**22 + 1) == ("fail", "")
+    for ours, error in ((True, "there is none"), (False, "there is none"), (True, PermissionError())):
+        probe = clockctl.check_clockspeed(None, clockctl.Failure("read it", error), ours)
+        if ours and error == "there is none":
+            assert levels(probe) == "fail"
+        else:
+            with pytest.raises(clockctl.Failure):
+                levels(probe)
+    assert levels(clockctl.check_marks(None, None)) == ""
+
+
+def test_check_adjust(clockctl, host, monkeypatch):
+    def found():
+        return levels(clockctl.check_adjust(host.adjust, 0.1))
+    assert found() == "fail"
+    open(host.adjust, "w").close()
+    assert found() == "fail"
+    os.unlink(host.adjust)
+    reader = host.make_fifo()
+    only_root = "warn " if os.geteuid() == 0 else ""
+    os.chmod(host.adjust, 0o600)
+    assert found() == only_root + "ok"
+    os.chmod(host.adjust, 0o620)
+    assert found() == "ok"
+    os.chmod(host.adjust, 0o622)
+    assert found() == "fail ok"
+    os.chmod(host.adjust, 0o620)
+    writer = os.open(host.adjust, os.O_WRONLY | os.O_NONBLOCK)
+    os.write(writer, bytes(16))
+    assert found() == "fail", "it hangs"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert found() == "warn"
+    monkeypatch.undo()
+    os.close(reader)
+    os.close(writer)
+    assert found() == "fail", "nobody reads it"
+
+
+def test_check_etc(clockctl, tmp_path):
+    def found(uid=None):
+        return levels(clockctl.check_etc(str(tmp_path / "etc"), uid))
+    assert found() == "fail"
+    (tmp_path / "etc").write_text("")
+    assert found() == "fail"
+    (tmp_path / "etc").unlink()
+    for mode, wanted in ((0o755, "ok"), (0o700, "warn"), (0o777, "fail")):
+        (tmp_path / "etc").mkdir(exist_ok=True)
+        (tmp_path / "etc").chmod(mode)
+        assert found() == found(0) == found(os.geteuid()) == wanted
+    (tmp_path / "etc").chmod(0o755)
+    assert found(54321) == "fail"
+
+
+@pytest.mark.parametrize("files, said, wanted", [
+    (["status"], "/service/clockspeed: up (pid 21088) 200 seconds", "ok"),
+    (["status"], "/service/clockspeed: up (pid 21088) 1 seconds", "warn"),
+    (["status"], "/service/clockspeed: down 4 seconds, normally up", "fail"),
+    (["status"], "/service/clockspeed: supervise not running", "fail"),
+    (["stat"], "run: /run/service/clockspeed: (pid 21201) 200s; run: log: (pid 3) 0s", "ok"),
+    (["stat"], "down: /run/service/clockspeed: 3s, normally up; run: log: (pid 3) 900s", "fail"),
+    (["death_tally"], "up (pid 21199) 100 seconds", "ok"),
+    (["death_tally"], "down (exitcode 111) 0 seconds, normally up, ready 0 seconds", "fail"),
+    (None, "", "fail")])
+def test_check_services(clockctl, tmp_path, files, said, wanted):
+    assert levels(clockctl.check_services([str(tmp_path)])) == "warn"
+    (tmp_path / "clockspeed").mkdir()
+    for name in files or ():
+        (tmp_path / "clockspeed" / "supervise").mkdir()
+        (tmp_path / "clockspeed" / "supervise" / name).write_text("")
+    assert levels(clockctl.check_services([str(tmp_path)], told_by(said))) == wanted
+
+
+def test_check_services_without_their_programs_or_the_right(clockctl, tmp_path, monkeypatch):
+    (tmp_path / "clockspeed" / "supervise").mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert levels(clockctl.check_services([str(tmp_path)])) == "warn"
+
+    def denied(path):
+        raise PermissionError
+    monkeypatch.setattr(os, "listdir", denied)
+    assert levels(clockctl.check_services([str(tmp_path)])) == "warn"
+
+
+def test_check_services_sees_a_real_one(supervised, clockctl):
+    place = supervised("clockspeed", {"run": "#!/bin/sh\nexec sleep 3574\n"})
+    found = []
+
+    def up():
+        found[:] = clockctl.check_services([str(place.parent)])
+        return found[0][0] == "ok"
+    assert await_that(up), found
+    subprocess.run(["svc", "-d", str(place)], check=True)
+    assert await_that(lambda: levels(clockctl.check_services([str(place.parent)])) == "fail")
+
+
+def test_check_logs(clockctl, tmp_path):
+    def found(user=None):
+        return levels(clockctl.check_logs([str(tmp_path / "log")], user))
+    assert found() == "warn"
+    (tmp_path / "log").mkdir()
+    assert found() == found(os.geteuid()) == "ok" and found(54321) == "fail"
+    (tmp_path / "log").chmod(0o500)
+    assert found() == "fail"
+
+
+def test_check_rivals(clockctl, tmp_path):
+    def found(*processes, log=""):
+        proc = tmp_path / "proc"
+        shutil.rmtree(str(proc), ignore_errors=True)
+        (proc / "self").mkdir(parents=True)
+        (proc / "77").mkdir()  # one that has ended
+        for pid, (name, arguments) in enumerate(processes):
+            (proc / str(pid)).mkdir()
+            (proc / str(pid) / "comm").write_text(name + "\n")
+            (proc / str(pid) / "cmdline").write_text(arguments.replace(" ", "\0"))
+        (tmp_path / "current").write_text(log)
+        return levels(clockctl.check_rivals(str(proc), str(tmp_path)))
+    assert found(("sh", "sh"), ("chronyd", "chronyd -x")) == "ok"
+    assert found(("chronyd", "chronyd -d"), ("systemd-timesyn", "x"), ("vmtoolsd", "x")) == "warn warn warn"
+    foreign = " foreign: another program sets the clock's frequency; one of the two must go\n"
+    assert found(log=label(time.time() - 600) + foreign) == "warn"
+    assert found(log=label(time.time() - 9000) + foreign) == "ok"
+
+
+def test_check_scale_and_zone(clockctl, tmp_path, monkeypatch):
+    def found(status=None, **env):
+        for name in ("CLOCK_SCALE", "TZ"):
+            monkeypatch.setenv(name, env.get(name, ""))
+        time.tzset()
+        return levels(clockctl.check_scale(status))
+    tai = status_of(clockctl, leap=dict(a_status()["leap"], tai_offset=10))
+    try:
+        assert found() == found(status_of(clockctl)) == found(CLOCK_SCALE="utc") == "ok"
+        assert found(CLOCK_SCALE="tai") == "warn" and found(CLOCK_SCALE="gps") == "fail" == found(tai)
+        if os.path.exists("/usr/share/zoneinfo/right/UTC"):
+            assert found(tai, TZ="right/UTC") == "ok" and found(TZ="right/UTC", CLOCK_SCALE="utc") == "warn"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / "B").write_text("")
+
+    def zone(name, path="A/B"):
+        return levels(clockctl.check_zone(str(tmp_path / path), name, str(tmp_path)))
+    assert zone("") == zone(None) == zone(":A/B") == zone("CET-1") == "ok"
+    assert zone("", "none") == zone("A/C") == "warn"
+
+
+def test_check_leap(clockctl, tmp_path, monkeypatch):
+    def found(table, *files):
+        path = tmp_path / "table"
+        path.write_bytes(table)
+        monkeypatch.setenv("LEAPSECS", str(path))
+        return levels(clockctl.check_leap(list(map(str, files))))
+    good = leapsecs_dat()
+    assert found(good) == "ok" and found(good[:-8]) == found(b"x") == "fail"
+    assert found(leap_seconds_list(expires=time.time() + 1e6)) == "ok"
+    assert found(leap_seconds_list(expires=time.time() - 1e6)) == "warn"
+    newer = tmp_path / "newer"
+    newer.write_bytes(good + struct.pack(">Q", 2**62 + 10 + 1830297600 + 27))
+    assert found(good, tmp_path / "none", newer) == "warn"
+    monkeypatch.setenv("LEAPSECS", "")
+    monkeypatch.setattr(clockctl, "read_leap_table", lambda: (clockctl.built_in_leaps(), None, "built in"))
+    assert levels(clockctl.check_leap([])) == "warn"
+
+
+@pytest.mark.parametrize("source, wanted", [
+    ("tsc", "ok"), ("kvm-clock", "ok"), ("hpet", "warn"), ("jiffies", "fail"), (None, "ok")])
+def test_check_counter(clockctl, tmp_path, monkeypatch, source, wanted):
+    if source:
+        (tmp_path / "source").write_text(source + "\n")
+    assert levels(clockctl.check_counter(str(tmp_path / "source"))) == wanted
+    monkeypatch.setattr(clockctl, "COUNTER", time.CLOCK_MONOTONIC)
+    assert levels(clockctl.check_counter(str(tmp_path / "source"))) == wanted.replace("ok", "warn")
+
+
+@pytest.mark.parametrize("megabytes, inodes, flags, wanted", [
+    (900, 9, 0, "ok"), (5, 9, 0, "warn"), (0, 9, 0, "fail"), (900, 0, 0, "fail"), (900, 9, os.ST_RDONLY, "fail")])
+def test_check_space(clockctl, tmp_path, megabytes, inodes, flags, wanted):
+    def statvfs(path):
+        return os.statvfs_result((1, 1 << 20, 1000, megabytes, megabytes, 100, inodes, inodes, flags, 255))
+    assert levels(clockctl.check_space([str(tmp_path), str(tmp_path / "none")], statvfs)) == wanted
+
+
+def test_check_of_a_host_with_nothing_and_of_one_that_works(public_tmp):
+    none = public_tmp / "none"
+    done = run("clockctl", "check", CLOCKSPEED_CONF=str(none), CLOCKSPEED_HOME=str(none))
+    assert done.returncode == 2 and done.stderr == "" and b"\x1b" not in done.stdout
+    assert re.search(rb"^fail  configuration: unable to read .*; correct it$", done.stdout, re.M)
+    done = run("clockctl", "check", CLOCKSPEED_CONF="/dev/null", CLOCKSPEED_BIN=HERE, CLOCKSPEED_HOME=str(none),
+               CLOCK_IP="127.0.0.1", CLOCK_TYPE="tai", CLOCK_HTTPS="https://a.example/")
+    assert b"fail  server: unable to ask the time: CLOCK_KEYFILE and CLOCK_HTTPS need" in done.stdout
+    host = Host(public_tmp, "tai", "127.40.14.3")
+    for name in SCRIPTS:
+        shutil.copy(path_of(name), str(host.bin))
+    host.write_conf(contents(host.conf).decode() + "CLOCKSPEED_LOG=%s/clockspeed\n" % public_tmp)
+    shutil.copy(path_of("clockctl"), str(public_tmp))
+    process = Daemon(host.home)
+    server = subprocess.Popen([path_of("taiclockd"), "-i", "127.40.14.3"], stdout=subprocess.PIPE, env=UTC_ENV)
+    try:
+        assert server.stdout.readline().startswith(b"start: ")
+        assert host.clockctl("mark").returncode == 0
+        process.wait_for("mark: ")
+        done = host.clockctl("check", "--json")
+        told = json.loads(done.stdout)
+        found = {}
+        for each in told["findings"]:
+            assert sorted(each) == ["finding", "level", "todo", "topic"]
+            found.setdefault(each["topic"], []).append(each["level"])
+        assert done.stderr == "" and done.returncode == told["status"] >= 1  # it only observes
+        assert found["configuration"] == found["programs"] == found["etc"] == ["ok"]
+        assert found["server"] == ["ok", "ok"] and found["clockspeed"] == ["warn"] and found["marks"] == ["ok"]
+        assert found["adjust"][-1] == "ok" and "fail" not in sum(found.values(), [])
+        lines = host.clockctl("check").stdout.decode().splitlines()
+        assert all(re.match("(ok  |warn|fail)  [a-z ]+: .", line) for line in lines)
+        assert len(lines) == len(told["findings"])
+        if os.geteuid() == 0:
+            need("setpriv")
+            done = subprocess.run(
+                ["setpriv", "--reuid=65534", "--clear-groups", str(public_tmp / "clockctl"), "check"],
+                env=dict(UTC_ENV, CLOCKSPEED_CONF=str(host.conf), PATH="/usr/bin:/bin"), timeout=60,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            assert (done.returncode, done.stderr) == (1, b"")
+            assert b"adjust: this user can't see whether %s" % os.fsencode(host.adjust) in done.stdout
+    finally:
+        process.stop()
+        server.kill()
+        server.communicate()
+
+
+def test_check_without_ctypes_and_json(tmp_path):
+    lacking = "import runpy, sys; sys.modules.update(ctypes=None, json=None); sys.argv = sys.argv[1:]\n"
+    for option in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-ISc", lacking + "runpy.run_path(sys.argv[0], run_name='__main__')",
+             path_of("clockctl"), "check"] + option, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+            env=dict(UTC_ENV, CLOCKSPEED_CONF="/dev/null", CLOCKSPEED_HOME=str(tmp_path), CLOCKSPEED_BIN=HERE,
+                     CLOCK_IP="127.0.0.1", CLOCK_TYPE="tai"))
+        if option:
+            assert done.stderr == b"clockctl: fatal: unable to print JSON: import of json halted; None in sys.modules\n"
+        else:
+            assert done.stderr == b"" and b"warn  clockspeed: unable to look: unable to read " in done.stdout
+
+
+@pytest.mark.parametrize("no_color, coloured", [("", True), ("1", False)])
+def test_check_has_colours_on_a_terminal_only_and_never_with_no_color(no_color, coloured, tmp_path):
+    need("script")
+    done = subprocess.run(["script", "-qec", path_of("clockctl") + " check", "/dev/null"], stdout=subprocess.PIPE,
+                          env=dict(UTC_ENV, CLOCKSPEED_CONF="/dev/null", CLOCKSPEED_HOME=str(tmp_path),
+                                   NO_COLOR=no_color, CLOCK_IP=""), stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 2 and (b"\x1b[31mfail\x1b[m  " in done.stdout) == coloured
+
+
+# ==== clockctl: leap =================================================================================
+
+def leap_seconds_list(*rows, expires=4102444800, broken=False):
+    """A list with its right hash: the built-in table and more rows, as bytes."""
+    table = [(63072000, 10)] + CODES.parse_leap_table(leapsecs_dat())[0][1:] + list(rows)
+    stamps = ["3960835200", "%d" % (expires + 2208988800)]
+    lines = ["%d %d" % (sec + 2208988800, offset) for sec, offset in table]
+    digest = hashlib.sha1("".join(stamps + lines).replace(" ", "").encode()).hexdigest()
+    words = ["%x" % (int(digest[at:at + 8], 16) ^ broken) for at in range(0, 40, 8)]  # without leading zeros
+    return ("# a list\n#$\t%s\n#@\t%s\n%s\n#h %s\n" % (
+        *stamps, "\n".join(line.replace(" ", "\t") + "\t# a day" for line in lines), " ".join(words))).encode()
+
+
+NEXT_LEAP = 1830297600  # 2028-01-01
+
+
+def test_leap_shows_the_table_in_use(tmp_path):
+    table = tmp_path / "table"
+    table.write_bytes(leap_seconds_list((NEXT_LEAP, 38), expires=1861920000))
+    os.utime(str(table), (time.time() - 100 * 86400 - 60,) * 2)
+    assert run("clockctl", "leap", LEAPSECS=str(table), CLOCKSPEED_CONF="/dev/null").stdout.decode() == """\
+leap seconds  TAI - UTC is 37 s, +1 s at the end of 2027-12-31
+leap table    %s, 100 days old, expires on 2029-01-01
+""" % table
+    table.write_bytes(b"x")
+    done = run("clockctl", "leap", LEAPSECS=str(table), CLOCKSPEED_CONF="/dev/null")
+    assert (done.returncode, done.stderr) == (
+        111, "clockctl: fatal: unable to read leap seconds: leap second table %s is damaged\n" % table)
+
+
+@pytest.mark.parametrize("data, expired", [
+    (leap_seconds_list(), False), (leapsecs_dat(), False), (leap_seconds_list((NEXT_LEAP, 38)), False),
+    (leap_seconds_list((NEXT_LEAP, 38), expires=1e9), True),
+    (leapsecs_dat() + struct.pack(">Q", 2**62 + 10 + NEXT_LEAP + 27), False)])
+def test_leap_takes_a_table_and_writes_it_as_djb_has_it(clockctl, tmp_path, monkeypatch, capfd, data, expired):
+    new, target = tmp_path / "new", tmp_path / "leapsecs.dat"
+    new.write_bytes(data)
+    target.write_bytes(b"old")
+    monkeypatch.setattr(clockctl, "LEAP_FILES", (str(target),))
+    monkeypatch.setenv("LEAPSECS", "")
+    assert not clockctl.leap({}, {}, [str(new)])
+    written, told = target.read_bytes(), capfd.readouterr()
+    assert written[:216] == leapsecs_dat() and len(written) == (224 if b"4039286400" in data
+                                                                or len(data) == 224 else 216)
+    assert clockctl.parse_leap_table(written)[0] == clockctl.parse_leap_table(data)[0]
+    assert told.out.startswith("leap: %s has %d leap seconds now" % (target, len(written) // 8))
+    assert ("expired on 2001-09-09" in told.err) == expired and sorted(os.listdir(str(tmp_path))) == [
+        "leapsecs.dat", "new"]
+    monkeypatch.setenv("LEAPSECS", str(new))
+    clockctl.leap({}, {}, [str(new)])
+    assert "warning: LEAPSECS=%s is used before it\n" % new in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("data, why", [
+    (None, "unable to take {0}: No such file or directory"),
+    (b"", "unable to take {0}: it is damaged, or no leap second table"),
+    (leapsecs_dat()[:-3], "unable to take {0}: it is damaged, or no leap second table"),
+    (leapsecs_dat()[:-8], "unable to take {0}: it lacks leap seconds that there have been"),
+    (leap_seconds_list(broken=True), "unable to take {0}: it is damaged, by its #h line"),
+    (leap_seconds_list().replace(b"3960835200", b"3960835201"),
+     "unable to take {0}: it is damaged, by its #h line"),
+    (leap_seconds_list().partition(b"#h")[0], "unable to take {0}: it has no #h line to check it by"),
+    (leap_seconds_list() + b"#h x\n", "unable to take {0}: it is damaged, by its #h line"),
+    (leap_seconds_list(expires=1e9),
+     "unable to take {0}: it expired on 2001-09-09 and has nothing that is not built in"),
+    (leap_seconds_list((NEXT_LEAP, 36)),
+     "unable to write {1}: leapsecs.dat can't hold the negative leap second of 2027-12-31: "
+     "set LEAPSECS={0} for all programs instead"),
+    (leap_seconds_list((NEXT_LEAP, 36), (NEXT_LEAP + 366 * 86400, 37)),
+     "unable to write {1}: leapsecs.dat can't hold the negative leap second of 2027-12-31: "
+     "set LEAPSECS={0} for all programs instead")])
+def test_leap_refuses_what_is_not_fit(clockctl, tmp_path, monkeypatch, data, why):
+    new, target = tmp_path / "new", tmp_path / "leapsecs.dat"
+    if data is not None:
+        new.write_bytes(data)
+    target.write_bytes(b"old")
+    monkeypatch.setattr(clockctl, "LEAP_FILES", (str(target),))
+    with pytest.raises(clockctl.Failure) as failure:
+        clockctl.leap({}, {}, [str(new)])
+    assert str(failure.value) == why.format(new, target) and target.read_bytes() == b"old"
+
+
+def test_leap_takes_no_random_table(clockctl, tmp_path):
+    rng, new = random.Random(SEED), tmp_path / "new"
+    for _ in range(2000):
+        data = bytearray(leap_seconds_list((NEXT_LEAP, 38)))
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        new.write_bytes(bytes(data))
+        with contextlib.suppress(clockctl.Failure):  # a comment has no hash
+            assert clockctl.read_new_table(str(new))[0][28:] == [(NEXT_LEAP, 38)]
 
 
 # ==== the README ====================================================================================
