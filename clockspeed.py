@@ -1124,7 +1124,7 @@ class Clockspeed:
             self.offset_ns = self.real()[0] - to_tai(self.clock_ns, self.rows)
         self.tell_slew()
         self.save_state()
-        self.save_status()
+        self.done_ns.pop("status", None)  # due at the wake-up that follows, when the kernel knows
 
     def step(self, target_ns, why):
         """Set the system clock from what it shows to target_ns."""

@@ -56,7 +56,6 @@ SEE ALSO
 """
 import errno
 import getopt
-import mmap
 import os
 import select
 import signal
@@ -258,12 +257,21 @@ def answer(query, label):
     return b"stai" + label + query[20:QUERY_MAX]
 
 
+def shared_bytes(size):
+    """Memory that workers share; without mmap, as in python3-minimal, each has and tells its own."""
+    try:
+        import mmap
+        return mmap.mmap(-1, size)
+    except ImportError:
+        return bytearray(size)
+
+
 class Tally:
     """What the workers did, in memory that they share, so that one line tells it of all."""
 
     def __init__(self, workers=1, monotonic_ns=time.monotonic_ns):
         self.monotonic_ns = monotonic_ns
-        shared = memoryview(mmap.mmap(-1, 8 * (4 + 3 * workers))).cast("Q")
+        shared = memoryview(shared_bytes(8 * (4 + 3 * workers))).cast("Q")
         self.due_ns, self.told, self.counts = shared[:1], shared[1:4], shared[4:]
         self.due_ns[0] = monotonic_ns() + HOUR_NS
         self.take(0)
@@ -298,7 +306,7 @@ class Clock:
 
     def __init__(self, synced_only=False, on_look=lambda: None, now_ns=time.time_ns, kernel=adjtimex):
         self.synced_only, self.on_look, self.now_ns, self.kernel = synced_only, on_look, now_ns, kernel
-        self.silent, self.said = False, mmap.mmap(-1, 1)  # workers share `said`, so that one speaks for all
+        self.silent, self.said = False, shared_bytes(1)  # workers share `said`, so that one speaks for all
         self.since_ns = self.until_ns = 0
         self.table_ns = now_ns()
         leap_rows, expiry, source = read_leap_table()
