@@ -4483,3 +4483,186 @@ def test_leap_takes_no_random_table(clockctl, tmp_path):
         new.write_bytes(bytes(data))
         with contextlib.suppress(clockctl.Failure):  # a comment has no hash
             assert clockctl.read_new_table(str(new))[0][28:] == [(NEXT_LEAP, 38)]
+
+
+# ==== the README ====================================================================================
+# Its fenced blocks say by their kind how they are tried:
+#   sh          harmless: run here as they are
+#   sh tests    what this file is called by
+#   sh install  svc/install and what follows it   } in the virtual machine (.ci/document.sh) for real, and here
+#   sh host     a host set up by hand, in order   } in a directory that stands for the root, where the clock is
+#   sh client, sh also   what comes after that    } only observed, users are not made and servers are local
+#   conf        assignments for clockspeed.conf; text is not tried
+
+README = contents(os.path.join(HERE, "README.md")).decode()
+README_BLOCKS = re.findall(r"^```(.*)\n((?:.*\n)*?)```$", README, re.M)
+README_KINDS = {"sh", "sh tests", "sh install", "sh host", "sh client", "sh also", "conf", "text"}
+README_ADDRESS = "127.40.14.2"  # stands for all servers
+
+
+def readme_blocks(*kinds):
+    return [(kind, text) for kind, text in README_BLOCKS if kind in kinds]
+
+
+def test_each_block_of_the_readme_is_of_a_kind():
+    assert {kind for kind, _ in README_BLOCKS} == README_KINDS
+    assert len(README_BLOCKS) * 2 == README.count("\n```")
+    assert readme_blocks("sh tests") == [("sh tests", "./test_all.py\n")]
+    assert "\n./test_all.py\n" in contents(os.path.join(HERE, ".ci", "run")).decode()
+
+
+@pytest.mark.parametrize("text", [text for _, text in readme_blocks("sh")])
+def test_the_readmes_harmless_blocks(text):
+    for line in text.splitlines():  # root runs this, too
+        assert "install" not in line or "--dry-run" in line
+    done = subprocess.run(["sh", "-e"], input=text.encode(), cwd=HERE, env=UTC_ENV, stdout=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0 and done.stdout
+
+
+@pytest.mark.parametrize("text", [text for _, text in readme_blocks("conf")])
+def test_the_readmes_configurations(text):
+    clockctl = load("clockctl")
+    for name in clockctl.parse_assignments(text):
+        assert name == "CLOCK_SCALE" or re.search(r"^    (\w+, )*%s\b" % name, clockctl.__doc__, re.M), name
+
+
+class StandInRoot:
+    """A directory that stands for /: /usr/local, /var, /service and /tmp of scripts are within."""
+
+    def __init__(self, directory, port):
+        self.root, self.source, self.calls = directory, directory / "source", directory / "calls"
+        self.stand_ins = directory / "stand-ins"
+        for place in (self.source, self.stand_ins, directory / "tmp"):
+            place.mkdir()
+        for name in [name + ".py" for name in SCRIPTS] + ["clockctl"]:
+            self.write(self.source / name, self.mapped(contents(os.path.join(HERE, name)).decode()))
+        for place, _, names in os.walk(os.path.join(HERE, "svc")):
+            folder = self.source / os.path.relpath(place, HERE)
+            folder.mkdir()
+            for name in names:
+                self.write(folder / name, self.mapped(contents(os.path.join(place, name)).decode()))
+        self.replace("clockspeed.py", 'choose_clock("-n" in options)', "choose_clock(True)")
+        self.replace("svc/taiclockd/run", "/taiclockd\n", "/taiclockd -i %s\n" % README_ADDRESS)
+        self.write(self.source / "sntpclock.py",
+                   '#!/bin/sh\nexec %s -p %d "$@"\n' % (path_of("sntpclock"), port))
+        self.write(self.source / "clockadd.py", self.recorder("clockadd"))
+        self.write(self.source / "svc" / "install",
+                   '#!/bin/sh\nexec %s --dry-run --root %s "$@"\n' % (
+                       os.path.join(HERE, "svc", "install"), directory / "tmp"))
+        self.write(self.stand_ins / "setuidgid", '#!/bin/sh\nshift\nexec "$@"\n')
+        for name in ("chown", "groupadd", "groupdel", "systemctl", "useradd", "userdel"):
+            self.write(self.stand_ins / name, self.recorder(name))
+
+    def write(self, path, text):
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def replace(self, name, old, new):
+        text = (self.source / name).read_text()
+        assert old in text
+        (self.source / name).write_text(text.replace(old, new))
+
+    def recorder(self, name):
+        return '#!/bin/sh\necho "%s $*" >> %s\n' % (name, self.calls)
+
+    def mapped(self, text):
+        text = re.sub(r"(?<![\w./-])/(?=(usr/local|var|service|tmp)\b)", "%s/" % self.root, text)
+        return re.sub(r"\b(192\.0\.2\.\d+|127\.0\.0\.1)\b", README_ADDRESS, text)
+
+    def run(self, text):
+        """A block, as root's shell would -> (exit status, output)."""
+        path = "%s:%s:%s" % (self.root / "usr/local/bin", self.stand_ins, os.environ["PATH"])
+        done = subprocess.run(["sh", "-e"], input=self.mapped(text).encode(), cwd=str(self.source), timeout=120,
+                              env=dict(UTC_ENV, PATH=path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout.decode()
+
+
+@pytest.fixture
+def stand_in_root(tmp_path):
+    need("svscan", "svstat", "multilog", "tai64nlocal")
+    (tmp_path / "chronyd").mkdir()
+    (tmp_path / "root").mkdir()
+    with Chronyd(tmp_path / "chronyd") as server:
+        root = StandInRoot(tmp_path / "root", server.port)
+        try:
+            yield root
+        finally:
+            for pid, command in processes_in(root.root).items():
+                if command.startswith("svscan "):
+                    os.kill(pid, signal.SIGTERM)
+            for place in (root.root / "var/svc.d").glob("*"):
+                for each in filter(os.path.exists, (str(place / "supervise"), str(place / "log/supervise"))):
+                    subprocess.run(["svc", "-dx", os.path.dirname(each)])
+            assert await_that(lambda: not processes_in(root.root)), processes_in(root.root)
+
+
+def test_a_host_set_up_by_the_readmes_blocks(stand_in_root):
+    said = ""
+    for kind, text in readme_blocks("sh host"):
+        status, output = stand_in_root.run(text)
+        assert status == 0, "%s\n%s" % (text, output)
+        said += output
+    calls = stand_in_root.calls.read_text()
+    assert "groupadd nofiles\n" in calls and re.search(r"^useradd .* clocksd$", calls, re.M)
+    for service in ("clockspeed", "clockspeed_adjust"):
+        assert re.search(r"/service/%s: up \(pid" % service, said)
+    for pattern in (r"^before: ", r"mark: offset .*, used$", r"^mark: offset \S+ s from ntp ", r"^clock now  ",
+                    r"^atto: ", "^offset, real time minus system clock", r"info: result: offset [+-]0\.000"):
+        assert re.search(pattern, said, re.M), (pattern, said)
+    assert (stand_in_root.root / "tmp/rate.svg").exists()
+    assert (stand_in_root.root / "tmp/marks.csv").read_text().count("\n") >= 2
+    assert "warning" not in (stand_in_root.root / "var/multilog/clockspeed_adjust/current").read_text()
+
+    # what comes after it, each from the same beginning
+    (stand_in_root.root / "usr/local/etc/clockspeed.keys").write_text("1 SHA256 HEX:00\n")
+    for kind, text in readme_blocks("sh client", "sh also"):
+        stand_in_root.run("cp -R svc/clockspeed svc/clockspeed_adjust svc/taiclockd /var/svc.d/\n")
+        status, output = stand_in_root.run(text)
+        assert status == 0, "%s\n%s" % (text, output)
+        if "chpst" in text or "s6-setuidgid" in text:  # the same as svc/install makes of them
+            supervisor = "runit" if "chpst" in text else "s6"
+            install = load("svc/install")
+            for script in SERVICE_SCRIPTS:
+                before = (stand_in_root.source / script).read_text()
+                for old, new in install.SUPERVISORS[supervisor].words:
+                    before = before.replace(old, new)
+                after = (stand_in_root.root / "var/svc.d" / os.path.relpath(script, "svc")).read_text()
+                assert after == before and "exec setuidgid" not in after
+        if "CLOCK_SCALE" in text:
+            assert "\nexport CLOCK_SCALE=tai\nexec 2>&1\n" in (
+                stand_in_root.root / "var/svc.d/taiclockd/run").read_text()
+        if "CLOCK_TYPE" in text:
+            assert "\nafter:  " in output
+    assert "systemctl disable --now chrony\n" in stand_in_root.calls.read_text()
+    assert "clockadd \n" in stand_in_root.calls.read_text()
+    assert not (stand_in_root.root / "service/clockspeed").exists()
+    for kind, text in readme_blocks("sh install"):
+        status, output = stand_in_root.run(text)
+        assert status == 0 or "clockctl check" in text and status < 3, "%s\n%s" % (text, output)
+
+
+def test_the_readme_explains_every_line_of_the_logs():
+    for name in ("clockspeed", "taiclockd"):
+        source = contents(path_of(name)).decode()
+        words = re.findall(r"""(?:\bsay\(\*?|else )\(?"(\w+)(?:: |",)""", source)
+        assert len(words) > 2
+        for word in words:
+            assert re.search(r"^\| `%s: " % word, README, re.M), (name, word)
+        for doing in re.findall(r'trouble\("([^"]+)"', source):
+            assert doing in README, (name, doing)
+
+
+def test_the_readme_names_every_program_command_and_heading():
+    for name in SCRIPTS + ("clockctl",):
+        assert re.search(r"^\| `%s\b" % name, README, re.M), name
+    listed = re.search(r"one command for all: `([a-z ]+)`", README).group(1).split()
+    assert sorted(listed + ["help", "version"]) == sorted(load("clockctl").COMMANDS)
+    anchors = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+               for line in README.splitlines() if line.startswith("#")}
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert link[1:] in anchors if link.startswith("#") else os.path.exists(os.path.join(HERE, link)), link
+
+
+def test_the_readmes_picture_is_one():
+    picture = xml.dom.minidom.parse(os.path.join(HERE, "svc", "graph.svg"))
+    assert picture.getElementsByTagName("polyline")

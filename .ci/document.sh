@@ -1,61 +1,90 @@
 #!/bin/bash
-# document.sh - the whole way from a fresh machine to a disciplined clock, command by command as in
-# the README, in two virtual machines: vm --two --share PROJECT .ci/document.sh
-# Guest A is the time server, 5 s ahead of guest B and 80 ppm faster.  Guest B is the fresh machine.
+# document.sh - the whole way from a fresh machine to a disciplined clock, by the README's own blocks,
+# in two virtual machines: vm --two --share PROJECT .ci/document.sh
+# Guest A is the time server, 5 s ahead of guest B and 80 ppm faster.  Guest B is the fresh machine: first
+# by svc/install (the blocks `sh install`) and back, then, fresh again, by hand (the blocks `sh host`).
 cd /rig/main || exit 1
 
-if [ "$RIG_GUEST" = A ]; then
-	python3 - <<-'END'
-		import importlib.machinery, time
+# fresh PPM AHEAD_NS - a clock that nobody keeps, so much faster and ahead
+fresh() {
+	python3 - "$@" <<-'END'
+		import importlib.machinery, sys
 		kernel = importlib.machinery.SourceFileLoader("clockadd", "clockadd.py").load_module()
-		kernel.adjtimex(modes=0x2, freq=80 << 16)
-		kernel.step_kernel(kernel.adjtimex, 5 * 10**9)
+		kernel.adjtimex(modes=0x2, freq=int(sys.argv[1]) << 16)
+		kernel.step_kernel(kernel.adjtimex, int(sys.argv[2]))
 	END
+}
+if [ "$RIG_GUEST" = A ]; then
+	fresh 80 5000000000
 	printf '%s\n' 'local stratum 1' 'allow 10.9.0.0/24' 'cmdport 0' 'bindcmdaddress /' 'pidfile /run/c.pid' >/tmp/c.conf
 	exec chronyd -x -d -f /tmp/c.conf
 fi
 until ping -c1 -W1 10.9.0.1 >/dev/null 2>&1; do sleep 0.2; done
 
-set -e
-PS4='# '
-set -x
-# the programs, under djb's names
-mkdir -p /usr/local/clockspeed/bin /usr/local/clockspeed/etc /usr/local/etc
-for p in clockspeed sntpclock taiclock taiclockd clockadd clockview; do cp $p.py /usr/local/clockspeed/bin/$p; done
-cp clockctl /usr/local/bin/clockctl
-cp svc/clockspeed.conf /usr/local/etc/clockspeed.conf
-sed -i 's/^CLOCK_IP=.*/CLOCK_IP="10.9.0.1"/' /usr/local/etc/clockspeed.conf
-# the users and the services
-groupadd nofiles
-useradd -r -g nofiles -d /nonexistent -s /bin/false clocksd
-useradd -r -g nofiles -d /nonexistent -s /bin/false multilog
-mkdir -p /var/svc.d
-cp -R svc/clockspeed svc/clockspeed_adjust svc/taiclockd /var/svc.d/
-mkdir -p /var/multilog/clockspeed /var/multilog/clockspeed_adjust /var/multilog/taiclockd
-chown multilog:nofiles /var/multilog/*
-mkdir -p /service
+# block KIND N - the Nth block of that kind, asking guest A
+block() {
+	awk -v kind="\`\`\`sh $1" -v n="$2" '$0 == kind { at++; next } /^```$/ { if (at == n) exit } at == n' README.md |
+		sed 's/192\.0\.2\.[0-9]*/10.9.0.1/g'
+}
+blocks() { grep -c "^\`\`\`sh $1\$" README.md; }
+# follow KIND N - do what it says, as root's shell would
+follow() {
+	echo "== $1 $2"
+	block "$1" "$2" >/tmp/block
+	PS4='# ' bash -ex /tmp/block
+}
+failures=0
+check() { # WHAT COMMAND...
+	local what=$1; shift
+	if "$@"; then echo "PASS $what"; else echo "FAIL $what"; failures=$((failures + 1)); fi
+}
+
+# by svc/install, on a host where daemontools runs
+mkdir /service
 svscan /service &
-clockctl view
-ln -s /var/svc.d/clockspeed /service/clockspeed
-sleep 7
-ln -s /var/svc.d/clockspeed_adjust /service/clockspeed_adjust
-ln -s /var/svc.d/taiclockd /service/taiclockd
-sleep 12
-svstat /service/clockspeed /service/clockspeed/log /service/clockspeed_adjust /service/clockspeed_adjust/log \
-	/service/taiclockd /service/taiclockd/log
+svscan=$!
+count=$(blocks install)
+for ((n = 1; n <= count; n++)); do
+	follow install $n || { [ $? = 1 ] && grep -q 'clockctl check' /tmp/block; } || exit 1  # 1: there are warnings
+	case $(cat /tmp/block) in
+	*--start*)
+		sleep 20
+		clockctl status
+		check "svc/install sets the clock and starts the services" grep -q 'mark: offset [+-]0\.0.*, used$' \
+			/var/multilog/clockspeed/current
+		check "a second run finds nothing to do" grep -q '^nothing to do$' \
+			<(bash /tmp/block 2>&1)
+		sleep 3 ;;
+	esac
+done
+check "svc/install --remove --purge leaves nothing" [ -z "$(ls -A /service /var/svc.d /var/multilog /usr/local/clockspeed \
+	/usr/local/etc/clockspeed.conf /usr/local/bin/clockctl 2>/dev/null | grep -v :)" ]
+sleep 6  # svscan buries its dead every 5 s
+check "and no process" [ -z "$(pgrep supervise)" ]
+kill $svscan
+wait $svscan
+rm -rf /service
+fresh 0 -5000000000
+
+# by hand
+count=$(blocks host)
+for ((n = 1; n <= count; n++)); do
+	follow host $n || exit 1
+	case $(cat /tmp/block) in
+	*'clocksd clockctl mark'*) # more marks than the service takes, and of 10 exchanges each: the host may be busy
+		for wait in 10 20 40 60 60; do
+			sleep $wait
+			setuidgid clocksd sh -c '/usr/local/clockspeed/bin/sntpclock 10.9.0.1 >/usr/local/clockspeed/adjust'
+		done
+		sleep 20 ;;
+	esac
+done
+svstat /service/* /service/*/log
 ls -l /usr/local/clockspeed/adjust
-# more marks than the service takes in its first 541 s, by the user that the service runs as
-for wait in 10 20 40 60 60; do sleep $wait; setuidgid clocksd clockctl mark; done
-sleep 20
-clockctl atto
-clockctl status
 tail -n 99 /var/multilog/*/current | tai64nlocal
-taiclock=/usr/local/clockspeed/bin/taiclock
-$taiclock -v 2 127.0.0.1 | /usr/local/clockspeed/bin/clockview
-set +x
 
 # What it came to, by other means: a plain SNTP query of guest A, and CLOCK_REALTIME against the counter.
-python3 - <<'END'
+check "by hand, all of the below" python3 - <<'END'
 import importlib.machinery, re, socket, struct, subprocess, sys, time
 
 def ask():
@@ -93,3 +122,4 @@ for what, so in wanted.items():
     print("PASS" if so else "FAIL", what)
 sys.exit(not all(wanted.values()))
 END
+exit $((failures > 0))
