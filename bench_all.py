@@ -2,16 +2,17 @@
 """bench_all.py - what the programs reach, and what they cost
 
 SYNOPSIS
-    ./bench_all.py [-s seeds] [estimator | clients | server | programs] ... [word ...]
+    ./bench_all.py [-s seeds] [estimator | picture | clients | server | programs] ... [word ...]
 
 DESCRIPTION
     estimator  how near the estimator keeps to real time in simulated worlds, beside the original's
                two points; medians over the seeds (20 if not given: some ten minutes)
+    picture    draws the README's picture anew, svc/graph.svg
     clients    the error of one measurement by sntpclock, beside the other clients that are there;
                root, for network namespaces
     server     CPU per reply of taiclockd, beside C servers compiled on the spot and those on PATH
     programs   start-up time and memory of each program, CPU of a day of clockspeed
-    Without a name, all of them.  Other words choose the estimator's lines that have one of them.
+    Without a name, all of them but the picture.  Other words choose the estimator's lines that have one of them.
     Nothing here touches the clock.
 """
 import contextlib
@@ -334,6 +335,36 @@ def bench_estimator(seeds=range(20), words=()):
             lambda: recovered(sigma, change))
     say("CPU", lambda: "%.2f ms a mark (wanted 5), %.1f ms the dearest" % tuple(
         value * 1e3 for value in cpu_per_mark()))
+
+
+def bench_picture(picture=os.path.join(HERE, "svc", "graph.svg")):
+    """README's svc/graph.svg, by `clockctl graph offset` from 60 simulated days: a counter that is 23 ppm off
+    and wanders by 1e-9 per sqrt(s), a server whose marks are good to 1 ms, CLOCK_ERROR="0.010"."""
+    estimator = Estimator()
+    rng = random.Random(20261122)
+    counter, noise_ns, limit_ns, waits_sec = Counter(rng, wander=1e-9, ppm=23.0), 1e6, 1e7, (541, 2617923)
+    start_ns, sec, wait_sec, lines, off = 1796000000 * 10**9, 0, 0, [], []
+    while sec < 60 * DAY:
+        sec += wait_sec
+        tick_ns = sec * 10**9
+        real_ns = (sec + counter.at(sec)) * 1e9
+        clock_ns = estimator.real(tick_ns)[0] - start_ns if estimator.has_phase() else 0
+        marked_ns = real_ns + rng.gauss(0, noise_ns)
+        outcome = estimator.mark(tick_ns, start_ns + round(marked_ns))
+        off.append(real_ns - clock_ns)
+        label_sec, nano = divmod(start_ns + round(real_ns), 10**9)
+        lines.append("@%016x%08x mark: offset %+.9f s, error %.9f s, rate %+.4f ppm, rate error %.4f ppm, %s\n" % (
+            label_sec + 2**62 + 10, nano, (marked_ns - clock_ns) / 1e9, estimator.real(tick_ns)[1] / 1e9,
+            *estimator.rate(), outcome))
+        wait_sec = min(max(64, int(min(3 * wait_sec or waits_sec[0], estimator.next_mark(tick_ns, limit_ns)))),
+                       waits_sec[1])
+    with tempfile.TemporaryDirectory() as logs:
+        with open(os.path.join(logs, "current"), "w") as file:
+            file.writelines(lines)
+        subprocess.run([os.path.join(HERE, "clockctl"), "graph", "offset", "--svg", picture], check=True,
+                       env=dict(os.environ, CLOCKSPEED_CONF="/dev/null", CLOCKSPEED_LOG=logs, TZ="UTC"))
+    print("%s: %d marks in 60 days, the clock off by %.1f ms rms when they came" % (
+        os.path.basename(picture), len(lines), math.sqrt(sum(each**2 for each in off) / len(off)) / 1e6))
 
 
 # ==== clients =======================================================================================
@@ -748,7 +779,7 @@ def cpu_of_a_day():
     return used
 
 
-BENCHES = {"estimator": bench_estimator, "clients": bench_clients, "server": bench_server,
+BENCHES = {"estimator": bench_estimator, "picture": bench_picture, "clients": bench_clients, "server": bench_server,
            "programs": bench_programs}
 
 
@@ -760,7 +791,7 @@ def main(argv):
         words, seeds = words[2:], int(words[1])
     others = [word for word in words if word not in BENCHES]
     for name, bench in BENCHES.items():
-        if name in words or not words or others and name == "estimator":
+        if name in words or not words and name != "picture" or others and name == "estimator":
             print("\n== %s: %s" % (name, bench.__doc__.strip().splitlines()[0]))
             bench(*[range(seeds), others] if name == "estimator" else [])
     return 0
