@@ -37,6 +37,9 @@ FILES (in home)
     etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it
     etc/state   what the estimator knows, for the next start
     etc/status  the same for people and programs (JSON): clockctl status reads it
+    etc/leap    the leap second that the time servers announce for the end of this day, kept by
+                sntpclock -s: counts on the last UTC day of June and December, when no table tells
+                (a leap-seconds.list that has not expired does, what it has and what it has not)
 
 OUTPUT
     One line for each event on stdout; multilog adds the time.
@@ -871,6 +874,7 @@ class Clockspeed:
         self.troubles = {}  # what failed -> why, so that the same trouble is said once
         self.done_ns = {}  # what is done now and then -> tick when it was last done
         self.known_ns = RELEASE_SEC * 10**9  # no system clock is right that shows less
+        self.announced = []  # by the time servers, as a row of the leap second table
         self.look()
         self.read_leaps()
         self.begin_phase()
@@ -921,6 +925,7 @@ class Clockspeed:
             if not abs(bias_ppm) < BIAS_LIMIT_PPM:
                 raise ValueError("a bias of %s ppm" % bias_ppm)
             same_boot, last_mark = self.same_boot(state), state["last_mark"]
+            same_tai = to_tai(int(state["clock_ns"]), self.rows) == int(state["tai_ns"])
         except FileNotFoundError:
             return None
         except (OSError, AttributeError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
@@ -931,6 +936,9 @@ class Clockspeed:
             estimator.forget_phase(REBOOT_PPM)
             return "rate of etc/state"
         self.marks, self.last_mark, self.clock.bias_ppm = marks, last_mark, bias_ppm
+        if not same_tai:
+            estimator.forget_phase(0)
+            return "rate of etc/state (its phase was of another leap second table)"
         return "phase and rate of etc/state"
 
     def load_atto(self, atto):
@@ -976,6 +984,7 @@ class Clockspeed:
             "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
             "atto": self.read_atto().hex(),
             "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm, "known_ns": self.known_ns,
+            "clock_ns": self.clock_ns, "tai_ns": to_tai(self.clock_ns, self.rows),
             "marks": self.marks, "last_mark": self.last_mark, "estimator": self.estimator.state()})
 
     def save_status(self):
@@ -1002,10 +1011,40 @@ class Clockspeed:
         """The leap second table, and what it makes of the system clock; ValueError when it is damaged."""
         leaps, self.leap_expiry, self.leap_source = read_leap_table()
         self.rows = clock_table(leaps)
+        if self.rows is leaps:
+            self.rows = leaps + self.read_announced(leaps[-1])
         self.done_ns["leaps"] = self.tick_ns
         if self.leap_expiry is not None and self.leap_expiry < self.clock_ns // 10**9:
             self.trouble("rely on " + self.leap_source, ValueError("it expired on %s; a newer table is wanted"
                          % time.strftime("%Y-%m-%d", time.gmtime(self.leap_expiry))))
+
+    def read_announced(self, last_row):
+        """etc/leap, which sntpclock keeps -> [its row] where the table doesn't reach so far, else []."""
+        now_sec = self.clock_ns // 10**9
+        if not self.announced or now_sec < self.announced[0][0]:  # until it comes it may be taken back
+            self.announced = []
+            try:
+                start, sign = map(int, read_file(self.etc_fd, "leap").split())
+                if (0 < start - now_sec <= ARM_SEC and start % 86400 == 0 and sign in (1, -1)
+                        and time.gmtime(start)[1:3] in ((1, 1), (7, 1))):
+                    self.announced = [(start, last_row[1] + sign)]
+            except (OSError, ValueError):  # as on most days
+                pass
+        covered_sec = max(last_row[0], self.leap_expiry or 0)
+        return [row for row in self.announced if row[0] > covered_sec]
+
+    def reread_leaps(self):
+        """A table that makes another TAI of the clock tells nothing of real time."""
+        before, was_tai_ns = self.rows, to_tai(self.clock_ns, self.rows)
+        self.read_leaps()
+        for row in self.rows:
+            if row in self.announced and row not in before:
+                self.say("leap: the time servers announce a day that ends with a second %s"
+                         % ("more" if row[1] > self.rows[-2][1] else "less"))
+        if to_tai(self.clock_ns, self.rows) != was_tai_ns:
+            self.say("leap: another table tells another TAI; a mark is wanted")
+            self.estimator.forget_phase(0)
+            self.begin_phase()
 
     def leap(self):
         """-> (TAI minus system clock in s, [the Unix second after the next leap second, 1 or -1] or None)."""
@@ -1101,9 +1140,9 @@ class Clockspeed:
             self.trouble("steer the clock", err)
             wait_sec = SETTLED_SEC
         self.tell_foreign()
-        if self.due("leaps", TABLE_SEC):
+        if changed or self.due("leaps", TABLE_SEC):  # etc/leap comes with a mark
             try:
-                self.read_leaps()
+                self.reread_leaps()
             except ValueError as err:
                 self.trouble("read leap seconds", err)
         if self.due("state", STATE_SEC):

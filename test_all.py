@@ -3334,3 +3334,101 @@ def test_random_logs_draw_or_say_why_not(tmp_path, capfd):
                 except clockctl.Failure as err:
                     assert "there is no mark" in str(err)
     capfd.readouterr()
+
+
+# ==== leap seconds that the servers announce ========================================================
+
+NEW_YEAR_SEC = 1798761600  # 2027-01-01
+
+
+@pytest.mark.parametrize("votes, days, wanted", [
+    ("+", 0, "1798761600 +1\n"), ("-", 0, "1798761600 -1\n"), (".", 0, None), ("+", 1, None), ("+", -1, None),
+    ("++.", 0, "1798761600 +1\n"), ("+..", 0, None), ("+-.", 0, None), ("--+", 0, "1798761600 -1\n"),
+    ("+.", 0, None), ("+", 181, "1814400000 +1\n"), ("x..", 0, None), ("x+", 0, None), ("xx...", 0, None), ("+++..", 0, "1798761600 +1\n"),
+    ("xx+++", 0, "1798761600 +1\n")])
+def test_sntpclock_keeps_what_the_majority_announces_on_the_last_day(votes, days, wanted, tmp_path):
+    """+ - . are servers that agree on the time, x is a falseticker that announces a second more."""
+    off_ns = (NEW_YEAR_SEC + 86400 * days - 3600) * 10**9 - time.time_ns()
+
+    def server(vote):
+        off = off_ns + 900 * 10**9 * (vote == "x")
+        return lambda query, n: [ntp_answer(query, off, flags=".+-".index(vote.replace("x", "+")) << 6 | 0x24)]
+    (tmp_path / "leap").write_text("1798761600 +1\n")  # of an hour ago
+    (tmp_path / "leap.tmp").symlink_to("victim")
+    hosts = ["127.0.0.%d" % (number + 1) for number in range(len(votes))]
+    with contextlib.ExitStack() as servers:
+        port = servers.enter_context(Rogue(server(votes[0]))).port
+        for vote, host in zip(votes[1:], hosts[1:]):
+            servers.enter_context(Rogue(server(vote), host, port))
+        done = ask("sntpclock", port, "-r", 1, "-l", 0, "-s", tmp_path, hosts=hosts)
+    if votes == "x+":
+        assert done.returncode == 111 and (tmp_path / "leap").read_text() == "1798761600 +1\n"
+        return
+    assert done.returncode == 0, done.stderr
+    assert ((tmp_path / "leap").read_text() if (tmp_path / "leap").exists() else None) == wanted
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("scale, sign, table, heeded", [
+    ("utc", 1, "", True), ("utc", -1, "", True), ("tai", 1, "", False),
+    ("utc", 1, "#@ 3991593600\n", True),  # expired on 2026-06-28
+    ("utc", 1, "#@ 4102444800\n", False)])  # 2030: it would know
+def test_clockspeed_heeds_the_servers_leap_where_no_table_tells(scale, sign, table, heeded, simulate, tmp_path,
+                                                                 monkeypatch):
+    path = tmp_path / "table"
+    path.write_text(table + "2272060800 10\n")
+    monkeypatch.setenv("LEAPSECS", str(path))
+    monkeypatch.setenv("CLOCK_SCALE", scale)
+    kernel = FakeKernel(ppm=5, start_ns=(NEW_YEAR_SEC - 40000) * 10**9)
+    simulation = simulate(kernel)
+
+    def announce(text):
+        if text is None:
+            (tmp_path / "etc" / "leap").unlink()
+        else:
+            (tmp_path / "etc" / "leap").write_text(text)
+        simulation.mark()
+        simulation.run(600)
+        return kernel.fields["status"] & 0x30
+    bit = (0x10 if sign == 1 else 0x20) if heeded else 0
+    for wrong in ("", "soon", "1798761600 2", "1798761600 0", "1798848000 1", "1798675200 1", "1798761601 1",
+                  "1798761600 1 1", "9" * 5000, "\0" * 70000):
+        assert announce(wrong) == 0, wrong
+    announced = "%d %+d\n" % (NEW_YEAR_SEC, sign)
+    assert announce(announced) == bit
+    assert announce(None) == 0, "taken back"
+    assert announce(announced) == bit
+    assert sum(line.startswith("leap: the time servers announce") for line in simulation.lines) == 2 * heeded
+    simulation.run(NEW_YEAR_SEC - kernel.clock_ns() // 10**9 - 30)
+    simulation = simulate(kernel)
+    simulation.run(3600)
+    assert kernel.leapt == heeded and kernel.fields["status"] & 0x30 == 0
+    assert abs(kernel.clock + sign * heeded * 1e9) < 1e6
+    if heeded:
+        assert kernel.fields["tai"] == 10 + sign
+    assert not [line for line in simulation.lines if line.startswith(("moved", "slew", "step"))]
+    # The next run knows nothing of it, nor of a phase in a TAI that it does not have.
+    (tmp_path / "etc" / "leap").unlink()
+    lines = len(simulation.lines)
+    simulation = simulate(kernel)
+    simulation.run(3600)
+    assert abs(kernel.clock + sign * heeded * 1e9) < 5e6 and "slew" not in "".join(simulation.lines[lines:])
+    assert simulation.source.startswith("rate of etc/state (" if heeded else "phase and rate of etc/state")
+
+
+def test_a_table_that_learns_of_a_leap_second_afterwards_moves_no_clock(simulate, tmp_path, monkeypatch):
+    monkeypatch.setenv("LEAPSECS", leap_table(tmp_path))
+    kernel = FakeKernel(ppm=5)
+    simulation = simulate(kernel)
+    for _ in range(4):
+        simulation.mark()
+        simulation.run(600)
+    leap_table(tmp_path, (1782864000, 38))  # 2026-07-01
+    simulation.run(8 * 3600)
+    assert abs(kernel.clock) < 5e6
+    assert simulation.lines[-1] == "leap: another table tells another TAI; a mark is wanted"
+    for _ in range(3):
+        simulation.mark()
+        simulation.run(600)
+    assert abs(kernel.clock) < 1e6 and kernel.fields["tai"] == 38
+    assert not [line for line in simulation.lines if line.startswith(("moved", "slew", "step"))]
