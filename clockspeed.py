@@ -637,6 +637,9 @@ class Clock:
     def step(self, delta_ns):
         raise OSError(errno.EPERM, "observing only")
 
+    def forget(self):
+        """The counter is not what it was: what was seen of the clock by it says nothing any more."""
+
     def announce(self, error_ns, offset_ns, tai_offset_sec, leap):
         """Tell the kernel how wrong the clock may be (one standard deviation), TAI minus clock, and
         whether this UTC day ends with a leap second more (1), less (-1) or neither (0)."""
@@ -679,6 +682,7 @@ class KernelClock(Clock):
     doing = "steering the system clock with adjtimex"
     SECOND_NS = 1100000000  # from a request to the end of the second it came in, and some
     BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
+    MOST_US = 10**9  # of a single shot; it takes 23 days, and 32-bit kernels can't count much more
     BIAS_GAIN = 0.25  # of a new reading of the bias; it averages about 4 of them
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
@@ -699,7 +703,7 @@ class KernelClock(Clock):
             return min(SETTLED_SEC, (self.busy_until_ns - tick_ns) / 10**9)
         self.learn_bias(tick_ns, clock_ns)
         self.set_rate(rate_ppm)
-        slew_us = round(offset_ns / 1000)
+        slew_us = max(-self.MOST_US, min(self.MOST_US, round(offset_ns / 1000)))
         self.quiet = tick_ns, clock_ns + slew_us * 1000
         if slew_us:
             self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=slew_us)
@@ -739,7 +743,10 @@ class KernelClock(Clock):
 
     def step(self, delta_ns):
         step_kernel(self.adjtimex, delta_ns)
-        self.busy_until_ns, self.quiet = 0, None  # the kernel drops its slews at a step
+        self.forget()  # the kernel drops its slews at a step
+
+    def forget(self):
+        self.busy_until_ns, self.quiet = 0, None
 
     def announce(self, error_ns, offset_ns, tai_offset_sec, leap):
         now = self.adjtimex()
@@ -882,6 +889,23 @@ class Clockspeed:
     def look(self):
         self.tick_ns, self.clock_ns = self.clock.read()
 
+    def look_again(self):
+        """A counter that stood still, or went back, since the last look does not tell the time any more."""
+        before_ns = self.tick_ns
+        self.look()
+        slept_ns, back_ns = self.clock.suspended_ns() - self.suspended_ns, before_ns - self.tick_ns
+        if back_ns > 0:
+            self.say("counter: it went back by %s, as in a machine that is restored from a snapshot; "
+                     "a mark is wanted" % duration(back_ns / 1e9))
+            self.done_ns.clear()
+        elif abs(slept_ns) > SUSPENDED_NS:
+            self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
+        else:
+            return
+        self.clock.forget()
+        self.estimator.forget_phase(REBOOT_PPM if back_ns > 0 else 0)
+        self.begin_phase()
+
     def begin_phase(self):
         """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
         self.anchor = self.tick_ns, to_tai(self.clock_ns, self.rows)
@@ -962,6 +986,7 @@ class Clockspeed:
     def same_boot(self, state):
         """Whether the counter has run on since that state was written."""
         return (bool(state["boot_id"]) and state["boot_id"] == self.clock.boot_id()
+                and int(state["tick_ns"]) <= self.tick_ns
                 and abs(self.suspended_ns - int(state["suspended_ns"])) < SUSPENDED_NS)
 
     def save(self, name, data):
@@ -984,7 +1009,7 @@ class Clockspeed:
             "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
             "atto": self.read_atto().hex(),
             "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm, "known_ns": self.known_ns,
-            "clock_ns": self.clock_ns, "tai_ns": to_tai(self.clock_ns, self.rows),
+            "tick_ns": self.tick_ns, "clock_ns": self.clock_ns, "tai_ns": to_tai(self.clock_ns, self.rows),
             "marks": self.marks, "last_mark": self.last_mark, "estimator": self.estimator.state()})
 
     def save_status(self):
@@ -1058,8 +1083,8 @@ class Clockspeed:
     # -- events
 
     def mark(self, packet):
-        """An adjustment has come out of the FIFO."""
-        self.look()
+        """An adjustment has come out of the FIFO; wake(True) is to follow."""
+        self.look_again()
         clock_tai_ns = to_tai(self.clock_ns, self.rows)
         try:
             if len(packet) != 16:
@@ -1083,8 +1108,6 @@ class Clockspeed:
             self.step(from_tai(real_ns, self.rows), "at the first mark of this boot")
             self.offset_ns = self.real()[0] - to_tai(self.clock_ns, self.rows)
         self.tell_slew()
-        self.save_state()
-        self.save_status()
 
     def step(self, target_ns, why):
         """Set the system clock from what it shows to target_ns."""
@@ -1093,7 +1116,7 @@ class Clockspeed:
         try:
             self.clock.step(target_ns - self.clock_ns)
             self.say("step: the system clock by %+.9f s, %s" % ((target_ns - self.clock_ns) / 1e9, why))
-        except OSError as err:
+        except (OSError, struct.error) as err:  # the latter where the kernel's seconds have 32 bits
             self.trouble("step the clock", err)
         self.look()
 
@@ -1112,19 +1135,15 @@ class Clockspeed:
 
     def wake(self, changed=False):
         """Look at the clock and steer it -> seconds until the next time.  changed: a mark has come."""
-        before_ns, offset_before_ns = self.tick_ns, self.offset_ns
-        self.look()
+        before_ns = self.tick_ns
+        self.look_again()
         if self.near_leap():
             return 1
-        slept_ns = self.clock.suspended_ns() - self.suspended_ns
-        if abs(slept_ns) > SUSPENDED_NS:
-            self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
-            self.estimator.forget_phase(0)
-            self.begin_phase()
+        offset_before_ns = self.offset_ns
         real_ns, error_ns = self.real()
         self.offset_ns = real_ns - to_tai(self.clock_ns, self.rows)
         moved_ns = offset_before_ns - self.offset_ns
-        if abs(moved_ns) > MOVED_NS + (self.tick_ns - before_ns) * MOVED_PPM // 10**6 and not slept_ns:
+        if abs(moved_ns) > MOVED_NS + max(self.tick_ns - before_ns, 0) * MOVED_PPM // 10**6:
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             if error_ns is None:
                 self.begin_phase()
@@ -1145,9 +1164,9 @@ class Clockspeed:
                 self.reread_leaps()
             except ValueError as err:
                 self.trouble("read leap seconds", err)
-        if self.due("state", STATE_SEC):
+        if changed or self.due("state", STATE_SEC):
             self.save_state()
-        if self.due("status", STATUS_SEC):
+        if changed or self.due("status", STATUS_SEC):
             self.save_status()
         return wait_sec
 
@@ -1269,7 +1288,8 @@ def main(argv):
         try:
             become(options["-u"], 0 if "-n" in options else 1 << CAP_SYS_TIME, etc_fd, fifo)
         except (OSError, LookupError, ImportError, AttributeError) as err:
-            complain("warning", "unable to become %s: %s; running on as root" % (options["-u"], reason(err)))
+            complain("fatal", "unable to become %s: %s" % (options["-u"], reason(err)))
+            return 111
     source = daemon.load()
     say("start: %s, %s, rate %+.4f ppm, rate error %.4f ppm, %s"
         % (clock.doing, clock.counter, *daemon.estimator.rate(), source))

@@ -3432,3 +3432,244 @@ def test_a_table_that_learns_of_a_leap_second_afterwards_moves_no_clock(simulate
         simulation.run(600)
     assert abs(kernel.clock) < 1e6 and kernel.fields["tai"] == 38
     assert not [line for line in simulation.lines if line.startswith(("moved", "slew", "step"))]
+
+
+# ==== bad days ======================================================================================
+# Those that have no test above.
+
+def settled(simulate, ppm=20, waits=(64, 541, 1623, 3600, 3600, 3600), **options):
+    """A kernel and a simulation that has learned."""
+    kernel = FakeKernel(ppm=ppm, **options)
+    simulation = simulate(kernel)
+    for wait_sec in waits:
+        simulation.mark()
+        simulation.run(wait_sec)
+    assert abs(kernel.clock) < 1e6 and abs(simulation.daemon.estimator.rate()[0] - ppm) < 0.1
+    return kernel, simulation
+
+
+def outcomes(simulation):
+    return [line.rpartition(" ")[2] for line in simulation.lines if line.startswith("mark: ")]
+
+
+def stepped(kernel):
+    return [modes for modes, _ in kernel.calls if modes == 0x2100]
+
+
+@pytest.mark.parametrize("days, first", ((30, "used"), (1, "doubted")))
+def test_a_server_that_is_back_after_long_3_s_off_is_believed_and_slewed(simulate, days, first):
+    """In a month a clock may drift by so much; in a day it can't, and the next mark has to confirm it."""
+    kernel, simulation = settled(simulate)
+    simulation.run(days * 86400)
+    assert abs(kernel.clock) < 1e7, "alone"
+    simulation.mark(3 * 10**9)
+    assert outcomes(simulation)[-1] == first
+    simulation.run(541)
+    assert abs(kernel.clock) < (1e7 if first == "doubted" else 6e8)
+    for _ in range(4):
+        simulation.mark(3 * 10**9)
+        simulation.run(541)
+    assert "slew: +3.0" in "".join(simulation.lines)
+    simulation.run(3 * 3600)
+    assert abs(kernel.clock - 3e9) < 2e6 and not stepped(kernel)
+    assert abs(simulation.daemon.estimator.rate()[0] - 20) < 0.5, "it is no drift"
+
+
+def test_single_wild_marks_move_nothing(simulate):
+    kernel, simulation = settled(simulate)
+    rng, worst = random.Random(SEED), 0
+    for number in range(60):
+        wild = number % 4 == 3
+        simulation.mark(rng.choice((-1, 1)) * 10 ** rng.randrange(7, 12) if wild else rng.randrange(-10**5, 10**5))
+        assert outcomes(simulation)[-1] == ("doubted" if wild else "used")
+        simulation.run(3600)
+        worst = max(worst, abs(kernel.clock))
+    assert worst < 3e5
+
+
+def test_a_hardware_clock_in_local_time_is_put_right_by_the_first_mark(simulate):
+    for hours in (-11, 2, 14):
+        kernel = FakeKernel(ppm=20, behind_ns=hours * 3600 * 10**9)
+        simulation = simulate(kernel, "tz%d" % hours)
+        simulation.run(3600)
+        simulation.mark()
+        assert abs(kernel.clock) < 1e6 and len(stepped(kernel)) == 1
+
+
+def test_a_counter_that_goes_back_begins_the_phase_anew(simulate):
+    """A process that is restored elsewhere from a snapshot."""
+    kernel, simulation = settled(simulate)
+    kernel.tick -= 10 * 3600 * 10**9
+    kernel.clock -= 2e8
+    simulation.run(64)
+    assert [line for line in simulation.lines if line.startswith("counter: ")] == [
+        "counter: it went back by 9.98 h, as in a machine that is restored from a snapshot; a mark is wanted"]
+    simulation.mark()
+    assert outcomes(simulation)[-1] == "used"
+    simulation.run(1200)
+    assert abs(kernel.clock) < 1e6 and abs(simulation.daemon.estimator.rate()[0] - 20) < 1
+    # The file remembers a counter that is ahead of this one's.
+    kernel.tick -= 10 * 3600 * 10**9
+    assert simulate(kernel).source == "rate of etc/state"
+
+
+@pytest.mark.parametrize("gone_sec", (0.3, 60, 86400))
+def test_a_machine_that_was_paused_gets_its_clock_back(simulate, gone_sec):
+    """The counter and the clock stood still, and nothing in the machine can tell."""
+    kernel, simulation = settled(simulate)
+    kernel.tai += round(gone_sec * 1e9)
+    kernel.clock -= gone_sec * 1e9
+    for _ in range(6):
+        simulation.mark()
+        simulation.run(300)
+    assert abs(simulation.daemon.estimator.rate()[0] - 20) < 5
+    assert abs(simulation.daemon.estimator.real(kernel.tick)[0] - kernel.tai) < 1e6, "it knows better"
+    assert not stepped(kernel), "clockctl set does that"
+    if gone_sec < 1:
+        assert abs(kernel.clock) < 1e6
+    else:
+        assert any(line.startswith("slew: ") for line in simulation.lines)
+
+
+def test_a_mark_right_after_a_suspend_counts(simulate):
+    """It may be in the FIFO before clockspeed has seen that it slept."""
+    kernel, simulation = settled(simulate)
+    kernel.tai += 8 * 3600 * 10**9
+    kernel.slept_ns += 8 * 3600 * 10**9
+    kernel.clock -= 4e8
+    simulation.mark()
+    assert "suspend: " in "".join(simulation.lines[-3:]) and outcomes(simulation)[-1] == "used"
+    simulation.run(1200)
+    assert abs(kernel.clock) < 1e6
+
+
+@pytest.mark.parametrize("years", (20, -20, 230, -100))
+def test_a_system_clock_that_jumps_by_decades_is_said_and_learned_from_never(simulate, years):
+    kernel, simulation = settled(simulate)
+    kernel.clock += years * 31556952e9
+    simulation.run(3600)
+    moved, = [line for line in simulation.lines if line.startswith("moved: ")]
+    moved_sec = float(moved.split("by ")[1][:-2])
+    assert abs(moved_sec - years * 31556952) <= 27, "TAI - UTC was another then"
+    for _ in range(3):
+        clock_tai_ns = simulation.module.to_tai(kernel.clock_ns(), simulation.daemon.rows)
+        simulation.daemon.mark(CODES.pack((kernel.tai - clock_tai_ns) * 10**9))
+        simulation.due = simulation.daemon.wake(True)
+        simulation.run(600)
+    assert simulation.daemon.marks == {"used": 9, "doubted": 0, "refused": 0}
+    assert abs(simulation.daemon.estimator.rate()[0] - 20) < 0.1
+    kernel.clock = 0.0  # clockctl set
+    kernel.slew_us = 0
+    for _ in range(3):
+        simulation.mark()
+        simulation.run(600)
+    assert abs(kernel.clock) < 1e6 and not stepped(kernel)
+
+
+@pytest.mark.parametrize("turn_sec", (2**32 - 2208988800, 2**31, 2**32))  # 2036-02-07, 2038-01-19, 2106-02-07
+def test_clockspeed_across_the_turns_of_32_bits(simulate, turn_sec):
+    kernel = FakeKernel(ppm=20, start_ns=(turn_sec - 7200) * 10**9)
+    simulation = simulate(kernel)
+    for _ in range(8):
+        # as sntpclock makes it, through NTP's 32 bits of seconds
+        now_ns = kernel.tai - 37 * 10**9
+        query = SNTP.make_query()
+        packet = ntp_answer(query, receive=ntp_stamp(now_ns), transmit=ntp_stamp(now_ns))
+        answer = SNTP.decode_answer(query, packet, kernel.clock_ns() // 10**9)
+        simulation.mark(answer.sent_ns - now_ns)
+        simulation.run(1800)
+    assert simulation.daemon.marks == {"used": 8, "doubted": 0, "refused": 0}
+    assert kernel.clock_ns() > turn_sec * 10**9 and abs(kernel.clock) < 1e5
+    assert simulate(kernel).source == "phase and rate of etc/state"
+
+
+class Libc32:
+    """The C library of a 32-bit system before 2020, with a FakeKernel below it."""
+
+    def __init__(self, module, kernel):
+        import ctypes
+        self.module, self.kernel, self.set_errno = module, kernel, ctypes.set_errno
+
+    def syscall(self, *_):
+        self.set_errno(errno.ENOSYS)
+        return -1
+
+    def adjtimex(self, buffer):
+        values = dict(zip(self.module.TIMEX_FIELDS, self.module.TIMEX32.unpack(buffer.raw[:128])))
+        known = {name: values[name] for name in "offset freq maxerror esterror status constant sec frac tick".split()}
+        now = self.kernel.adjtimex(values["modes"], **known)
+        values.update({name: value for name, value in now.items() if name in values})
+        buffer[:128] = self.module.TIMEX32.pack(*values.values())
+        return now["state"]
+
+
+def test_32_bits_of_time_are_enough_until_2038(simulate, monkeypatch, capfd):
+    import ctypes
+    kernel = FakeKernel(ppm=20, behind_ns=3 * 10**9)
+    simulation = simulate(kernel)
+    libc = Libc32(simulation.module, kernel)
+    monkeypatch.setattr(ctypes, "sizeof", lambda kind: 4)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: libc)
+    simulation.clock.adjtimex = simulation.module.adjtimex
+    for wait_sec in (64, 541, 1623, 3600):
+        simulation.mark()
+        simulation.run(wait_sec)
+    assert abs(kernel.clock) < 1e5 and abs(kernel.rate_error_ppm()) < 0.1
+    assert kernel.fields["tai"] == 37
+    kernel.clock += 20 * 31556952e9  # a slew of 20 years has more microseconds than 32 bits
+    simulation.run(600)
+    with monkeypatch.context() as patch:
+        patch.setattr(simulation.module.Clockspeed, "tell_slew", lambda self: None)
+        simulation.daemon.step(simulation.daemon.clock_ns + 2**31 * 10**9, "in a test")
+    err = capfd.readouterr().err
+    assert "unable to step the clock: " in err and "steer" not in err
+
+
+@pytest.fixture
+def unprivileged(public_tmp):
+    """start(*options) -> clockspeed as a user without any capability, on a home that root made."""
+    home = public_tmp / "home"
+    (home / "etc").mkdir(parents=True)
+    shutil.copy(path_of("clockspeed"), str(public_tmp / "clockspeed"))
+    (public_tmp / "clockspeed").chmod(0o755)
+    (public_tmp / "home.log").write_text("")
+    os.mkfifo(str(home / "adjust"), 0o600)
+    if os.getuid() == 0:
+        need("setpriv")
+        os.chown(str(home / "adjust"), 65534, -1)
+    made = []
+
+    def start():
+        # Without the capability, or this would steer the clock of this machine.
+        drop = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set=-all",
+                "--inh-caps=-all", "--no-new-privs"] if os.getuid() == 0 else []
+        with open(str(home) + ".log", "ab") as log:
+            made.append(subprocess.Popen(drop + [str(public_tmp / "clockspeed"), str(home)], stdout=log, stderr=log,
+                                         env=UTC_ENV))
+        return home, made[-1]
+    yield start
+    for process in made:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_without_the_privilege_and_with_a_read_only_etc_it_observes_and_says_both_once(unprivileged):
+    home, process = unprivileged()
+    log = pathlib.Path(str(home) + ".log")
+    if os.getuid():
+        (home / "etc").chmod(0o555)
+    assert await_that(lambda: "start: observing, " in log.read_text())
+    with open("/proc/%d/status" % process.pid) as status:
+        assert "CapEff:\t0000000000000000\n" in status.read()
+    for count in range(1, 4):
+        with open(str(home / "adjust"), "wb", buffering=0) as fifo:
+            fifo.write(CODES.pack(0))
+        assert await_that(lambda: log.read_text().count("mark: ") == count)
+    process.terminate()
+    assert process.wait(30) == 0
+    text = log.read_text()
+    assert text.count("clockspeed: warning: unable to steer the clock: Operation not permitted; observing only\n") == 1
+    for name in ("state", "status"):
+        assert text.count("unable to write etc/%s: Permission denied" % name) == 1
+    assert "Traceback" not in text and os.listdir(str(home / "etc")) == []
