@@ -881,7 +881,8 @@ def main(argv):
 
         def utc(clock_ns, offset_ns):
             return from_tai(local(clock_ns) + offset_ns, leap_rows)
-        confirm([value for letter, value in settings.options if letter == "-c"], offset_range_ns, settings, utc)
+        urls = [value for letter, value in settings.options if letter == "-c"]
+        confirm(urls, offset_range_ns, settings, utc)
         if kisses:
             true_sec = utc(end[0], sum(offset_range_ns) // 2) // 10**9
             keep_leap(options["-s"], announced_leap(servers, true_sec), settings)
