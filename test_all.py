@@ -56,6 +56,7 @@ import errno
 import importlib.machinery
 import importlib.util
 import json
+import math
 import pathlib
 import random
 import re
@@ -3985,3 +3986,141 @@ def test_coverage_guided_inputs_and_no_traceback(tmp_path):
     out = done.stdout.decode(errors="replace")
     assert done.returncode == 0 and "Traceback" not in out, out[-3000:]
     assert re.search(r"Done \d{3,} runs", out), out[-3000:]
+
+
+# ==== endurance =====================================================================================
+
+class YearKernel(FakeKernel):
+    """A FakeKernel that sleeps in one go where nothing happens, and whose quartz wanders."""
+
+    def __init__(self, rng, wander_ppm=3e-4, daily_ppm=0.0, **options):
+        super().__init__(**options)
+        self.rng, self.wander_ppm, self.daily_ppm = rng, wander_ppm, daily_ppm  # per sqrt(s); amplitude
+        self.mean_ppm = self.ppm
+
+    def sleep(self, sec):
+        while sec > 1e-9:
+            part = min(sec, 600)
+            self.mean_ppm += self.rng.gauss(0, self.wander_ppm * part**0.5)
+            self.ppm = self.mean_ppm + self.daily_ppm * math.sin(self.elapsed / 86400 * 2 * math.pi)
+            to_midnight_sec = 86400 - self.clock_ns() // 10**9 % 86400
+            if self.slew_us or self.slewing_ns or self.fields["status"] & 0x30 and to_midnight_sec < 1200:
+                super().sleep(part)
+            else:
+                gain = (self.fields["freq"] / 65536 + (self.fields["tick"] - 10000) * 100 + self.bias_ppm) * 1e-6
+                self.clock += part * (1e9 * gain - self.ppm * 1e3)
+                self.tick += round(part * 1e9)
+                self.tai += round(part * 1e9 * (1 + self.ppm / 1e6))
+                self.fields["maxerror"] += 500 * part
+                self.elapsed += part
+            sec -= part
+
+    def reboot(self):
+        self.boot, self.tick = self.boot + "'", 10**9
+        self.mean_ppm += self.rng.gauss(0, 0.3)  # the counter is calibrated anew
+        self.fields.update(freq=0, tick=10000, status=0x40, maxerror=16 * 10**6, tai=0)
+        self.slew_us = self.slewing_ns = 0
+        self.clock += self.rng.gauss(0, 3e8)  # the hardware clock's
+
+
+def live_through_a_year(simulation, kernel, rng, days, noise_ns=2 * 10**5, target_ns=10**7):
+    """Marks when the error would reach target_ns, as the service takes them -> counts, and the samples:
+    [(error of what is believed of real time, the sigma told for it, the clock's error)]."""
+    counts = dict.fromkeys(("marks", "failed", "wild", "restarts", "reboots"), 0)
+    samples, left_sec, last_sec, wait_sec = [], days * 86400, 541, 0
+    while left_sec > 0:
+        until_sec = min(wait_sec, left_sec)
+        left_sec -= until_sec
+        while until_sec > 0:
+            simulation.run(min(until_sec, 3600))
+            until_sec -= 3600
+            daemon = simulation.daemon
+            if daemon.estimator.has_phase():
+                real_ns, sigma_ns = daemon.estimator.real(kernel.tick)
+                clock_tai_ns = simulation.module.to_tai(kernel.clock_ns(), daemon.rows)
+                samples.append((real_ns - kernel.tai, sigma_ns, clock_tai_ns - kernel.tai))
+        what = rng.random()
+        if what < 0.1:
+            counts["failed"] += 1
+            wait_sec = 541
+            continue
+        if what < 0.15:
+            counts["restarts"] += 1
+            simulation.start()
+        elif what < 0.16:
+            counts["reboots"] += 1
+            kernel.reboot()
+            simulation.start()
+        error_ns = round(rng.gauss(0, noise_ns))
+        if what > 0.98:
+            counts["wild"] += 1
+            error_ns = rng.choice((-1, 1)) * 10 ** rng.randrange(8, 12)
+        counts["marks"] += 1
+        simulation.lines.clear()
+        clock_tai_ns = simulation.module.to_tai(kernel.clock_ns(), simulation.daemon.rows)
+        simulation.daemon.mark(CODES.pack((kernel.tai + error_ns - clock_tai_ns) * 10**9))
+        simulation.due = simulation.daemon.wake(True)
+        wanted_sec = simulation.daemon.estimator.next_mark(kernel.tick, target_ns)
+        wait_sec = last_sec = min(3 * last_sec, max(541, wanted_sec))
+    return counts, samples
+
+
+def share_within(samples, sigmas):
+    return sum(abs(error_ns) <= sigmas * sigma_ns for error_ns, sigma_ns, _ in samples) / len(samples)
+
+
+def test_a_year_in_a_minute(tmp_path, monkeypatch, capfd):
+    """A leap second, lost and wild marks, restarts, reboots: the error is what was told, nothing grows."""
+    import tracemalloc
+    monkeypatch.setenv("LEAPSECS", leap_table(tmp_path, (NEW_YEAR_SEC, 38)))
+    monkeypatch.setenv("CLOCK_SCALE", "utc")
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # of which the disk would take an hour
+    rng = random.Random(SEED)
+    kernel = YearKernel(rng, ppm=20, behind_ns=10**9, start_ns=(NEW_YEAR_SEC - 20 * 86400) * 10**9)
+    (tmp_path / "etc").mkdir()
+    simulation = Simulation(tmp_path / "etc", kernel)
+    simulation.module.SETTLED_SEC = 600  # else it wakes half a million times
+    simulation.module.STATUS_SEC = 3600
+    counts, samples = live_through_a_year(simulation, kernel, rng, 335)
+    tracemalloc.start()
+    live_through_a_year(simulation, kernel, rng, 5)
+    before, _ = tracemalloc.get_traced_memory()
+    del kernel.calls[:]
+    _, more = live_through_a_year(simulation, kernel, rng, 25)
+    del kernel.calls[:]
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    samples += more
+    assert counts["reboots"] and counts["restarts"] > 5 and counts["wild"] and counts["failed"] > 10
+    assert kernel.leapt and simulation.module.to_tai(kernel.clock_ns(), simulation.daemon.rows) - kernel.clock_ns() == 38e9
+    # One mark spoils or saves days of samples: over 12 such years it is 99.7%.
+    assert share_within(samples, 3) > 0.985 and 0.6 < share_within(samples, 1) < 0.85
+    assert after - before < 10**5 + 300 * len(more), "it grows"
+    assert max(os.stat(str(path)).st_size for path in (tmp_path / "etc").iterdir()) < 65536
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_kill_9_at_a_thousand_moments_of_a_write_never_damages_the_file(tmp_path):
+    """The process writes one content after the other until it is killed; the file is always one of them."""
+    module, rng = load("clockspeed"), random.Random(SEED)
+    etc_fd = os.open(str(tmp_path), os.O_RDONLY)
+    contents_of = [bytes([65 + number]) * (5000 + 977 * number) for number in range(8)]
+    module.replace_file(etc_fd, "state", contents_of[0])
+    seen, left = set(), 0
+    for _ in range(1000):
+        writer = os.fork()
+        if not writer:
+            with contextlib.suppress(BaseException):
+                while True:
+                    for data in contents_of:
+                        module.replace_file(etc_fd, "state", data)
+            os._exit(1)
+        time.sleep(rng.uniform(0.0005, 0.006))
+        os.kill(writer, signal.SIGKILL)
+        assert os.waitpid(writer, 0)[1] == signal.SIGKILL
+        data = module.read_file(etc_fd, "state")
+        assert data in contents_of, "%d bytes of it" % len(data)
+        seen.add(data)
+        left += os.path.exists(str(tmp_path / "state.tmp"))
+    assert len(seen) > 4 and left > 20, "killed at other moments"
+    os.close(etc_fd)
