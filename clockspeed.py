@@ -948,6 +948,8 @@ class Clockspeed:
             bias_ppm = float(state["bias_ppm"])
             if not abs(bias_ppm) < BIAS_LIMIT_PPM:
                 raise ValueError("a bias of %s ppm" % bias_ppm)
+            if not RATE_RANGE[0] <= 1 + estimator.rate()[0] / 1e6 <= RATE_RANGE[1]:
+                raise ValueError("a rate of %s ppm" % estimator.rate()[0])
             same_boot, last_mark = self.same_boot(state), state["last_mark"]
             same_tai = to_tai(int(state["clock_ns"]), self.rows) == int(state["tai_ns"])
         except FileNotFoundError:
