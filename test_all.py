@@ -4095,7 +4095,7 @@ def test_a_year_in_a_minute(tmp_path, monkeypatch, capfd):
     samples += more
     assert counts["reboots"] and counts["restarts"] > 5 and counts["wild"] and counts["failed"] > 10
     assert kernel.leapt and simulation.module.to_tai(kernel.clock_ns(), simulation.daemon.rows) - kernel.clock_ns() == 38e9
-    # One mark spoils or saves days of samples: over 12 such years it is 99.7%.
+    # One mark spoils or saves days of samples: over 12 such years 99.89% are within 3 sigmas.
     assert share_within(samples, 3) > 0.985 and 0.6 < share_within(samples, 1) < 0.85
     assert after - before < 10**5 + 300 * len(more), "it grows"
     assert max(os.stat(str(path)).st_size for path in (tmp_path / "etc").iterdir()) < 65536
