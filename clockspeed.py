@@ -29,7 +29,8 @@ DESCRIPTION
 OPTIONS
     -n       observe only: learn and tell, never touch the clock; needs no privilege
     -S       never step, not even at the first mark of a boot
-    -u user  after the start as root become that user and keep CAP_SYS_TIME alone (Linux)
+    -u user  after the start as root become that user, when there is one, and keep CAP_SYS_TIME
+             alone (Linux)
     home     the directory below, instead of $CLOCKSPEED_HOME or /usr/local/clockspeed
 
 FILES (in home)
@@ -37,6 +38,9 @@ FILES (in home)
     etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it
     etc/state   what the estimator knows, for the next start
     etc/status  the same for people and programs (JSON): clockctl status reads it
+    etc/leap    the leap second that the time servers announce for the end of this day, kept by
+                sntpclock -s: counts on the last UTC day of June and December, when no table tells
+                (a leap-seconds.list that has not expired does, what it has and what it has not)
 
 OUTPUT
     One line for each event on stdout; multilog adds the time.
@@ -712,6 +716,9 @@ class Clock:
     def step(self, delta_ns):
         raise OSError(errno.EPERM, "observing only")
 
+    def forget(self):
+        """The counter is not what it was: what was seen of the clock by it says nothing any more."""
+
     def announce(self, error_ns, offset_ns, tai_offset_sec, leap):
         """Tell the kernel how wrong the clock may be (one standard deviation), TAI minus clock, and
         whether this UTC day ends with a leap second more (1), less (-1) or neither (0)."""
@@ -754,6 +761,7 @@ class KernelClock(Clock):
     doing = "steering the system clock with adjtimex"
     SECOND_NS = 1100000000  # from a request to the end of the second it came in, and some
     BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
+    MOST_US = 10**9  # of a single shot; it takes 23 days, and 32-bit kernels can't count much more
     BIAS_GAIN = 0.25  # of a new reading of the bias; it averages about 4 of them
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
@@ -774,7 +782,7 @@ class KernelClock(Clock):
             return min(SETTLED_SEC, (self.busy_until_ns - tick_ns) / 10**9)
         self.learn_bias(tick_ns, clock_ns)
         self.set_rate(rate_ppm)
-        slew_us = round(offset_ns / 1000)
+        slew_us = max(-self.MOST_US, min(self.MOST_US, round(offset_ns / 1000)))
         self.quiet = tick_ns, clock_ns + slew_us * 1000
         if slew_us:
             self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=slew_us)
@@ -814,7 +822,10 @@ class KernelClock(Clock):
 
     def step(self, delta_ns):
         step_kernel(self.adjtimex, delta_ns)
-        self.busy_until_ns, self.quiet = 0, None  # the kernel drops its slews at a step
+        self.forget()  # the kernel drops its slews at a step
+
+    def forget(self):
+        self.busy_until_ns, self.quiet = 0, None
 
     def announce(self, error_ns, offset_ns, tai_offset_sec, leap):
         now = self.adjtimex()
@@ -949,12 +960,30 @@ class Clockspeed:
         self.troubles = {}  # what failed -> why, so that the same trouble is said once
         self.done_ns = {}  # what is done now and then -> tick when it was last done
         self.known_ns = RELEASE_SEC * 10**9  # no system clock is right that shows less
+        self.announced = []  # by the time servers, as a row of the leap second table
         self.look()
         self.read_leaps()
         self.begin_phase()
 
     def look(self):
         self.tick_ns, self.clock_ns = self.clock.read()
+
+    def look_again(self):
+        """A counter that stood still, or went back, since the last look does not tell the time any more."""
+        before_ns = self.tick_ns
+        self.look()
+        slept_ns, back_ns = self.clock.suspended_ns() - self.suspended_ns, before_ns - self.tick_ns
+        if back_ns > 0:
+            self.say("counter: it went back by %s, as in a machine that is restored from a snapshot; "
+                     "a mark is wanted" % duration(back_ns / 1e9))
+            self.done_ns.clear()
+        elif abs(slept_ns) > SUSPENDED_NS:
+            self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
+        else:
+            return
+        self.clock.forget()
+        self.estimator.forget_phase(REBOOT_PPM if back_ns > 0 else 0)
+        self.begin_phase()
 
     def begin_phase(self):
         """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
@@ -998,7 +1027,10 @@ class Clockspeed:
             bias_ppm = float(state["bias_ppm"])
             if not abs(bias_ppm) < BIAS_LIMIT_PPM:
                 raise ValueError("a bias of %s ppm" % bias_ppm)
+            if not RATE_RANGE[0] <= 1 + estimator.rate()[0] / 1e6 <= RATE_RANGE[1]:
+                raise ValueError("a rate of %s ppm" % estimator.rate()[0])
             same_boot, last_mark = self.same_boot(state), state["last_mark"]
+            same_tai = to_tai(int(state["clock_ns"]), self.rows) == int(state["tai_ns"])
         except FileNotFoundError:
             return None
         except (OSError, AttributeError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
@@ -1009,6 +1041,9 @@ class Clockspeed:
             estimator.forget_phase(REBOOT_PPM)
             return "rate of etc/state"
         self.marks, self.last_mark, self.clock.bias_ppm = marks, last_mark, bias_ppm
+        if not same_tai:
+            estimator.forget_phase(0)
+            return "rate of etc/state (its phase was of another leap second table)"
         return "phase and rate of etc/state"
 
     def load_atto(self, atto):
@@ -1032,6 +1067,7 @@ class Clockspeed:
     def same_boot(self, state):
         """Whether the counter has run on since that state was written."""
         return (bool(state["boot_id"]) and state["boot_id"] == self.clock.boot_id()
+                and int(state["tick_ns"]) <= self.tick_ns
                 and abs(self.suspended_ns - int(state["suspended_ns"])) < SUSPENDED_NS)
 
     def save(self, name, data):
@@ -1053,7 +1089,8 @@ class Clockspeed:
         self.save_json("state", {
             "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
             "atto": self.read_atto().hex(), "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm,
-            "known_ns": self.known_ns, "marks": self.marks, "last_mark": self.last_mark,
+            "known_ns": self.known_ns, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns,
+            "tai_ns": to_tai(self.clock_ns, self.rows), "marks": self.marks, "last_mark": self.last_mark,
             "estimator": self.estimator.state()})
 
     def save_status(self):
@@ -1081,10 +1118,40 @@ class Clockspeed:
         """The leap second table, and what it makes of the system clock; ValueError when it is damaged."""
         leaps, self.leap_expiry, self.leap_source = read_leap_table()
         self.rows = clock_table(leaps)
+        if self.rows is leaps:
+            self.rows = leaps + self.read_announced(leaps[-1])
         self.done_ns["leaps"] = self.tick_ns
         if self.leap_expiry is not None and self.leap_expiry < self.clock_ns // 10**9:
             self.trouble("rely on " + self.leap_source, ValueError("it expired on %s; a newer table is wanted"
                          % time.strftime("%Y-%m-%d", time.gmtime(self.leap_expiry))))
+
+    def read_announced(self, last_row):
+        """etc/leap, which sntpclock keeps -> [its row] where the table doesn't reach so far, else []."""
+        now_sec = self.clock_ns // 10**9
+        if not self.announced or now_sec < self.announced[0][0]:  # until it comes it may be taken back
+            self.announced = []
+            try:
+                start, sign = map(int, read_file(self.etc_fd, "leap").split())
+                if (0 < start - now_sec <= ARM_SEC and start % 86400 == 0 and sign in (1, -1)
+                        and time.gmtime(start)[1:3] in ((1, 1), (7, 1))):
+                    self.announced = [(start, last_row[1] + sign)]
+            except (OSError, ValueError):  # as on most days
+                pass
+        covered_sec = max(last_row[0], self.leap_expiry or 0)
+        return [row for row in self.announced if row[0] > covered_sec]
+
+    def reread_leaps(self):
+        """A table that makes another TAI of the clock tells nothing of real time."""
+        before, was_tai_ns = self.rows, to_tai(self.clock_ns, self.rows)
+        self.read_leaps()
+        for row in self.rows:
+            if row in self.announced and row not in before:
+                self.say("leap: the time servers announce a day that ends with a second %s"
+                         % ("more" if row[1] > self.rows[-2][1] else "less"))
+        if to_tai(self.clock_ns, self.rows) != was_tai_ns:
+            self.say("leap: another table tells another TAI; a mark is wanted")
+            self.estimator.forget_phase(0)
+            self.begin_phase()
 
     def leap(self):
         """-> (TAI minus system clock in s, [the Unix second after the next leap second, 1 or -1] or None)."""
@@ -1098,8 +1165,8 @@ class Clockspeed:
     # -- events
 
     def mark(self, packet):
-        """An adjustment has come out of the FIFO."""
-        self.look()
+        """An adjustment has come out of the FIFO; wake(True) is to follow."""
+        self.look_again()
         clock_tai_ns = to_tai(self.clock_ns, self.rows)
         try:
             if len(packet) != 16:
@@ -1123,8 +1190,6 @@ class Clockspeed:
             self.step(from_tai(real_ns, self.rows), "at the first mark of this boot")
             self.offset_ns = self.real()[0] - to_tai(self.clock_ns, self.rows)
         self.tell_slew()
-        self.save_state()
-        self.done_ns.pop("status", None)  # due at the wake-up that follows, when the kernel knows
 
     def step(self, target_ns, why):
         """Set the system clock from what it shows to target_ns."""
@@ -1133,7 +1198,7 @@ class Clockspeed:
         try:
             self.clock.step(target_ns - self.clock_ns)
             self.say("step: the system clock by %+.9f s, %s" % ((target_ns - self.clock_ns) / 1e9, why))
-        except OSError as err:
+        except (OSError, struct.error) as err:  # the latter where the kernel's seconds have 32 bits
             self.trouble("step the clock", err)
         self.look()
 
@@ -1152,20 +1217,15 @@ class Clockspeed:
 
     def wake(self, changed=False):
         """Look at the clock and steer it -> seconds until the next time.  changed: a mark has come."""
-        before_ns, offset_before_ns = self.tick_ns, self.offset_ns
-        self.look()
+        before_ns = self.tick_ns
+        self.look_again()
         if self.near_leap():
             return 1
-        slept_ns = self.clock.suspended_ns() - self.suspended_ns
-        slept = abs(slept_ns) > SUSPENDED_NS
-        if slept:
-            self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
-            self.estimator.forget_phase(0)
-            self.begin_phase()
+        offset_before_ns = self.offset_ns
         real_ns, error_ns = self.real()
         self.offset_ns = real_ns - to_tai(self.clock_ns, self.rows)
         moved_ns = offset_before_ns - self.offset_ns
-        if abs(moved_ns) > MOVED_NS + (self.tick_ns - before_ns) * MOVED_PPM // 10**6 and not slept:
+        if abs(moved_ns) > MOVED_NS + max(self.tick_ns - before_ns, 0) * MOVED_PPM // 10**6:
             changed = True  # a slew that was on its way is lost in a step
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             if error_ns is None:
@@ -1183,14 +1243,14 @@ class Clockspeed:
             self.trouble("steer the clock", err)
             wait_sec = SETTLED_SEC
         self.tell_foreign()
-        if self.due("leaps", TABLE_SEC):
+        if changed or self.due("leaps", TABLE_SEC):  # etc/leap comes with a mark
             try:
-                self.read_leaps()
+                self.reread_leaps()
             except ValueError as err:
                 self.trouble("read leap seconds", err)
-        if self.due("state", STATE_SEC):
+        if changed or self.due("state", STATE_SEC):
             self.save_state()
-        if self.due("status", STATUS_SEC):
+        if changed or self.due("status", STATUS_SEC):
             self.save_status()
         return wait_sec
 
@@ -1324,8 +1384,11 @@ def main(argv):
     if "-u" in options and os.getuid() == 0:
         try:
             become(options["-u"], 0 if "-n" in options else 1 << CAP_SYS_TIME, etc_fd, fifo)
-        except (OSError, LookupError, ImportError, AttributeError) as err:
-            complain("warning", "unable to become %s: %s; running on as root" % (options["-u"], reason(err)))
+        except LookupError:
+            complain("warning", "there is no user %s; running on as root" % options["-u"])
+        except (OSError, ImportError, AttributeError) as err:
+            complain("fatal", "unable to become %s: %s" % (options["-u"], reason(err)))
+            return 111
     source = daemon.load()
     say("start: %s, %s, rate %+.4f ppm, rate error %.4f ppm, %s"
         % (clock.doing, clock.counter, *daemon.estimator.rate(), source))

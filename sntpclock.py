@@ -39,7 +39,9 @@ OPTIONS
                 SHA384 or SHA512
     -s dir      keep in dir/kisses which servers asked not to be asked (the kiss-o'-death of
                 NTP) and until when, and obey it: RATE is 1024 s, DENY and RSTR are a day,
-                twice as long each next time up to 30 days
+                twice as long each next time up to 30 days.  On the last UTC day of June and of
+                December keep in dir/leap which leap second a majority of the agreeing servers
+                announces; clockspeed heeds it when dir is its etc
     -c url      https://host/...; may be given several times.  At least one of these servers
                 must confirm the result by the Date in its answer, and none contradict it,
                 else it is refused, -f or not.  TLS is verified, but for the time: whether the
@@ -57,6 +59,7 @@ ENVIRONMENT
 FILES
     dir/kisses   of -s: a line for each server, with its address, until which Unix second it
                  is not to be asked, the seconds of that rest, and the word
+    dir/leap     of -s, on such a day only: the Unix second after the leap second, and +1 or -1
 
 EXIT STATUS
     0 measured; 100 wrong usage; 111 no usable answer, refused, or a system error
@@ -210,8 +213,9 @@ SO_TIMESTAMPNS, SO_TIMESTAMPING = 35, 37
 TX_SOFTWARE, RX_SOFTWARE, REPORT_SOFTWARE = 2, 8, 16
 TIMESPEC = struct.Struct("@ll")
 
-# T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it.
-Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about")
+# T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it;
+# whether it says that the UTC day or month ends with a second more (1), less (-1) or neither.
+Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about leap", defaults=(0,))
 
 
 class Dismissed(Exception):
@@ -289,6 +293,7 @@ class Server:
     def __init__(self, name, settings, family, address):
         self.name, self.settings, self.family, self.address = name, settings, family, address
         self.exchanges, self.current, self.due_ns, self.dismissed = [], None, 0, None
+        self.agrees = False  # with the majority
         near = is_near(family, address[0])
         self.left = (10 if near else 4) if settings.exchanges is None else settings.exchanges
         self.pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
@@ -518,7 +523,8 @@ def conclude(servers, settings, end, local):
     if 2 * votes <= len(found):
         raise ValueError("no majority of the servers agrees")
     for server, (lo, hi) in found:
-        if hi < least or most < lo:
+        server.agrees = lo <= most and least <= hi
+        if not server.agrees:
             settings.warn("%s is a falseticker: %s" % (server.name, describe((lo, hi))))
     if settings.verbosity >= 2:
         complain("info", "result: " + describe((least, most)))
@@ -633,7 +639,8 @@ def decode_answer(query, packet, pivot_sec, authentic=None):
     if sent_ns < received_ns:
         raise ValueError("answer sent before the query came")
     about = ", stratum %d, reference %s" % (stratum, reference.hex())
-    return Answer(received_ns + 1, sent_ns, distance_ns, about)  # both rounded to the safe side
+    # both times rounded to the safe side
+    return Answer(received_ns + 1, sent_ns, distance_ns, about, (0, 1, -1)[leap])
 
 
 def read_key(path, ident):
@@ -672,6 +679,42 @@ class Signer:
         return hmac.compare_digest(packet[NTP.size:], self.mac(packet[:NTP.size]))
 
 
+def replace_file(path, text):
+    """Write a file whole; the temporary one is always new, so that no planted link is followed."""
+    temporary = path + ".tmp"
+    try:
+        os.unlink(temporary)
+    except FileNotFoundError:
+        pass
+    with open(temporary, "x") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+
+
+def announced_leap(servers, now_sec):
+    """What dir/leap is to hold by the true time now; empty unless a leap second is announced for today."""
+    midnight_sec = (now_sec // 86400 + 1) * 86400
+    leaps = [server.exchanges[-1].answer.leap for server in servers if server.agrees]
+    if time.gmtime(midnight_sec)[1:3] in ((1, 1), (7, 1)):
+        for sign in (1, -1):
+            if 2 * leaps.count(sign) > len(leaps):
+                return "%d %+d\n" % (midnight_sec, sign)
+    return ""
+
+
+def keep_leap(folder, text, settings):
+    path = os.path.join(folder, "leap")
+    try:
+        if text:
+            replace_file(path, text)
+        elif os.path.lexists(path):
+            os.unlink(path)
+    except OSError as err:
+        settings.warn("unable to write %s: %s" % (path, reason(err)))
+
+
 class Kisses:
     """The file of the servers that are not to be asked; it survives us, for a supervisor starts the next.
     `known` is {address: (until Unix second, seconds of rest, word)}."""
@@ -679,7 +722,7 @@ class Kisses:
     def __init__(self, folder):
         self.path, self.known = os.path.join(folder, "kisses"), {}
         try:
-            with open(self.path) as file:
+            with open(self.path, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
                 for line in file:
                     address, until_sec, rest_sec, word = line.split()
                     self.known[address] = int(until_sec), int(rest_sec), word
@@ -715,12 +758,8 @@ class Kisses:
         if self.known == before:
             return
         try:
-            with open(self.path + ".tmp", "w") as file:
-                for address, kiss in self.known.items():
-                    file.write("%s %d %d %s\n" % (address, *kiss))
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(self.path + ".tmp", self.path)
+            replace_file(self.path, "".join("%s %d %d %s\n" % (address, *kiss)
+                                            for address, kiss in self.known.items()))
         except OSError as err:
             settings.warn("unable to write %s: %s" % (self.path, reason(err)))
 
@@ -844,8 +883,14 @@ def main(argv):
         if kisses:
             kisses.remember(servers, settings, int(time.time()))
         offset_range_ns = conclude(servers, settings, end, local)
-        confirm([value for letter, value in settings.options if letter == "-c"], offset_range_ns, settings,
-                lambda clock_ns, offset_ns: from_tai(local(clock_ns) + offset_ns, leap_rows))
+
+        def utc(clock_ns, offset_ns):
+            return from_tai(local(clock_ns) + offset_ns, leap_rows)
+        urls = [value for letter, value in settings.options if letter == "-c"]
+        confirm(urls, offset_range_ns, settings, utc)
+        if kisses:
+            true_sec = utc(end[0], sum(offset_range_ns) // 2) // 10**9
+            keep_leap(options["-s"], announced_leap(servers, true_sec), settings)
         packet = pack(sum(offset_range_ns) * 10**9 // 2)
         doing = "write output"
         emit(packet)

@@ -190,8 +190,9 @@ SO_TIMESTAMPNS, SO_TIMESTAMPING = 35, 37
 TX_SOFTWARE, RX_SOFTWARE, REPORT_SOFTWARE = 2, 8, 16
 TIMESPEC = struct.Struct("@ll")
 
-# T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it.
-Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about")
+# T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it;
+# whether it says that the UTC day or month ends with a second more (1), less (-1) or neither.
+Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about leap", defaults=(0,))
 
 
 class Dismissed(Exception):
@@ -269,6 +270,7 @@ class Server:
     def __init__(self, name, settings, family, address):
         self.name, self.settings, self.family, self.address = name, settings, family, address
         self.exchanges, self.current, self.due_ns, self.dismissed = [], None, 0, None
+        self.agrees = False  # with the majority
         near = is_near(family, address[0])
         self.left = (10 if near else 4) if settings.exchanges is None else settings.exchanges
         self.pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
@@ -498,7 +500,8 @@ def conclude(servers, settings, end, local):
     if 2 * votes <= len(found):
         raise ValueError("no majority of the servers agrees")
     for server, (lo, hi) in found:
-        if hi < least or most < lo:
+        server.agrees = lo <= most and least <= hi
+        if not server.agrees:
             settings.warn("%s is a falseticker: %s" % (server.name, describe((lo, hi))))
     if settings.verbosity >= 2:
         complain("info", "result: " + describe((least, most)))
