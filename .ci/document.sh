@@ -102,7 +102,7 @@ def ask():
 
 raw = lambda: time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
 (o1, d1), r1, c1 = ask(), raw(), time.time_ns()
-time.sleep(60)
+time.sleep(120)
 (o2, d2), r2, c2 = ask(), raw(), time.time_ns()
 clock_ppm = ((c2 - c1) / (r2 - r1) - 1) * 1e6
 server_ppm = clock_ppm + (o2 - o1) / (r2 - r1) * 1e15
@@ -110,10 +110,11 @@ log = open("/var/multilog/clockspeed/current").read()
 learned_ppm = float(re.findall(r"rate ([+-][\d.]+) ppm", log)[-1])
 uids = subprocess.run("ps -o user= -C taiclockd,multilog,clock_adjust.sh | sort -u; stat -c %U /usr/local/clockspeed/adjust",
                       shell=True, stdout=subprocess.PIPE, text=True).stdout.split()
-print("clock off by %+.1f us (delay %.0f us), %.1f us a minute ago; server's rate %+.2f ppm, learned %+.2f ppm, "
+print("clock off by %+.1f us (delay %.0f us), %.1f us two minutes ago; server's rate %+.2f ppm, learned %+.2f ppm, "
       "clock's rate %+.2f ppm" % (o2 * 1e6, d2 * 1e6, o1 * 1e6, server_ppm, learned_ppm, clock_ppm))
 wanted = {"the clock is within 1 ms": abs(o2) < 1e-3,
-          "the rate is within 2 ppm": abs(learned_ppm - server_ppm) < 2 and abs(clock_ppm - server_ppm) < 2,
+          # of this measurement 100 us of queueing at each end are 1.7 ppm
+          "the rate is within 4 ppm": abs(learned_ppm - server_ppm) < 4 and abs(clock_ppm - server_ppm) < 4,
           "the server ran 80 ppm faster": 30 < server_ppm < 130,
           "the log tells of the first mark, 5 s off": re.search(r"mark: offset \+[45]\.\d+ s", log),
           "nothing failed": "fatal" not in log and "warning" not in log,
