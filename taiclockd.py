@@ -227,6 +227,7 @@ TIME_OOP, STA_UNSYNC, STA_NANO = 3, 0x40, 0x2000  # adjtimex(2): in an inserted 
 # frac counts nanoseconds
 LEAP_NEAR_NS = 2 * 10**9  # so near to a leap second the kernel is asked; it leaps a tick late at most
 HOUR_NS, LOOK_NS = 3600 * 10**9, 600 * 10**9
+NEVER_NS = -2**63
 PLAIN_SIZE = 32  # of a query, as clients send it
 
 # C's struct iovec: where, how many bytes.
@@ -238,6 +239,7 @@ MMSGHDR_SIZE_AT = struct.calcsize("@PIPNPNi0P")
 MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only, for none
 WORKERS_MAX = 1024
 SLOTS = 64  # datagrams per batch: Python takes 1% of a full one; of a larger one the label would be older
+ALONE = 8  # after so many batches of one, only every 8th is another: to ask for more in vain costs 1 us
 QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel; its own limit is lower, as a rule
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
 
@@ -308,6 +310,7 @@ class Clock:
         self.synced_only, self.on_look, self.now_ns, self.kernel = synced_only, on_look, now_ns, kernel
         self.silent, self.said = False, shared_bytes(1)  # workers share `said`, so that one speaks for all
         self.since_ns = self.until_ns = 0
+        self.second_ns = NEVER_NS
         self.table_ns = now_ns()
         leap_rows, expiry, source = read_leap_table()
         self.rows = clock_table(leap_rows)
@@ -315,13 +318,19 @@ class Clock:
             complain("warning", "leap second table %s has expired" % source)
 
     def label(self):
-        """16 bytes; None while the clock is not to be trusted."""
+        """16 bytes; None while the clock is not to be trusted.
+
+        It says by second_ns how long the next label differs in its nanoseconds only: while the clock is
+        less than a second past that.
+        """
         clock_ns = self.now_ns()
         if not self.since_ns <= clock_ns < self.until_ns:
             clock_ns = self.look(clock_ns)
+        sec, nano = divmod(clock_ns, 10**9)
+        lasts = (sec + 1) * 10**9 <= self.until_ns and not self.silent
+        self.second_ns = sec * 10**9 if lasts else NEVER_NS
         if self.silent:
             return None
-        sec, nano = divmod(clock_ns, 10**9)
         return TAI64NA.pack(sec + self.offset_sec, nano, 0)
 
     def look(self, clock_ns):
@@ -379,7 +388,7 @@ class Clock:
 
     def expire(self, *_):
         """Have all looked up anew for the next label; a signal handler."""
-        self.table_ns = self.until_ns = -2**63
+        self.table_ns = self.until_ns = self.second_ns = NEVER_NS
 
 
 def open_socket(address, port, shared, both=False):
@@ -489,51 +498,54 @@ def serve_plainly(sockets, clock, tally):
 class Batch:
     """Room for a batch of datagrams and their replies, laid out for recvmmsg(2) and sendmmsg(2).
 
-    The first 20 bytes of each datagram are received into `heads`, the others into `tails`.  Each reply is
-    sent from the one `head` that all share, and from its tail as it lies.  So nothing is copied, and if all
-    are what clients send, to see that at once is all that is left to Python.
+    Each datagram is received into a slot of its own.  Each reply is sent from the one `head` of 20 bytes
+    that all share, and from the rest of the slot as it lies.  So nothing is copied, and if all are what
+    clients send, to see that at once is all that is left to Python.
     """
 
-    def __init__(self, libc, name_size):
-        from ctypes import addressof, c_char, c_void_p
+    def __init__(self, name_size, head):
+        from ctypes import PyDLL, addressof, byref, c_char
+        libc = PyDLL(None)  # which keeps Python's lock, as one thread can, and no errno: half of a call's cost
         self.recvmmsg, self.sendmmsg = libc["recvmmsg"], libc["sendmmsg"]
+        self.recvmsg, self.sendmsg = libc["recvmsg"], libc["sendmsg"]
         self.buffers = []  # what the kernel knows by address has to stay
 
         def place(data):
-            self.buffers.append(bytearray(data))
-            return self.buffers[-1], addressof(c_char.from_buffer(self.buffers[-1]))
+            self.buffers.append(data)
+            return addressof(c_char.from_buffer(data))
 
-        def headers(head_at, head_step, tail_size):
-            """Those of all slots, and their vectors -> both, and the headers' address."""
-            vectors, vectors_at = place(b"".join(
-                IOVEC.pack(head_at + slot * head_step, QUERY_MIN) +
-                IOVEC.pack(tails_at + slot * (QUERY_MAX - QUERY_MIN), tail_size) for slot in range(SLOTS)))
-            return (vectors,) + place(b"".join(
-                MMSGHDR.pack(names_at + slot * name_size, name_size, vectors_at + slot * 2 * IOVEC.size, 2,
+        def headers(vectors, each):
+            """Those of all slots, with so many vectors each, and pointers to them."""
+            vectors_at = place(vectors)
+            data = bytearray(b"".join(
+                MMSGHDR.pack(names_at + slot * name_size, name_size, vectors_at + slot * each * IOVEC.size, each,
                              0, 0, 0, 0) for slot in range(SLOTS)))
+            at = place(data)
+            return data, [byref(c_char.from_address(at + slot * MMSGHDR.size)) for slot in range(SLOTS)]
 
-        _, names_at = place(bytes(SLOTS * name_size))
-        _, tails_at = place(bytes(SLOTS * (QUERY_MAX - QUERY_MIN)))
-        heads, heads_at = place(bytes(SLOTS * QUERY_MIN))
-        self.head, head_at = place(b"stai" + bytes(16))
-        _, queries, queries_at = headers(heads_at, QUERY_MIN, QUERY_MAX - QUERY_MIN)
-        vectors, _, replies_at = headers(head_at, 0, PLAIN_SIZE - QUERY_MIN)
-        self.queries = c_void_p(queries_at)  # made once, as it costs half as much as a call
-        self.replies = [c_void_p(replies_at + slot * MMSGHDR.size) for slot in range(SLOTS)]
+        slots, names = bytearray(SLOTS * QUERY_MAX), bytearray(SLOTS * name_size)
+        head_at, slots_at, names_at = place(head), place(slots), place(names)
+        starts = range(slots_at, slots_at + len(slots), QUERY_MAX)
+        room = bytearray(b"".join(IOVEC.pack(at, QUERY_MAX) for at in starts))
+        pieces = bytearray(b"".join(
+            IOVEC.pack(head_at, QUERY_MIN) + IOVEC.pack(at + QUERY_MIN, PLAIN_SIZE - QUERY_MIN) for at in starts))
+        queries, (self.queries, *_) = headers(room, 1)
+        _, self.replies = headers(pieces, 2)
+        self.reply = self.replies[0]
 
         # The sizes and the first words of what was received, for each number of it, and what they are if all
         # of it is plain.
-        sizes = memoryview(queries).cast("I")[MMSGHDR_SIZE_AT // 4::MMSGHDR.size // 4]
-        words = memoryview(heads).cast("I")[::QUERY_MIN // 4]
+        self.sizes = memoryview(queries).cast("I")[MMSGHDR_SIZE_AT // 4::MMSGHDR.size // 4]
+        self.words = memoryview(slots).cast("I")[::QUERY_MAX // 4]
         plain_sizes = memoryview(SLOTS * struct.pack("@I", PLAIN_SIZE)).cast("I")
         plain_words = memoryview(SLOTS * b"ctai").cast("I")
-        self.looks = [(sizes[:number], plain_sizes[:number], words[:number], plain_words[:number])
+        self.looks = [(self.sizes[:number], plain_sizes[:number], self.words[:number], plain_words[:number])
                       for number in range(SLOTS + 1)]
-        self.tail_sizes = memoryview(vectors).cast("N")[3::4]  # of the replies
+        self.tail_sizes = memoryview(pieces).cast("N")[3::4]  # of the replies
         self.plain_tail_sizes = memoryview(bytes(self.tail_sizes)).cast("N")
         self.altered = False  # whether tail_sizes are others
 
-    def answer_each(self, fd, first, received, label):
+    def answer_each(self, fd, first, received, silent=False):
         """Answer the slots from `first` on one by one -> the numbers of queries and of replies sent."""
         sizes, _, words, plain_words = self.looks[received]
         self.tail_sizes[:] = self.plain_tail_sizes
@@ -547,7 +559,7 @@ class Batch:
                     runs.append([slot, slot + 1])
         self.altered = self.tail_sizes != self.plain_tail_sizes
         queries, sent = sum(end - first for first, end in runs), 0
-        for first, end in runs if label else ():
+        for first, end in () if silent else runs:
             while first < end:
                 done = self.sendmmsg(fd, self.replies[first], end - first, MSG_DONTWAIT)
                 sent += max(done, 0)
@@ -562,31 +574,57 @@ def serve_in_batches(sockets, clock, tally):
     try:
         import ctypes  # here, since python3-minimal has none
         libc = ctypes.CDLL(None, use_errno=True)
-        batches = {sock.fileno(): Batch(libc, NAME_SIZES[sock.family]) for sock in sockets}
+        head = bytearray(b"stai" + (clock.label() or bytes(16)))
+        batches = {sock.fileno(): Batch(NAME_SIZES[sock.family], head) for sock in sockets}
     except (AttributeError, ImportError):
         return
     wait = MSG_WAITFORONE if len(sockets) == 1 else MSG_DONTWAIT
+    now_ns, put_nano, alone = clock.now_ns, struct.Struct(">I").pack_into, 0
+    ctai = int.from_bytes(b"ctai", sys.byteorder)
     for fd in readable(list(batches)):
         batch = batches[fd]
-        received = batch.recvmmsg(fd, batch.queries, SLOTS, wait, None)
-        if received > 0:
-            # Written out, as each call of a function more shows when a lone query wakes a cold cache.
-            label, sent = clock.label(), 0
-            if label:
-                batch.head[4:] = label
-                sizes, plain_sizes, words, plain_words = batch.looks[received]
-                if sizes == plain_sizes and words == plain_words and not batch.altered:
-                    sent = batch.sendmmsg(fd, batch.replies[0], received, MSG_DONTWAIT)
-                    if sent == received:
-                        tally.mine[0] += sent
-                        continue
-                    sent = max(sent, 0)  # it stopped at one that can't be sent
-            queries, more = batch.answer_each(fd, sent, received, label)
-            tally.add(received, sent + queries, sent + more)
-        elif ctypes.get_errno() == errno.ENOSYS:
-            return
-        elif ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
-            time.sleep(PAUSE_SEC)
+        if alone < ALONE or alone % ALONE == 0:
+            received = batch.recvmmsg(fd, batch.queries, SLOTS, wait, None)
+        else:  # one at a time, by the calls that cost less for one
+            size = batch.recvmsg(fd, batch.queries, wait & MSG_DONTWAIT)
+            nano = now_ns() - clock.second_ns
+            if size == PLAIN_SIZE and batch.words[0] == ctai and 0 <= nano < 1000000000 and not batch.altered:
+                put_nano(head, 12, nano)
+                if batch.sendmsg(fd, batch.reply, MSG_DONTWAIT) > 0:
+                    tally.mine[0] += 1
+                    alone += 1
+                    continue
+            batch.sizes[0], received = max(size, 0), 1 if size >= 0 else 0
+        if received <= 0:
+            received = libc.recvmmsg(fd, batch.queries, SLOTS, MSG_DONTWAIT, None)  # this one tells why
+        if received <= 0:
+            if ctypes.get_errno() == errno.ENOSYS:
+                return
+            if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
+                time.sleep(PAUSE_SEC)
+            continue
+        alone = alone + 1 if received == 1 else 0
+
+        # Written out, as each call of a function more shows when a lone query wakes a cold cache.
+        nano = now_ns() - clock.second_ns
+        if 0 <= nano < 1000000000:
+            put_nano(head, 12, nano)
+        else:
+            label = clock.label()
+            if not label:
+                tally.add(received, batch.answer_each(fd, 0, received, silent=True)[0], 0)
+                continue
+            head[4:] = label
+        sent = 0
+        sizes, plain_sizes, words, plain_words = batch.looks[received]
+        if sizes == plain_sizes and words == plain_words and not batch.altered:
+            sent = batch.sendmmsg(fd, batch.replies[0], received, MSG_DONTWAIT)
+            if sent == received:
+                tally.mine[0] += sent
+                continue
+            sent = max(sent, 0)  # it stopped at one that can't be sent
+        queries, more = batch.answer_each(fd, sent, received)
+        tally.add(received, sent + queries, sent + more)
 
 
 def serve(sockets, clock, tally):
