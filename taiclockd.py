@@ -229,6 +229,7 @@ LEAP_NEAR_NS = 2 * 10**9  # so near to a leap second the kernel is asked; it lea
 HOUR_NS, LOOK_NS = 3600 * 10**9, 600 * 10**9
 NEVER_NS = -2**63
 PLAIN_SIZE = 32  # of a query, as clients send it
+PUT_NANO = struct.Struct(">I").pack_into  # nanoseconds, at 12 of a reply
 
 # C's struct iovec: where, how many bytes.
 IOVEC = struct.Struct("@PN")
@@ -239,7 +240,7 @@ MMSGHDR_SIZE_AT = struct.calcsize("@PIPNPNi0P")
 MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only, for none
 WORKERS_MAX = 1024
 SLOTS = 64  # datagrams per batch: Python takes 1% of a full one; of a larger one the label would be older
-ALONE = 8  # after so many batches of one, only every 8th is another: to ask for more in vain costs 1 us
+ALONE, LONE = 8, 64  # after so many batches of one, so many queries are expected to come one by one
 QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel; its own limit is lower, as a rule
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
 
@@ -531,7 +532,6 @@ class Batch:
             IOVEC.pack(head_at, QUERY_MIN) + IOVEC.pack(at + QUERY_MIN, PLAIN_SIZE - QUERY_MIN) for at in starts))
         queries, (self.queries, *_) = headers(room, 1)
         _, self.replies = headers(pieces, 2)
-        self.reply = self.replies[0]
 
         # The sizes and the first words of what was received, for each number of it, and what they are if all
         # of it is plain.
@@ -544,6 +544,24 @@ class Batch:
         self.tail_sizes = memoryview(pieces).cast("N")[3::4]  # of the replies
         self.plain_tail_sizes = memoryview(bytes(self.tail_sizes)).cast("N")
         self.altered = False  # whether tail_sizes are others
+
+    def answer_alone(self, fd, head, clock):
+        """Answer plain queries as they come, by the calls for one message, which cost less for one ->
+        the size of what came last and is not answered, in the first slot, since it is something else or needs
+        a label of another second; -1 for an error, and after some queries for a look at the queue; and the
+        number answered."""
+        recvmsg, query, sendmsg, reply = self.recvmsg, self.queries, self.sendmsg, self.replies[0]
+        words, ctai, now_ns, answered = self.words, self.looks[1][3][0], clock.now_ns, 0
+        while answered < LONE:
+            size = recvmsg(fd, query, 0)
+            nano = now_ns() - clock.second_ns
+            if size != PLAIN_SIZE or words[0] != ctai or not 0 <= nano < 1000000000 or self.altered:
+                return size, answered
+            PUT_NANO(head, 12, nano)
+            if sendmsg(fd, reply, MSG_DONTWAIT) < 0:
+                return size, answered
+            answered += 1
+        return -1, answered
 
     def answer_each(self, fd, first, received, silent=False):
         """Answer the slots from `first` on one by one -> the numbers of queries and of replies sent."""
@@ -579,22 +597,16 @@ def serve_in_batches(sockets, clock, tally):
     except (AttributeError, ImportError):
         return
     wait = MSG_WAITFORONE if len(sockets) == 1 else MSG_DONTWAIT
-    now_ns, put_nano, alone = clock.now_ns, struct.Struct(">I").pack_into, 0
-    ctai = int.from_bytes(b"ctai", sys.byteorder)
+    now_ns, alone = clock.now_ns, 0
     for fd in readable(list(batches)):
         batch = batches[fd]
-        if alone < ALONE or alone % ALONE == 0:
-            received = batch.recvmmsg(fd, batch.queries, SLOTS, wait, None)
-        else:  # one at a time, by the calls that cost less for one
-            size = batch.recvmsg(fd, batch.queries, wait & MSG_DONTWAIT)
-            nano = now_ns() - clock.second_ns
-            if size == PLAIN_SIZE and batch.words[0] == ctai and 0 <= nano < 1000000000 and not batch.altered:
-                put_nano(head, 12, nano)
-                if batch.sendmsg(fd, batch.reply, MSG_DONTWAIT) > 0:
-                    tally.mine[0] += 1
-                    alone += 1
-                    continue
+        if alone == ALONE and wait == MSG_WAITFORONE:
+            size, answered = batch.answer_alone(fd, head, clock)
+            tally.mine[0] += answered
             batch.sizes[0], received = max(size, 0), 1 if size >= 0 else 0
+            alone = ALONE - 1
+        else:
+            received = batch.recvmmsg(fd, batch.queries, SLOTS, wait, None)
         if received <= 0:
             received = libc.recvmmsg(fd, batch.queries, SLOTS, MSG_DONTWAIT, None)  # this one tells why
         if received <= 0:
@@ -603,12 +615,12 @@ def serve_in_batches(sockets, clock, tally):
             if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
                 time.sleep(PAUSE_SEC)
             continue
-        alone = alone + 1 if received == 1 else 0
+        alone = min(alone + 1, ALONE) if received == 1 else 0
 
         # Written out, as each call of a function more shows when a lone query wakes a cold cache.
         nano = now_ns() - clock.second_ns
         if 0 <= nano < 1000000000:
-            put_nano(head, 12, nano)
+            PUT_NANO(head, 12, nano)
         else:
             label = clock.label()
             if not label:
