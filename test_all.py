@@ -51,6 +51,7 @@ if __name__ == "__main__":
     sys.exit(pytest.main(["-p", "no:cacheprovider", "-rs"] + (sys.argv[1:] or ["-q"]) + [os.path.abspath(__file__)]))
 
 # ==== what the tests share =========================================================================
+import base64
 import contextlib
 import errno
 import hashlib
@@ -2236,6 +2237,7 @@ class Https:
     def __init__(self, home, valid=(2020, 2035), off_ns=0, authority_valid=(2020, 2060)):
         need("openssl")
         self.home, self.off_ns, self.header = home, off_ns, "Date: %s GMT"
+        self.hostile = None  # what to do instead of answering, with the TLS connection
         (home / "index.txt").write_text("")
         (home / "ca.conf").write_text("""[ca]
 default_ca = here
@@ -2283,6 +2285,9 @@ distinguished_name = name
                     if request == b"stop":
                         return
                     assert request.startswith(b"HEAD / HTTP/1.1\r\nHost: localhost:")
+                    if self.hostile:
+                        self.hostile(tls)
+                        continue
                     shown = time.gmtime((time.time_ns() + self.off_ns) // 10**9)
                     header = self.header.replace("%s", time.strftime("%a, %d %b %Y %H:%M:%S", shown))
                     tls.sendall(("HTTP/1.1 200 OK\r\nServer: test\r\n%s\r\n\r\n" % header).encode())
@@ -2329,7 +2334,8 @@ def test_https_confirms_the_time(tmp_path):
             https.header = header
             done = ask("sntpclock", server.port, "-c", https.url, **https.env)
             assert (done.returncode, done.stdout) == (111, b""), header
-        for url in "http://localhost/", "https://", "https://a b/", "https://localhost:x/", "https://x/\r\n":
+        for url in "http://localhost/", "https://", "https://a b/", "https://localhost:x/", "https://x/\r\n", \
+                "https://localhost:65536/", "https://localhost:\u0663/":
             done = ask("sntpclock", server.port, "-c", url)
             assert done.returncode == 111 and "not a https:// address" in done.stderr, url
 
@@ -2349,6 +2355,115 @@ def test_certificates_are_judged_by_the_time_measured_not_by_this_clock(tmp_path
         elif number == 1 or sys.version_info >= (3, 10):  # before, an authority's dates can't be seen
             assert (done.returncode, done.stdout) == (111, b"")
             assert "certificate is not valid at the time" in done.stderr
+
+
+def http_answer(date=None, status="HTTP/1.1 200 OK", more=""):
+    date = time.strftime(SNTP.HTTP_DATE, time.gmtime()) if date is None else date
+    return ("%s\r\nServer: test\r\nDate: %s\r\n%s\r\n" % (status, date, more)).encode("latin-1")
+
+
+def test_the_date_of_an_https_answer():
+    date, sec = "Sun, 22 Nov 2026 16:20:42 GMT", 1795364442
+    for answer in (http_answer(date), http_answer(date, "HTTP/1.0 404 Not Found"), http_answer(date) + bytes(99),
+                   http_answer(date).replace(b"Date: ", b"dATE:\t  "), http_answer(date) + http_answer("x"),
+                   http_answer(date, more="X-Date: x\r\nDated: x\r\n")):
+        assert SNTP.http_date(answer) == sec
+    assert SNTP.http_date(http_answer("Fri, 31 Dec 9999 23:59:59 GMT")) == 253402300799
+    for wrong in ("", "x", date[:-4], date + " x", "Mon" + date[3:], date.lower(), date.replace("GMT", "UTC"),
+                  "Sun, 1 Nov 2026 16:20:42 GMT", "Mon, 30 Feb 2026 16:20:42 GMT", "Sun, 22 Nov 26 16:20:42 GMT",
+                  "Thu, 31 Dec 2026 23:59:60 GMT", "Sunday, 22-Nov-26 16:20:42 GMT", "Sun Nov 22 16:20:42 2026",
+                  date.replace(" ", "  "), date.replace(" ", "\xa0"), date.replace("2", "\xb2"),
+                  "Sat, 01 Jan 0000 00:00:00 GMT", date * 2000, date + "\0", date + "\r\nDate: " + date):
+        with pytest.raises(ValueError) as refused:
+            SNTP.http_date(http_answer(wrong))
+        assert len(str(refused.value)) < 100
+    for answer in (b"", b"\r\n\r\n", http_answer(date)[:-2], http_answer(date)[:50], http_answer(date, "220 mail"),
+                   http_answer(date, "HTTP/2 200"), http_answer(date).replace(b"\r", b""),
+                   b"HTTP/1.1 200 OK\r\n\r\n" + http_answer(date)):
+        with pytest.raises(ValueError):
+            SNTP.http_date(answer)
+
+
+def trickle(tls):
+    for byte in http_answer():
+        tls.sendall(bytes([byte]))
+        time.sleep(0.05)
+
+
+def endless(tls):
+    while True:
+        tls.sendall(b"X: y\r\n" * 1000)
+
+
+def late(tls):
+    """The Date is right when it is sent, and was so half a minute ago if it is held up for so long."""
+    answer = http_answer()
+    time.sleep(2.5)
+    tls.sendall(answer)
+
+
+HOSTILE_ANSWERS = {
+    "closed at once": b"", "random": random.Random(SEED).getrandbits(8 * 5000).to_bytes(5000, "big"),
+    "cut off": b"HTTP/1.1 200 OK\r\nDate: %s\r\n", "mail": b"220 mail\r\nDate: %s\r\n\r\n",
+    "in the body": b"HTTP/1.1 200 OK\r\n\r\nDate: %s\r\n\r\n", "old lines": b"HTTP/1.1 200 OK\nDate: %s\n\n",
+    "two": b"HTTP/1.1 200 OK\r\nDate: %s\r\nDate: %s\r\n\r\n",
+    "no such day": b"HTTP/1.1 200 OK\r\nDate: Mon, 30 Feb 2026 16:20:42 GMT\r\n\r\n",
+    "a long one": b"HTTP/1.1 200 OK\r\nDate: a %s b c d e f " + b"9" * 60000 + b"\r\n\r\n",
+    "a million": b"X" * 10**6, "trickling": trickle, "endless": endless, "late": late,
+    "silent": lambda tls: time.sleep(2.5)}
+
+
+def test_hostile_https_answers_confirm_nothing_in_a_line_and_in_time(tmp_path):
+    rng = random.Random(SEED)
+    with Rogue(lambda query, n: [ntp_answer(query)]) as server, Https(tmp_path) as https:
+        for name, hostile in HOSTILE_ANSWERS.items():
+            date = time.strftime(SNTP.HTTP_DATE, time.gmtime()).encode()
+            https.hostile = hostile if callable(hostile) else (
+                lambda tls, answer=hostile.replace(b"%s", date): tls.sendall(answer))
+            begin = time.monotonic()
+            done = ask("sntpclock", server.port, "-r", 1, "-c", https.url, **https.env)
+            assert (done.returncode, done.stdout) == (111, b""), name
+            assert time.monotonic() - begin < SNTP.MOST_HTTPS_SEC + 4, name  # and a busy host's start
+            warning, fatal = done.stderr.splitlines()
+            assert warning.startswith("sntpclock: warning: unable to ask " + https.url) and len(warning) < 200
+            assert fatal.endswith("no HTTPS server confirms it")
+        # Who is late can't confirm; who has another time contradicts.  Any other change is found or harmless.
+        with contextlib.ExitStack() as stack:
+            for name, value in https.env.items():
+                before = os.environ.get(name)
+                stack.callback(lambda n=name, v=before: os.environ.update({n: v}) if v else os.environ.pop(n))
+                os.environ[name] = value
+            taken = 0
+            for number in range(300):
+                answer = http_answer()
+                answer = mutated(rng, answer) if number % 10 else answer
+                https.hostile = lambda tls: tls.sendall(answer)
+                with contextlib.suppress(OSError, ValueError):
+                    date_sec, before_ns, after_ns, validities = SNTP.ask_https(https.url, 5)
+                    assert time.strftime(SNTP.HTTP_DATE, time.gmtime(date_sec)).encode() in answer
+                    assert before_ns <= after_ns and len(validities) in (1, 2)
+                    taken += 1
+            assert taken >= 30
+
+
+@pytest.mark.parametrize("first", [b"", b"\x16\x03\x03\x40\x00\x02", b"HTTP/1.1 400 Bad Request\r\n\r\n",
+                                   b"\0" * 10**5], ids=["nothing", "a record", "plain HTTP", "zeros"])
+def test_what_is_no_tls_ends_in_time_and_in_a_line(first):
+    """A server that says something wrong, or begins a record and sends a byte of it now and then, or nothing."""
+    with Rogue(lambda query, n: [ntp_answer(query)]) as server, socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            with contextlib.suppress(OSError), listener.accept()[0] as client:
+                while client.send(first or b"\x16"):
+                    time.sleep(0.2)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        begin = time.monotonic()
+        url = "https://127.0.0.1:%d/" % listener.getsockname()[1]
+        done = ask("sntpclock", server.port, "-r", 1, "-T", 1500, "-c", url)
+        assert time.monotonic() - begin < 1.5 + 4
+        assert (done.returncode, done.stdout) == (111, b"") and len(done.stderr.splitlines()) == 2
+        assert "unable to ask " + url in done.stderr
+    thread.join()
 
 
 # ==== taiclock ======================================================================================
@@ -5292,6 +5407,15 @@ def test_a_delayer_moves_the_result_by_no_more_than_the_bound(name, answer, to_s
     assert 0.2e9 * (to_sec + back_sec) < bound_ns < 0.55e9 * (to_sec + back_sec)
 
 
+CERTIFICATE = """
+MIIBgDCCASegAwIBAgIUa7v9ug/J3P+iDE3GtAiBXWvhZfAwCgYIKoZIzj0EAwIwDDEKMAgGA1UEAwwBYTAeFw0yNjExMjIx
+OTUwMzlaFw0zNjExMTkxOTUwMzlaMAwxCjAIBgNVBAMMAWEwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASqtxoeWUaIFiwk
+xr2nypHMJ5AzzXqiEg6nTF1qXK7c6Nh36vH6Uaua794RH8IN5Kngf9NeC6bnb2a3YyHVo9zeo2cwZTAdBgNVHQ4EFgQUHt+Q
+3B5MbEHTGRsZs6ZS8f/hiJcwHwYDVR0jBBgwFoAUHt+Q3B5MbEHTGRsZs6ZS8f/hiJcwDwYDVR0TAQH/BAUwAwEB/zASBgNV
+HREECzAJggFhhwR/AAABMAoGCCqGSM49BAMCA0cAMEQCIFzmj0vOREyrWF8T4cgDVdDT1pXxFovlTIU4WP+zpHwMAiAXdOcy
+IZf5u6GWuekoDH2xSBEXY2hXC1nvsZtNm/38Tw==
+"""  # of no importance
+
 # What reads what others wrote, each with good examples to start from, and the least number of inputs.
 # A function may raise ValueError, and what its callers catch too.
 
@@ -5339,11 +5463,28 @@ def fuzz_targets(directory):
     def lines():
         return clockctl.read_marks(str(directory / "log"))
 
+    def dated(data):
+        date_sec = SNTP.http_date(data)
+        assert time.strftime(SNTP.HTTP_DATE, time.gmtime(date_sec)).encode() in data, "a time that nobody said"
+        SNTP.disagreement((-10**9, 10**9), (date_sec, 10**18, 10**18, [(0, date_sec)]), sum_of)
+        return date_sec
+
+    def certified(data):
+        """As ask_https() sees it, through OpenSSL and ssl, of which only this reads a file."""
+        text = ssl.DER_cert_to_PEM_cert(data)
+        (directory / "certificate").write_text(text)
+        return SNTP.validity(ssl._ssl._test_decode_cert(str(directory / "certificate")))
+
+    def sum_of(clock_ns, offset_ns):
+        return clock_ns + offset_ns
+
     def shown():
         read = clockctl.read_status(config)
         return clockctl.describe(read, 1e-3), clockctl.measures(read)
 
     value = (ValueError,)
+    date = "Sun, 22 Nov 2026 16:20:42 GMT"
+    dates = b"Nov 22 16:20:42 2026 GMT\nFeb  1 00:00:00 2027 GMT"
     return {
         "adjustment": (200000, [CODES.pack(-5 * 10**17), CODES.pack(10**18)[:12]], value, CODES.unpack),
         "leap table": (50000, [table, leapsecs_dat()[:40]], value + (IndexError,), cs.parse_leap_table),
@@ -5356,6 +5497,11 @@ def fuzz_targets(directory):
         "atto": (50000, [atto], value, cs.rate_from_atto),
         "configuration": (20000, [b'CLOCK_TYPE="ntp"\nCLOCK_IP=192.0.2.1 # x\n'], value,
                           lambda data: clockctl.parse_assignments(data.decode("latin-1"))),
+        "HTTPS answer": (100000, [http_answer(date), http_answer(date, "HTTP/1.0 404 x", "Date: x\r\n")], value,
+                         dated),
+        "certificate": (20000, [base64.b64decode(CERTIFICATE)], value + (OSError,), certified),
+        "certificate's dates": (20000, [dates], value + (KeyError,), lambda data: SNTP.validity(
+            dict(zip(("notBefore", "notAfter"), data.decode("latin-1").split("\n"))))),
         "options": (20000, [b"-r\n3\n-t\n500\n--\n192.0.2.1", b"-46f\n-l0\nh"], value + (OverflowError,),
                     lambda data: SNTP.Settings(data.decode("latin-1").split("\n"), 123, "c:k:K:s:")),
         "adjust": (20000, [CODES.pack(10**12)], (), taken),
