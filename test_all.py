@@ -4867,13 +4867,73 @@ def test_clockspeed_heeds_the_servers_leap_where_no_table_tells(scale, sign, tab
     if heeded:
         assert kernel.fields["tai"] == 10 + sign
     assert not [line for line in simulation.lines if line.startswith(("moved", "slew", "step"))]
-    # The next run knows nothing of it, nor of a phase in a TAI that it does not have.
+    # The next run knows it still, and so does the next boot.
     (tmp_path / "etc" / "leap").unlink()
-    lines = len(simulation.lines)
+    kernel.fields["tai"] = 0
     simulation = simulate(kernel)
+    assert simulation.source.startswith("phase and rate of etc/state")
     simulation.run(3600)
-    assert abs(kernel.clock + sign * heeded * 1e9) < 5e6 and "slew" not in "".join(simulation.lines[lines:])
-    assert simulation.source.startswith("rate of etc/state (" if heeded else "phase and rate of etc/state")
+    assert kernel.fields["tai"] == 10 + sign * heeded
+    assert abs(kernel.clock + sign * heeded * 1e9) < 1e6 and not simulation.lines
+    simulation.mark(-sign * heeded * 10**9)  # as the servers have it
+    kernel.sleep(60)
+    kernel.boot, kernel.tick, kernel.fields["tai"] = "boot-2", 10**9, 0
+    simulation = simulate(kernel)
+    simulation.mark(-sign * heeded * 10**9)
+    assert kernel.fields["tai"] == 10 + sign * heeded and simulation.daemon.marks["used"] == 1
+    # A table that reaches so far knows better, be it that there was none; it is no reason to move the clock.
+    for leap_rows in [], [(NEW_YEAR_SEC, 10 + sign)]:
+        rows = "".join("%d %d\n" % (start + 2208988800, offset) for start, offset in leap_rows)
+        path.write_text("#@ 4102444800\n2272060800 10\n" + rows)
+        kernel.sleep(60)
+        simulation = simulate(kernel)
+        simulation.run(600)
+        simulation.mark(-sign * heeded * 10**9)
+        want = (10 + sign if leap_rows else 10) if scale == "utc" else 10
+        assert kernel.fields["tai"] == want and (scale == "tai" or simulation.daemon.announced == [])
+        assert abs(kernel.clock + sign * heeded * 1e9) < 1e6 and not stepped(kernel)
+
+
+@pytest.mark.parametrize("announced", [
+    [[1798761600, 2]], [[1798761601, 1]], [[1798848000, 1]], [[1798761600, 1]] * 2, [[1, 1]], [[1798761600.0, 1]],
+    [[1798761600, True]], [[10**30, 1]], [["1798761600", 1]], [[1798761600]], [1], 1, "x", None, {"a": 1},
+    [[1814400000, 1], [1798761600, 1]]])
+def test_no_announced_leap_second_is_taken_from_a_damaged_state(announced, simulate, tmp_path, capfd):
+    kernel = FakeKernel(start_ns=(NEW_YEAR_SEC + 10**8) * 10**9)
+    simulation = simulate(kernel)
+    for _ in range(2):
+        simulation.mark()
+        simulation.run(600)
+    for value, source in ((announced, "rate of etc/atto"), ([], "phase and rate of etc/state")):
+        simulation.daemon.save_state()
+        path = tmp_path / "etc" / "state"
+        path.write_text(json.dumps(dict(json.loads(path.read_text()), announced=value)))
+        simulation = simulate(kernel)
+        assert simulation.source == source and simulation.daemon.announced == []
+        assert ("unable to use etc/state" in capfd.readouterr().err) == (value != [])
+        simulation = simulate(kernel)
+
+
+def test_one_announced_leap_second_after_another(simulate, tmp_path, monkeypatch):
+    """Half a year on, and no table has either: the second one is added to the first."""
+    path = tmp_path / "table"
+    path.write_text("2272060800 10\n")
+    monkeypatch.setenv("LEAPSECS", str(path))
+    kernel, leapt = FakeKernel(start_ns=(NEW_YEAR_SEC - 3600) * 10**9), 0
+    for start in NEW_YEAR_SEC, NEW_YEAR_SEC + 181 * 86400:
+        kernel.tai += (start - 3600) * 10**9 - kernel.clock_ns()
+        kernel.leapt, kernel.boot, kernel.tick = False, "boot-%d" % start, 10**9
+        simulation = simulate(kernel)
+        (tmp_path / "etc" / "leap").write_text("%d +1\n" % start)
+        for _ in range(3):
+            simulation.mark(-leapt * 10**9)
+            simulation.run(600)
+        simulation.run(7200)
+        leapt += 1
+        assert kernel.leapt and kernel.fields["tai"] == 10 + leapt
+        assert abs(kernel.clock + leapt * 1e9) < 1e6
+        (tmp_path / "etc" / "leap").unlink()
+        simulation.daemon.save_state()
 
 
 def test_a_table_that_learns_of_a_leap_second_afterwards_moves_no_clock(simulate, tmp_path, monkeypatch):
