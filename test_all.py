@@ -911,8 +911,8 @@ def daemon(tmp_path):
     (tmp_path / "home").mkdir()
     made = []
 
-    def make(*options):
-        made.append(Daemon(tmp_path / "home", *options))
+    def make(*options, **named):
+        made.append(Daemon(tmp_path / "home", *options, **named))
         return made[-1]
     yield make
     for process in made:
@@ -5032,6 +5032,69 @@ def test_a_counter_that_goes_back_begins_the_phase_anew(simulate):
     # The file remembers a counter that is ahead of this one's.
     kernel.tick -= 10 * 3600 * 10**9
     assert simulate(kernel).source == "rate of etc/state"
+
+
+# What a migration does to the counter, in s: on the new host it stands elsewhere and, as the machine stands
+# still on the way, everything is late.  Linux's clock follows its counter forward, never back.
+MIGRATIONS = (0, 0.5, 7200, -7200)
+AWAY_SEC = 0.2
+PPM_BEFORE, PPM_AFTER = 20, -35
+
+
+@pytest.mark.parametrize("jump_sec", MIGRATIONS)
+def test_a_migrated_machine_learns_the_new_hosts_counter(simulate, jump_sec):
+    """Rate and value of the counter change at once."""
+    kernel, simulation = settled_daemon(simulate, PPM_BEFORE)
+    kernel.ppm = PPM_AFTER
+    kernel.tai += round(AWAY_SEC * 1e9)
+    kernel.tick += round(jump_sec * 1e9)
+    kernel.clock += (max(jump_sec, 0) - AWAY_SEC) * 1e9
+    before = len(outcomes(simulation))
+    for _ in range(6):
+        simulation.run(541)
+        simulation.mark()
+    assert outcomes(simulation)[before:][-2:] == ["used", "used"]
+    assert abs(simulation.daemon.estimator.rate()[0] - PPM_AFTER) < 0.5
+    assert abs(simulation.daemon.estimator.real(kernel.tick)[0] - kernel.tai) < 1e5
+    assert not stepped(kernel)
+    if abs(jump_sec) < 60 or jump_sec < 0:
+        assert abs(kernel.clock) < 1e5
+    else:
+        assert simulation.lines[-1].startswith("slew: -7"), "clockctl set does that"
+    assert any(line.startswith("counter: it went back") for line in simulation.lines) == (jump_sec < 0)
+
+
+@pytest.mark.parametrize("jump_sec", MIGRATIONS)
+def test_a_clockspeed_that_is_migrated_runs_on_and_says_so(daemon, tmp_path, jump_sec):
+    """The process, with a counter and a clock that it reads from a file; observing."""
+    world = tmp_path / "world"
+    path = patched("clockspeed", "Clock.read = lambda self: tuple(map(int, open(%r).read().split()))\n"
+                   "Clock.suspended_ns = lambda self: 0" % str(world), tmp_path)
+    ticks, clock_ns, real_ns = 10**13, 1796000000 * 10**9, 1796000000 * 10**9
+
+    def look():
+        (tmp_path / "new").write_text("%d %d" % (ticks, clock_ns))
+        os.rename(str(tmp_path / "new"), str(world))
+    look()
+    process, ppm = daemon(name=path), PPM_BEFORE
+    for count in range(1, 13):
+        ticks, clock_ns = ticks + 541 * 10**9, clock_ns + 541 * 10**9
+        real_ns += 541 * (10**9 + ppm * 1000)
+        if count == 7:
+            ppm = PPM_AFTER
+            real_ns += round(AWAY_SEC * 1e9)
+            ticks, clock_ns = ticks + round(jump_sec * 1e9), clock_ns + round(max(jump_sec, 0) * 1e9)
+        look()
+        process.write(CODES.pack((real_ns - clock_ns) * 10**9))
+        process.wait_for("mark: ", count)
+    assert process.stop() == 0
+    status = json.loads(contents(process.home + "/etc/status"))
+    assert abs(status["rate_ppm"] - PPM_AFTER) < 0.5
+    assert abs(status["offset_ns"] - (real_ns - clock_ns)) < 1e5
+    marks = [line.rpartition(" ")[2] for line in process.lines() if line.startswith("mark: ")]
+    assert marks == ["used"] * 6 + (["used"] if jump_sec < 0 else []) + ["doubted"] * 2 + ["used"] * (
+        3 if jump_sec < 0 else 4)
+    assert any(line.startswith("counter: it went back") for line in process.lines()) == (jump_sec < 0)
 
 
 @pytest.mark.parametrize("gone_sec", (0.3, 60, 86400))
