@@ -842,7 +842,8 @@ def microseconds(ns):
 
 def bench_neighbours(tests):
     """sntpclock and taiclock on loopback, beside a true server and this clock, so that 0 is the right offset."""
-    print("\n%-32s %9s %9s %9s   %12s %12s" % ("spoofer", "a second", "exchanges", "answered", "error", "bound"))
+    print("\n%-32s %9s %9s %9s   %12s %12s" % (
+        "spoofer", "a second", "exchanges", "answered", "error", "bound"))
     for name, answer in tests.PROTOCOLS:
         for spoofer in tests.SPOOFERS:
             with tempfile.TemporaryDirectory() as directory:
@@ -861,7 +862,8 @@ def bench_neighbours(tests):
     for name, answer in tests.PROTOCOLS:
         for to_sec, back_sec in DELAYS_SEC:
             rng = random.Random(1)
-            found = [tests.ask_past_a_delayer(name, answer, to_sec, back_sec, rng, 4) for _ in range(FAULT_RUNS)]
+            found = [tests.ask_past_a_delayer(name, answer, to_sec, back_sec, rng, 4)
+                     for _ in range(FAULT_RUNS)]
             worst = max(found, key=lambda each: abs(each[0]) / each[1])
             print("%-32s %9d %9d %11.3f   %12s %12s" % (
                 "%s, %g ms there, %g back" % (name, to_sec * 1e3, back_sec * 1e3), len(found),
