@@ -5437,6 +5437,7 @@ def ask_in_a_flood(path, answer, spoofer, exchanges):
                 ports = (1024, 65535) if spoofer == "knows no port" else (address[1], address[1])
                 sockets = strangers if spoofer == "strangers" else [server]
                 flood = Flood(sockets, answer(bytes(48), 10**9), ports)
+                stack.callback(flood.process.kill)
                 flooded = time.monotonic()
                 time.sleep(0.1)  # for it to be under way
             answered += 1
