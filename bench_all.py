@@ -11,7 +11,8 @@ DESCRIPTION
     clients    the error of one measurement by sntpclock, beside the other clients that are there;
                root, for network namespaces
     server     CPU per reply of taiclockd, beside C servers compiled on the spot and those on PATH
-    faults     the time error after each of many faults, and what hostile inputs do
+    faults     the time error after each of many faults, beside spoofers and delayers, and what hostile
+               inputs do
     programs   start-up time and memory of each program, CPU of a day of clockspeed
     Without a name, all of them but the picture.  Other words choose the estimator's lines that have one of them.
     Nothing here touches the clock.
@@ -733,6 +734,8 @@ def bench_workers(ours, env, rounds=15, round_sec=0.3):
 
 # ==== faults ========================================================================================
 FAULT_RUNS = 5
+SPOOFED_EXCHANGES = 200
+DELAYS_SEC = ((0.01, 0), (0, 0.01), (0.1, 0), (0, 0.1), (0.03, 0.07))  # at most: on the way there, and back
 FUZZ_SHARE = 10  # a tenth of what test_all.py tries, which is a million
 NIGHT_SEC, DAY_SEC = 8 * 3600, 86400
 
@@ -837,10 +840,41 @@ def microseconds(ns):
     return "%.0f us" % (ns / 1e3) if ns < 1e8 else "%.3g s" % (ns / 1e9)
 
 
+def bench_neighbours(tests):
+    """sntpclock and taiclock on loopback, beside a true server and this clock, so that 0 is the right offset."""
+    print("\n%-32s %9s %9s %9s   %12s %12s" % (
+        "spoofer", "a second", "exchanges", "answered", "error", "bound"))
+    for name, answer in tests.PROTOCOLS:
+        for spoofer in tests.SPOOFERS:
+            with tempfile.TemporaryDirectory() as directory:
+                path, exchanges = os.path.join(HERE, name + ".py"), SPOOFED_EXCHANGES
+                if spoofer == "no kernel filter":
+                    path, exchanges = tests.patched(name, tests.NO_FILTER, pathlib.Path(directory)), 20
+                done, tried, _, rate, _ = tests.ask_in_a_flood(path, answer, spoofer, exchanges)
+            lost = done.stderr.count("warning: unable to ask")
+            error, bound = "refused", ""
+            if done.returncode == 0:
+                error, bound = (microseconds(abs(each)) for each in tests.result_of(done))
+            print("%-32s %9d %9d %9d   %12s %12s" % (
+                name + ", " + spoofer, rate, tried, tried - lost, error, bound), flush=True)
+    print("\n%-32s %9s %9s %11s   %12s %12s" % (
+        "delayer, up to", "tried", "within", "shift/bound", "worst shift", "its bound"))
+    for name, answer in tests.PROTOCOLS:
+        for to_sec, back_sec in DELAYS_SEC:
+            rng = random.Random(1)
+            found = [tests.ask_past_a_delayer(name, answer, to_sec, back_sec, rng, 4)
+                     for _ in range(FAULT_RUNS)]
+            worst = max(found, key=lambda each: abs(each[0]) / each[1])
+            print("%-32s %9d %9d %11.3f   %12s %12s" % (
+                "%s, %g ms there, %g back" % (name, to_sec * 1e3, back_sec * 1e3), len(found),
+                sum(abs(shift) <= bound + 1 for shift, bound in found), abs(worst[0]) / worst[1],
+                microseconds(abs(worst[0])), microseconds(worst[1])), flush=True)
+
+
 def bench_faults():
     """The time error three marks (of 20 us noise) and 38 minutes after each fault, on test_all.py's
-    simulated kernel; what the clock is off more than that is still being slewed.  Then what hostile inputs
-    cost."""
+    simulated kernel; what the clock is off more than that is still being slewed.  Then what hostile neighbours
+    and inputs do."""
     tests = load("test_all")  # needs pytest, as test_all.py installs it
     os.environ.update(CLOCK_SCALE="utc", LEAPSECS=tests.LEAP_TABLE.name, TZ="UTC")
     stderr, quiet = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -858,8 +892,9 @@ def bench_faults():
         print("%-32s %5d %8d   %12s %12s   %12s" % (
             name, FAULT_RUNS, len(errors), microseconds(statistics.median(believed)), microseconds(max(believed)),
             microseconds(statistics.median(clock))))
+    bench_neighbours(tests)
     print("\n%-32s %9s %9s %9s %9s" % ("hostile inputs to", "tried", "survived", "refused", "each"))
-    rng, total = random.Random(1), 0
+    rng, tried, total = random.Random(1), 0, 0
     with tempfile.TemporaryDirectory() as directory:
         for name, (count, examples, allowed, function) in tests.fuzz_targets(pathlib.Path(directory)).items():
             inputs = [tests.mutated(rng, rng.choice(examples)) for _ in range(count // FUZZ_SHARE)]
@@ -872,9 +907,9 @@ def bench_faults():
                     refused += 1
                 survived += 1
             each_us = (time.perf_counter() - begin) / len(inputs) * 1e6
-            total += survived
+            tried, total = tried + len(inputs), total + survived
             print("%-32s %9d %9d %9d %6.1f us" % (name, len(inputs), survived, refused, each_us))
-    print("%-32s %9s %9d" % ("in total", "", total))
+    print("%-32s %9d %9d" % ("in total", tried, total))
     os.dup2(stderr, 2)
 
 

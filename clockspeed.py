@@ -40,7 +40,8 @@ FILES (in home)
     etc/status  the same for people and programs (JSON): clockctl status reads it
     etc/leap    the leap second that the time servers announce for the end of this day, kept by
                 sntpclock -s: counts on the last UTC day of June and December, when no table tells
-                (a leap-seconds.list that has not expired does, what it has and what it has not)
+                (a leap-seconds.list that has not expired does, what it has and what it has not);
+                etc/state keeps it from then on, until a table has it
 
 OUTPUT
     One line for each event on stdout; multilog adds the time.
@@ -960,6 +961,12 @@ def duration(sec):
     return "%.3g d" % (sec / 86400)
 
 
+def may_follow_leap(start_sec, sign):
+    """Whether a leap second may come right before that Unix second; not of this world is neither."""
+    return (type(start_sec) is int and 0 < start_sec < ERA_SEC and start_sec % 86400 == 0
+            and time.gmtime(start_sec)[1:3] in ((1, 1), (7, 1)) and type(sign) is int and sign in (1, -1))
+
+
 def rate_from_atto(packet):
     """The bytes of etc/atto -> rate in ppm; ValueError."""
     ns_per_tick = unpack(packet) / 10**9
@@ -983,7 +990,7 @@ class Clockspeed:
         self.troubles = {}  # what failed -> why, so that the same trouble is said once
         self.done_ns = {}  # what is done now and then -> tick when it was last done
         self.known_ns = RELEASE_SEC * 10**9  # no system clock is right that shows less
-        self.announced = []  # by the time servers, as a row of the leap second table
+        self.announced = []  # by the time servers: (the Unix second after a leap second, +1 or -1)
         self.look()
         self.read_leaps()
         self.begin_phase()
@@ -1043,6 +1050,7 @@ class Clockspeed:
             return None
         try:
             state = json.loads(read_file(self.etc_fd, "state"))
+            self.load_announced(state.get("announced", []))
             if state["counter"] != self.clock.counter or state["atto"] != atto.hex():
                 return None  # another counter, or the C clockspeed has been at work since
             known_ns = int(state["known_ns"])
@@ -1114,8 +1122,8 @@ class Clockspeed:
             "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
             "atto": self.read_atto().hex(), "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm,
             "known_ns": self.known_ns, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns,
-            "tai_ns": to_tai(self.clock_ns, self.rows), "marks": self.marks, "last_mark": self.last_mark,
-            "estimator": self.estimator.state()})
+            "tai_ns": to_tai(self.clock_ns, self.rows), "announced": self.announced, "marks": self.marks,
+            "last_mark": self.last_mark, "estimator": self.estimator.state()})
 
     def save_status(self):
         known = self.estimator.has_phase()
@@ -1150,28 +1158,39 @@ class Clockspeed:
                          % time.strftime("%Y-%m-%d", time.gmtime(self.leap_expiry))))
 
     def read_announced(self, last_row):
-        """etc/leap, which sntpclock keeps -> [its row] where the table doesn't reach so far, else []."""
+        """-> rows for the leap seconds that were announced and that the table does not reach: those lived
+        through, and that of etc/leap, which sntpclock keeps, and which may be taken back until it comes."""
         now_sec = self.clock_ns // 10**9
-        if not self.announced or now_sec < self.announced[0][0]:  # until it comes it may be taken back
-            self.announced = []
-            try:
-                start, sign = map(int, read_file(self.etc_fd, "leap").split())
-                if (0 < start - now_sec <= ARM_SEC and start % 86400 == 0 and sign in (1, -1)
-                        and time.gmtime(start)[1:3] in ((1, 1), (7, 1))):
-                    self.announced = [(start, last_row[1] + sign)]
-            except (OSError, ValueError):  # as on most days
-                pass
         covered_sec = max(last_row[0], self.leap_expiry or 0)
-        return [row for row in self.announced if row[0] > covered_sec]
+        self.announced = [(start, sign) for start, sign in self.announced if covered_sec < start <= now_sec]
+        try:
+            start, sign = map(int, read_file(self.etc_fd, "leap").split())
+            if 0 < start - now_sec <= ARM_SEC and start > covered_sec and may_follow_leap(start, sign):
+                self.announced.append((start, sign))
+        except (OSError, ValueError):  # as on most days
+            pass
+        rows = [last_row]
+        for start, sign in self.announced:
+            rows.append((start, rows[-1][1] + sign))
+        return rows[1:]
+
+    def load_announced(self, announced):
+        """Take up what an earlier run heard of and lived through; ValueError, TypeError."""
+        announced = [(start, sign) for start, sign in announced]
+        if sorted(set(announced)) != announced or not all(may_follow_leap(*each) for each in announced):
+            raise ValueError("no leap seconds")
+        self.announced = announced
+        self.read_leaps()
+        self.begin_phase()  # in that TAI
 
     def reread_leaps(self):
         """A table that makes another TAI of the clock tells nothing of real time."""
         before, was_tai_ns = self.rows, to_tai(self.clock_ns, self.rows)
         self.read_leaps()
-        for row in self.rows:
-            if row in self.announced and row not in before:
+        for start, sign in self.announced:
+            if start not in dict(before) and start in dict(self.rows):
                 self.say("leap: the time servers announce a day that ends with a second %s"
-                         % ("more" if row[1] > self.rows[-2][1] else "less"))
+                         % ("more" if sign > 0 else "less"))
         if to_tai(self.clock_ns, self.rows) != was_tai_ns:
             self.say("leap: another table tells another TAI; a mark is wanted")
             self.estimator.forget_phase(0)

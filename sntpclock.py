@@ -43,8 +43,8 @@ OPTIONS
                 December keep in dir/leap which leap second a majority of the agreeing servers
                 announces; clockspeed heeds it when dir is its etc
     -c url      https://host/...; may be given several times.  At least one of these servers
-                must confirm the result by the Date in its answer, and none contradict it,
-                else it is refused, -f or not.  TLS is verified, but for the time: whether the
+                must confirm the result by the Date in its answer, which is to come within 2 s,
+                and none contradict it, else it is refused, -f or not.  TLS is verified, but for the time: whether the
                 certificates are valid is judged by the time measured, not by this clock
                 (Python before 3.10 does not show those of the authorities, only the host's)
     -v n        0 fatal errors only; 1 warnings too; 2 a line for each server too, with offset,
@@ -209,9 +209,12 @@ READING_NS = 1000  # the clock and the counter are read this close to each other
 QUEUED = 2  # an exchange of this times the least delay waited in some queue: its range says nothing more
 MOST_ADDRESSES = 4  # of one name: the least with which three still outvote one
 # What Python's socket module lacks of Linux's <linux/net_tstamp.h> and <asm-generic/socket.h>.
-SO_TIMESTAMPNS, SO_TIMESTAMPING = 35, 37
+SO_ATTACH_FILTER, SO_TIMESTAMPNS, SO_TIMESTAMPING = 26, 35, 37
 TX_SOFTWARE, RX_SOFTWARE, REPORT_SOFTWARE = 2, 8, 16
 TIMESPEC = struct.Struct("@ll")
+FILTER_STEP = struct.Struct("=HBBI")  # <linux/filter.h>: code, steps to skip if so and if not, number
+LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
+UDP_HEADER_BYTES = 8
 
 # T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it;
 # whether it says that the UTC day or month ends with a second more (1), less (-1) or neither.
@@ -254,6 +257,27 @@ def kernel_stamp(ancillary):
             sec, nano = TIMESPEC.unpack_from(data)
             return sec * 10**9 + nano or None  # zero: this packet has none
     return None
+
+
+def admit_only_answers(sock, query):
+    """Have the kernel drop what does not repeat the query's cookie.  Who knows our port, and no more, could
+    else fill the socket's queue with forgeries, for which the kernel then drops the true answer."""
+    if not sys.platform.startswith("linux"):
+        return
+    at, query_at, size = ECHO
+    steps = []
+    for i in range(0, size, 4):
+        word, = struct.unpack_from(">I", query, query_at + i)
+        steps += [(LOAD_WORD, 0, 0, UDP_HEADER_BYTES + at + i), (JUMP_IF_EQUAL, 1, 0, word),
+                  (PASS_BYTES, 0, 0, 0)]
+    steps.append((PASS_BYTES, 0, 0, 0xffff))
+    try:
+        import array  # which tells its place in memory
+        program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
+        where = struct.pack("@HP", len(steps), program.buffer_info()[0])
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, where)
+    except (ImportError, OSError):  # decode() tells them apart too, only later
+        pass
 
 
 def is_near(family, address):
@@ -302,7 +326,7 @@ class Server:
         self.socket = socket.socket(self.family, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
         enable_kernel_stamps(self.socket)
-        self.socket.connect(self.address)  # from now on the kernel drops what others send
+        self.socket.connect(self.address)  # from now on the kernel drops what other addresses send
 
     def failed(self, why):
         self.settings.warn("unable to ask %s: %s" % (self.name, why))
@@ -324,6 +348,7 @@ class Server:
             self.left -= 1
             self.due_ns = min(now_ns + self.settings.wait_ns, end_ns)
             query = make_query()
+            admit_only_answers(self.socket, query)
             self.current = Exchange(query, clocks())
             try:
                 self.socket.send(query)
@@ -588,6 +613,7 @@ class Settings:
 # flags (leap indicator, version, mode), stratum, poll, precision, root delay, root dispersion,
 # reference id, and the stamps reference, originate, receive, transmit; fixed point, 16.16 and 32.32
 NTP = struct.Struct(">BBbbII4sQQQQ")
+ECHO = 24, 40, 8  # an answer has there (originate) the bytes that the query has there (transmit), so many
 MAC_BYTES = 20  # of a digest: NTPv4 cuts longer ones, which could be taken for extension fields
 KEY_TYPES = ("MD5", "SHA1", "SHA256", "SHA384", "SHA512")
 NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
@@ -595,6 +621,8 @@ RELEASE_SEC = 1793491200  # 2026-11-01: no answer can be from long before this p
 REST_SEC = {"RATE": 1024, "DENY": 86400, "RSTR": 86400}  # after a kiss-o'-death, twice as long after the next
 MOST_REST_SEC = 30 * 86400
 NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which ssl has no name
+HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"  # no program calls setlocale(), so that the names are English
+MOST_HTTPS_SEC = 2  # who holds up the answer weakens what its Date, true for a second, tells by as much
 MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
 
 
@@ -764,6 +792,32 @@ class Kisses:
             settings.warn("unable to write %s: %s" % (self.path, reason(err)))
 
 
+def http_date(answer):
+    """The bytes of an HTTP answer -> Unix second of its Date; ValueError."""
+    import calendar
+    head, end, _ = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    if not end or not status.startswith("HTTP/1."):
+        raise ValueError("no HTTP answer, or not the whole head of one")
+    dates = [line[5:].strip(" \t") for line in lines if line[:5].lower() == "date:"]
+    if len(dates) != 1:
+        raise ValueError("answer with %d Dates" % len(dates))
+    try:
+        date_sec = calendar.timegm(time.strptime(dates[0], HTTP_DATE))
+    except ValueError:  # its text has all that came
+        date_sec = 0
+    # and back, since strptime() knows no 30 February and takes other spaces and a second 61
+    if time.strftime(HTTP_DATE, time.gmtime(date_sec)) != dates[0]:
+        raise ValueError("answer with a Date that is none")
+    return date_sec
+
+
+def validity(certificate):
+    """What ssl tells of a certificate -> the Unix seconds from and to which it is valid; ValueError."""
+    import ssl
+    return tuple(ssl.cert_time_to_seconds(certificate[name]) for name in ("notBefore", "notAfter"))
+
+
 def ask_https(url, timeout_sec, now_ns=time.time_ns):
     """-> (Unix second of its Date, our clock before and after in ns, [(from, to) of each certificate]).
 
@@ -771,37 +825,40 @@ def ask_https(url, timeout_sec, now_ns=time.time_ns):
     """
     import re
     import ssl
-    parts = re.fullmatch(r"https://(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z.-]+))(?::(\d{1,5}))?(/[!-~]*|)", url)
-    if not parts:
+    parts = re.fullmatch(r"https://(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z.-]+))(?::([0-9]{1,5}))?(/[!-~]*|)",
+                         url)
+    if not parts or int(parts.group(3) or 443) > 65535:
         raise ValueError("not a https:// address")
     host = parts.group(1) or parts.group(2)
     context = ssl.create_default_context()
     context.verify_flags |= NO_CHECK_TIME
     end_sec = time.monotonic() + timeout_sec
-    with socket.create_connection((host, int(parts.group(3) or 443)), timeout_sec) as plain, \
-            context.wrap_socket(plain, server_hostname=host) as tls:
-        before_ns = now_ns()
-        tls.sendall(("HEAD %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
-                     % (parts.group(4) or "/", url.split("/")[2])).encode())
-        header = b""
-        while b"\r\n\r\n" not in header and len(header) < 65536:
-            tls.settimeout(max(end_sec - time.monotonic(), 0.001))
-            more = tls.recv(65536)
-            if not more:
-                break
-            header += more
-        after_ns = now_ns()
-        try:  # the authorities' too; no public name for it before Python 3.13
-            certificates = [certificate.get_info() for certificate in tls._sslobj.get_verified_chain()]
-        except AttributeError:  # before Python 3.10
-            certificates = [tls.getpeercert()]
-    for line in header.decode("latin-1").split("\r\n"):
-        if line.lower().startswith("date:"):
-            _, day, month, year, clock, zone = line[5:].split()  # Sun, 22 Nov 2026 16:20:42 GMT
-            date_sec = ssl.cert_time_to_seconds("%s %s %s %s %s" % (month, day, clock, year, zone))
-            return date_sec, before_ns, after_ns, [tuple(map(ssl.cert_time_to_seconds, (
-                certificate["notBefore"], certificate["notAfter"]))) for certificate in certificates]
-    raise ValueError("answer without a Date")
+
+    def left_sec():
+        if time.monotonic() >= end_sec:
+            raise TimeoutError("timed out")
+        return end_sec - time.monotonic() + 1e-6  # zero would be no limit
+    plain = socket.create_connection((host, int(parts.group(3) or 443)), timeout_sec)
+    with plain:
+        plain.settimeout(left_sec())
+        with context.wrap_socket(plain, server_hostname=host) as tls:
+            end_sec = min(end_sec, time.monotonic() + MOST_HTTPS_SEC)
+            before_ns = now_ns()
+            tls.sendall(("HEAD %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
+                         % (parts.group(4) or "/", url.split("/")[2])).encode())
+            answer = b""
+            while b"\r\n\r\n" not in answer and len(answer) < 65536:
+                tls.settimeout(left_sec())
+                more = tls.recv(65536)
+                if not more:
+                    break
+                answer += more
+            after_ns = now_ns()
+            try:  # the authorities' too; no public name for it before Python 3.13
+                certificates = [certificate.get_info() for certificate in tls._sslobj.get_verified_chain()]
+            except AttributeError:  # before Python 3.10
+                certificates = [tls.getpeercert()]
+    return http_date(answer), before_ns, after_ns, list(map(validity, certificates))
 
 
 def disagreement(offset_range_ns, answer, utc):

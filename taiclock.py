@@ -186,9 +186,12 @@ READING_NS = 1000  # the clock and the counter are read this close to each other
 QUEUED = 2  # an exchange of this times the least delay waited in some queue: its range says nothing more
 MOST_ADDRESSES = 4  # of one name: the least with which three still outvote one
 # What Python's socket module lacks of Linux's <linux/net_tstamp.h> and <asm-generic/socket.h>.
-SO_TIMESTAMPNS, SO_TIMESTAMPING = 35, 37
+SO_ATTACH_FILTER, SO_TIMESTAMPNS, SO_TIMESTAMPING = 26, 35, 37
 TX_SOFTWARE, RX_SOFTWARE, REPORT_SOFTWARE = 2, 8, 16
 TIMESPEC = struct.Struct("@ll")
+FILTER_STEP = struct.Struct("=HBBI")  # <linux/filter.h>: code, steps to skip if so and if not, number
+LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
+UDP_HEADER_BYTES = 8
 
 # T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it;
 # whether it says that the UTC day or month ends with a second more (1), less (-1) or neither.
@@ -231,6 +234,27 @@ def kernel_stamp(ancillary):
             sec, nano = TIMESPEC.unpack_from(data)
             return sec * 10**9 + nano or None  # zero: this packet has none
     return None
+
+
+def admit_only_answers(sock, query):
+    """Have the kernel drop what does not repeat the query's cookie.  Who knows our port, and no more, could
+    else fill the socket's queue with forgeries, for which the kernel then drops the true answer."""
+    if not sys.platform.startswith("linux"):
+        return
+    at, query_at, size = ECHO
+    steps = []
+    for i in range(0, size, 4):
+        word, = struct.unpack_from(">I", query, query_at + i)
+        steps += [(LOAD_WORD, 0, 0, UDP_HEADER_BYTES + at + i), (JUMP_IF_EQUAL, 1, 0, word),
+                  (PASS_BYTES, 0, 0, 0)]
+    steps.append((PASS_BYTES, 0, 0, 0xffff))
+    try:
+        import array  # which tells its place in memory
+        program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
+        where = struct.pack("@HP", len(steps), program.buffer_info()[0])
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, where)
+    except (ImportError, OSError):  # decode() tells them apart too, only later
+        pass
 
 
 def is_near(family, address):
@@ -279,7 +303,7 @@ class Server:
         self.socket = socket.socket(self.family, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
         enable_kernel_stamps(self.socket)
-        self.socket.connect(self.address)  # from now on the kernel drops what others send
+        self.socket.connect(self.address)  # from now on the kernel drops what other addresses send
 
     def failed(self, why):
         self.settings.warn("unable to ask %s: %s" % (self.name, why))
@@ -301,6 +325,7 @@ class Server:
             self.left -= 1
             self.due_ns = min(now_ns + self.settings.wait_ns, end_ns)
             query = make_query()
+            admit_only_answers(self.socket, query)
             self.current = Exchange(query, clocks())
             try:
                 self.socket.send(query)
@@ -560,6 +585,9 @@ class Settings:
         if self.verbosity >= 1:
             complain("warning", text)
 # ==== end shared with some ====
+
+
+ECHO = 20, 20, 12  # an answer has there the bytes that the query has there, so many of them
 
 
 def make_query():
