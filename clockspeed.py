@@ -1367,6 +1367,10 @@ def main(argv):
     except BlockingIOError:
         complain("fatal", "unable to use %s: another clockspeed is running there" % home)
         return 111
+    except FileNotFoundError as err:
+        complain("fatal", "unable to %s: %s; svc/install makes it, and so does: mkdir -p %s" % (
+            doing, reason(err), home))
+        return 111
     except (OSError, ValueError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111

@@ -967,7 +967,10 @@ def test_a_second_clockspeed_refuses_to_run_beside_the_first(daemon):
 
 
 def test_a_missing_home_is_a_clear_line(tmp_path):
-    for home, why in ((tmp_path / "none", "No such file or directory"), (path_of("clockview"), "Not a directory")):
+    none = tmp_path / "none"
+    for home, why in (
+            (none, "No such file or directory; svc/install makes it, and so does: mkdir -p %s" % none),
+            (path_of("clockview"), "Not a directory")):
         done = run("clockspeed", "-n", home)
         assert (done.returncode, done.stdout) == (111, b"")
         assert done.stderr == "clockspeed: fatal: unable to use %s: %s\n" % (home, why)
@@ -1225,6 +1228,14 @@ def test_taiclockd_says_what_it_could_not_bind():
             assert done.returncode == 111 and done.stdout == b""
             assert done.stderr == ("taiclockd: fatal: unable to bind %s port %d: Address already in use\n"
                                    % (place, port))
+
+
+@pytest.mark.parametrize("option, most", [("-p", 65535), ("-j", 1024)])
+def test_taiclockd_says_which_numbers_it_takes(option, most):
+    for value in (most + 1, -1, "x", "", "1_0"):
+        done = run("taiclockd", option, value)
+        assert (done.returncode, done.stdout) == (100, b"")
+        assert done.stderr.endswith(" [-j workers]; %s takes a number from 0 to %d\n" % (option, most)), value
 
 
 def test_taiclockd_term_ends_it_while_it_waits():
@@ -1632,15 +1643,17 @@ def test_ipv6_and_a_name(name, answer):
 
 
 @both
-def test_no_server_is_a_quick_111_with_a_warning_for_each_exchange(name, answer):
+def test_no_server_is_a_quick_111_with_a_warning_that_counts_the_exchanges(name, answer):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     done = ask(name, port, "-r", 2, timeout=20)
     assert (done.returncode, done.stdout) == (111, b"")
-    warning = "%s: warning: unable to ask 127.0.0.1: Connection refused\n" % name
-    assert done.stderr == warning * 2 + "%s: fatal: unable to get the time from 127.0.0.1: " \
-                                        "time uncertainty too large\n" % name
+    assert done.stderr == (
+        "{0}: warning: unable to ask 127.0.0.1: Connection refused, 2 times\n"
+        "{0}: fatal: unable to get the time from 127.0.0.1: time uncertainty too large\n").format(name)
+    hosts = ["127.0.0.1", "127.0.0.2"]  # each has its own
+    assert ask(name, port, "-r", 1, hosts=hosts).stderr.count("Connection refused\n") == 2
     assert ask(name, port, "-v", 0, "-r", 2).stderr.count("\n") == 1
 
 
@@ -2041,7 +2054,7 @@ def test_answers_that_are_refused(fields, words):
     with Rogue(lambda query, n: [ntp_answer(query, **fields)]) as server:
         done = ask("sntpclock", server.port, "-r", 2, "-t", 500)
     assert (done.returncode, done.stdout) == (111, b"")
-    assert done.stderr.count("warning: unable to ask 127.0.0.1: ") == 2 and done.stderr.count(words) == 2
+    assert re.match("sntpclock: warning: unable to ask 127.0.0.1: .*%s.*, 2 times\n" % re.escape(words), done.stderr)
     assert done.stderr.endswith("time uncertainty too large\n")
 
 
@@ -3344,7 +3357,8 @@ def test_a_log_without_marks_or_no_log_is_a_clear_line(tmp_path):
         "clockctl: fatal: unable to draw the offset: there is no mark in the log (CLOCKSPEED_LOG) yet\n")
     done = graph(str(tmp_path / "none"))
     assert (done.returncode, done.stderr) == (
-        111, "clockctl: fatal: unable to read the log %s/none: No such file or directory\n" % tmp_path)
+        111, "clockctl: fatal: unable to read the log %s/none: No such file or directory; "
+             "CLOCKSPEED_LOG tells where it is\n" % tmp_path)
 
 
 def test_random_logs_draw_or_say_why_not(tmp_path, capfd):
@@ -4120,6 +4134,7 @@ def test_check_programs(clockctl, tmp_path):
     assert found("clockview", "clockadd") == [
         ("ok", "clockview, clockadd.py in %s; in C: clockview" % tmp_path, "")]
     assert levels(found("clockspeed", "clockview")) == "fail ok" and levels(found("clockspeed")) == "fail"
+    assert found("clockspeed", "sntpclock")[0][1] == "there is no clockspeed or sntpclock in %s" % tmp_path
     (tmp_path / "clockview").chmod(0o666)
     assert levels(found("clockview")) == "fail fail ok"  # not executable; everybody's
     tmp_path.chmod(0o777)
