@@ -91,7 +91,8 @@ ARM_SEC = 86400  # the kernel leaps at the next UTC midnight: it is told on the 
 LEAP_NS = 2 * 10**9  # so near to a leap second the clock's reading is ambiguous, and let alone
 FOREIGN_SEC = 3600  # how often a second program on the same clock is worth a line
 ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TAI, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x80, 0x4000
-ADJ_OFFSET_SINGLESHOT, STA_INS, STA_DEL, STA_UNSYNC = 0x8001, 0x10, 0x20, 0x40
+ADJ_OFFSET_SINGLESHOT, ADJ_OFFSET_SS_READ = 0x8001, 0xA001
+STA_INS, STA_DEL, STA_UNSYNC = 0x10, 0x20, 0x40
 PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
 BIAS_LIMIT_PPM = 50  # no kernel's clock is off the rate that it was given by more: somebody else was at work
 RATE_RANGE = (0.9, 1.1)  # ns of real time per tick; an atto outside was made with another counter
@@ -763,6 +764,11 @@ class KernelClock(Clock):
     BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
     MOST_US = 10**9  # of a single shot; it takes 23 days, and 32-bit kernels can't count much more
     BIAS_GAIN = 0.25  # of a new reading of the bias; it averages about 4 of them
+    UNEVEN = 0.06  # part of a slew: with a kernel that sleeps through its ticks, 3000 us came out as 2832 to 3199
+    BIAS_DOUBT_PPM = 0.5  # no bias is read off a clock that slews leave in more doubt
+    # A slew that was on its way when a mark came is begun anew if that is worth more than the second of it
+    # that is lost; besides, up to 500 us of it are in the kernel's current second, where nobody can read them.
+    ASTRAY_US = 2 * SLEW_PPM
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
         super().__init__()
@@ -770,36 +776,56 @@ class KernelClock(Clock):
         now = adjtimex()
         adjtimex(modes=ADJ_FREQUENCY, freq=now["freq"])  # fails here and now without the privilege
         self.set_to = None  # the (freq, tick) that we gave the kernel
+        self.forget()
+
+    def forget(self):
         self.busy_until_ns = 0
-        self.quiet = None  # (tick, what the clock shows by then but for its rate) at the last look
+        self.seen = None  # (tick_ns, clock_ns) at a look when no slew was on its way
+        self.promised_ns = self.promised_at = 0  # what the clock was told to gain since then, up to which tick
+        self.slewed_ns = 0  # how much of that was slews, to and fro
 
     def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, changed):
+        if self.set_to:
+            self.promised_ns += self.given_ppm() * (tick_ns - self.promised_at) / 1e6
+        self.promised_at = tick_ns
         if tick_ns < self.busy_until_ns:
             if changed:
-                self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=0)
-                self.busy_until_ns, self.quiet = tick_ns + self.SECOND_NS, None
+                self.redirect(offset_ns, tick_ns)
             self.set_rate(rate_ppm)
             return min(SETTLED_SEC, (self.busy_until_ns - tick_ns) / 10**9)
         self.learn_bias(tick_ns, clock_ns)
         self.set_rate(rate_ppm)
         slew_us = max(-self.MOST_US, min(self.MOST_US, round(offset_ns / 1000)))
-        self.quiet = tick_ns, clock_ns + slew_us * 1000
         if slew_us:
             self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=slew_us)
+            self.promised_ns += slew_us * 1000
+            self.slewed_ns += abs(slew_us) * 1000
             self.busy_until_ns = tick_ns + -(-abs(slew_us) // SLEW_PPM) * 10**9 + self.SECOND_NS
         if abs(offset_ns) <= SETTLED_NS:
             return SETTLED_SEC
         return min(SETTLED_SEC, max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9))
 
+    def redirect(self, offset_ns, tick_ns):
+        """Stop the slew that is on its way if it leads astray; the next one begins with the next second."""
+        left_us = self.adjtimex(modes=ADJ_OFFSET_SS_READ)["offset"]
+        if left_us and abs(offset_ns / 1000 - left_us) > self.ASTRAY_US:
+            self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=0)
+            self.promised_ns -= left_us * 1000
+            left_us = 0
+        if not left_us:
+            self.busy_until_ns = min(self.busy_until_ns, tick_ns + self.SECOND_NS)
+
     def learn_bias(self, tick_ns, clock_ns):
         """The kernel's clock is some ppm off the rate that it was given (its own rounding, and the
-        counter's calibration that went on after the boot): measured where nothing else moved it."""
-        if not self.quiet or tick_ns - self.quiet[0] < self.BIAS_NS:
+        counter's calibration that went on after the boot): what it has gained beyond what it was told to."""
+        past_ns = tick_ns - self.seen[0] if self.seen else math.inf
+        if past_ns < self.BIAS_NS:
             return
-        moved_ns = clock_ns - self.quiet[1] - (tick_ns - self.quiet[0])
-        bias_ppm = moved_ns / (tick_ns - self.quiet[0]) * 1e6 - self.given_ppm()
-        if abs(bias_ppm) < BIAS_LIMIT_PPM:
-            self.bias_ppm += (bias_ppm - self.bias_ppm) * (self.BIAS_GAIN if self.bias_ppm else 1)
+        if self.slewed_ns * self.UNEVEN < past_ns * self.BIAS_DOUBT_PPM / 1e6 and self.seen:
+            bias_ppm = (clock_ns - self.seen[1] - past_ns - self.promised_ns) / past_ns * 1e6
+            if abs(bias_ppm) < BIAS_LIMIT_PPM:
+                self.bias_ppm += (bias_ppm - self.bias_ppm) * (self.BIAS_GAIN if self.bias_ppm else 1)
+        self.seen, self.promised_ns, self.slewed_ns = (tick_ns, clock_ns), 0, 0
 
     def given_ppm(self):
         freq, tick = self.set_to
@@ -823,9 +849,6 @@ class KernelClock(Clock):
     def step(self, delta_ns):
         step_kernel(self.adjtimex, delta_ns)
         self.forget()  # the kernel drops its slews at a step
-
-    def forget(self):
-        self.busy_until_ns, self.quiet = 0, None
 
     def announce(self, error_ns, offset_ns, tai_offset_sec, leap):
         now = self.adjtimex()
@@ -988,6 +1011,7 @@ class Clockspeed:
     def begin_phase(self):
         """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
         self.anchor = self.tick_ns, to_tai(self.clock_ns, self.rows)
+        self.slew_told_ns = 0  # until which tick the slew takes of which a line has told
         self.suspended_ns = self.clock.suspended_ns()
         self.offset_ns = 0
 
@@ -1213,8 +1237,10 @@ class Clockspeed:
             self.begin_phase()
 
     def tell_slew(self):
+        """A line for a long slew, and none for every mark that comes while it is on its way."""
         slew_sec = abs(self.offset_ns) / 1e9 / (SLEW_PPM / 1e6)
-        if slew_sec > LONG_SLEW_SEC and type(self.clock) is not Clock:
+        if slew_sec > LONG_SLEW_SEC and self.tick_ns >= self.slew_told_ns and type(self.clock) is not Clock:
+            self.slew_told_ns = self.tick_ns + round(slew_sec * 10**9)
             self.say("slew: %+.3f s will take %s; clockctl set steps at once"
                      % (self.offset_ns / 1e9, duration(slew_sec)))
 
@@ -1233,6 +1259,7 @@ class Clockspeed:
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             if error_ns is None:
                 self.begin_phase()
+            self.slew_told_ns = 0
             self.tell_slew()
         try:
             rate_ppm = self.estimator.rate_at(self.tick_ns)

@@ -454,6 +454,8 @@ class FakeKernel:
         self.calls.append((modes, fields))
         if modes == 0x8001:
             self.slew_us, fields = fields["offset"], {}
+        elif modes == 0xA001:
+            return dict(self.fields, modes=modes, state=0, offset=self.slew_us)
         elif modes & 0x8000:
             raise AssertionError("a single shot can't be combined")
         elif modes & 0x100:
@@ -595,6 +597,39 @@ def test_a_slew_that_is_replaced_does_not_overshoot(simulate):
         worst = min(worst, kernel.clock)
     simulation.run(60)
     assert worst > -100000 and abs(kernel.clock) < 5000
+
+
+def test_marks_every_second_let_a_slew_pass(simulate):
+    kernel = FakeKernel(ppm=20, bias_ppm=3)
+    simulation = simulate(kernel, may_step=False)
+    kernel.clock = 80e6
+    rng = random.Random(1)
+    for _ in range(200):
+        simulation.run(1)
+        simulation.mark(round(rng.gauss(0, 20000)))
+    assert abs(kernel.clock) < 200000, "80 ms at 500 ppm take 160 s"
+    assert len([line for line in simulation.lines if line.startswith("slew: ")]) <= 2
+    for _ in range(120):
+        simulation.run(1)
+        simulation.mark()
+    assert abs(simulation.clock.bias_ppm - 3) < 0.1 and abs(kernel.rate_error_ppm()) < 0.1
+
+
+def test_an_uneven_slew_tells_no_bias(simulate):
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel)
+    for wait_sec in (64, 64, 541, 541):
+        simulation.run(wait_sec)
+        simulation.mark()
+    simulation.run(30)
+    kernel.clock += 8e6
+    simulation.mark()
+    simulation.run(5)
+    kernel.clock += 4e5  # 5% of the slew more than it was told to
+    simulation.run(5)
+    assert abs(simulation.clock.bias_ppm) < 0.01
+    simulation.run(300)
+    assert abs(simulation.clock.bias_ppm) < 0.01 and abs(kernel.clock) < 5000
 
 
 def test_a_settled_daemon_wakes_once_a_minute(simulate):
