@@ -259,9 +259,10 @@ def main(argv, now_ns=time.time_ns, step=step_clock):
         doing = "set the clock"
         delta_ns = step_ns(now_ns(), adjustment_atto, rows)
         if limit_ns is not None and abs(delta_ns) > limit_ns:
-            raise ValueError("a step of %.3f s is over the limit of -e; -f steps even so" % (delta_ns / 10**9))
+            raise ValueError("a step of %.3f s is over the limit of -e; -f steps even so"
+                             % (delta_ns / 10**9))
         step(delta_ns)
-    except (OSError, OverflowError, ValueError, struct.error) as err:  # struct: over a 32-bit kernel's seconds
+    except (OSError, OverflowError, ValueError, struct.error) as err:  # struct: 32-bit seconds
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
     return 0

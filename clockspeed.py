@@ -921,7 +921,7 @@ class Fifo:
         try:
             if reader is None or not stat.S_ISFIFO(os.fstat(reader).st_mode):
                 raise OSError(errno.EEXIST, "there is something that is not a FIFO")
-            self.writer = os.open(self.path, os.O_WRONLY | flags)  # or the reader sees an end after each write
+            self.writer = os.open(self.path, os.O_WRONLY | flags)  # else each writer's end is one to read
             self.reader, reader = reader, None
         finally:
             if reader is not None:
@@ -933,7 +933,7 @@ class Fifo:
         self.reader = None
 
     def packets(self):
-        """What was written: a list of 16-byte packets and, where a write had another size, what came at once."""
+        """What was written: a list of packets; where one has another size, all that came at once as one."""
         try:
             data = os.read(self.reader, 65536)
         except BlockingIOError:
@@ -1065,7 +1065,8 @@ class Clockspeed:
             same_tai = to_tai(int(state["clock_ns"]), self.rows) == int(state["tai_ns"])
         except FileNotFoundError:
             return None
-        except (OSError, AttributeError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
+        except (OSError, AttributeError, ValueError, KeyError, TypeError, OverflowError,
+                RecursionError) as err:
             self.trouble("use etc/state", err)
             return None
         self.estimator, self.known_ns = estimator, max(self.known_ns, known_ns)
@@ -1120,7 +1121,8 @@ class Clockspeed:
             self.save("atto", atto)
         self.save_json("state", {
             "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
-            "atto": self.read_atto().hex(), "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm,
+            "atto": self.read_atto().hex(), "suspended_ns": self.suspended_ns,
+            "bias_ppm": self.clock.bias_ppm,
             "known_ns": self.known_ns, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns,
             "tai_ns": to_tai(self.clock_ns, self.rows), "announced": self.announced, "marks": self.marks,
             "last_mark": self.last_mark, "estimator": self.estimator.state()})
@@ -1218,7 +1220,8 @@ class Clockspeed:
                 raise ValueError("a mark within %d s of a leap second" % (LEAP_NS // 10**9))
             offset_ns = (unpack(packet) + 5 * 10**8) // 10**9
             if not 0 <= clock_tai_ns + offset_ns - RELEASE_SEC * 10**9 < ERA_SEC * 10**9:
-                raise ValueError("no real time is %s from the system clock" % duration(abs(offset_ns) / 10**9))
+                raise ValueError("no real time is %s from the system clock"
+                                 % duration(abs(offset_ns) / 10**9))
         except ValueError as err:
             self.marks["refused"] += 1
             return self.say("refused: %s" % err)
@@ -1412,6 +1415,10 @@ def main(argv):
         etc_fd = os.open("etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home_fd)
     except BlockingIOError:
         complain("fatal", "unable to use %s: another clockspeed is running there" % home)
+        return 111
+    except FileNotFoundError as err:
+        complain("fatal", "unable to %s: %s; svc/install makes it, and so does: mkdir -p %s" % (
+            doing, reason(err), home))
         return 111
     except (OSError, ValueError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))

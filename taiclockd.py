@@ -695,16 +695,28 @@ def settle():
 # ==== end shared with some ====
 
 
+def whole_number(options, letter, default, most):
+    """The option's value; ValueError, with what it may be, unless it is one from 0 to most."""
+    value = options.get(letter, str(default))
+    if not value.isdecimal() or int(value) > most:
+        raise ValueError("%s takes a number from 0 to %d" % (letter, most))
+    return int(value)
+
+
 def main(argv):
     try:
         options, operands = getopt.getopt(argv[1:], "i:p:j:", ["help"])
         addresses = [value for option, value in options if option == "-i"]
         options = dict(options)
-        port, workers = int(options.get("-p", PORT)), int(options.get("-j", 1))
-        if operands or not 0 <= port <= 65535 or not 0 <= workers <= WORKERS_MAX:
-            raise ValueError
-    except (getopt.GetoptError, ValueError):
+        port = whole_number(options, "-p", PORT, 65535)
+        workers = whole_number(options, "-j", 1, WORKERS_MAX)
+        if operands:
+            raise getopt.GetoptError("no operands")
+    except getopt.GetoptError:
         complain("usage", USAGE)
+        return 100
+    except ValueError as err:
+        complain("usage", "%s; %s" % (USAGE, err))
         return 100
     try:
         doing = "write output"
