@@ -79,7 +79,7 @@ RELEASE_SEC = 1793491200  # 2026-11-01: real time is later than this release
 ERA_SEC = 2**32  # an NTP era, 136 years: no mark from beyond it can be meant
 STEP_NS = 5 * 10**8  # over 0.5 s the first mark of a boot steps: slewing that takes 17 minutes
 SLEW_PPM = 500  # what Linux and the BSDs slew at
-LONG_SLEW_SEC = 60  # from here on a slew is worth a line
+LONG_SLEW_SEC, SLEW_AGAIN_SEC = 60, 3600  # from here on a slew is worth a line; and how often another one
 SETTLED_NS = 5000  # below this the clock is looked at once a minute, above it every 3 seconds
 BUSY_SEC, SETTLED_SEC = 3, 60
 MOVED_NS = 10**7  # a clock that moved this much against the prediction was set by somebody else...
@@ -1018,7 +1018,7 @@ class Clockspeed:
     def begin_phase(self):
         """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
         self.anchor = self.tick_ns, to_tai(self.clock_ns, self.rows)
-        self.slew_told_ns = 0  # until which tick the slew takes of which a line has told
+        self.slew_told_ns = 0  # until which tick nothing more is said of a slew
         self.suspended_ns = self.clock.suspended_ns()
         self.offset_ns = 0
 
@@ -1256,10 +1256,10 @@ class Clockspeed:
             self.begin_phase()
 
     def tell_slew(self):
-        """A line for a long slew, and none for every mark that comes while it is on its way."""
+        """A line for a long slew, but not for every mark that comes while it is on its way."""
         slew_sec = abs(self.offset_ns) / 1e9 / (SLEW_PPM / 1e6)
         if slew_sec > LONG_SLEW_SEC and self.tick_ns >= self.slew_told_ns and type(self.clock) is not Clock:
-            self.slew_told_ns = self.tick_ns + round(slew_sec * 10**9)
+            self.slew_told_ns = self.tick_ns + round(min(slew_sec, SLEW_AGAIN_SEC) * 10**9)
             self.say("slew: %+.3f s will take %s; clockctl set steps at once"
                      % (self.offset_ns / 1e9, duration(slew_sec)))
 

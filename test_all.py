@@ -5206,7 +5206,7 @@ def test_a_migrated_machine_learns_the_new_hosts_counter(simulate, jump_sec):
     if abs(jump_sec) < 60 or jump_sec < 0:
         assert abs(kernel.clock) < 1e5
     else:
-        assert simulation.lines[-1].startswith("slew: -7"), "clockctl set does that"
+        assert any(line.startswith("slew: -7") for line in simulation.lines[-13:]), "clockctl set does that"
     assert any(line.startswith("counter: it went back") for line in simulation.lines) == (jump_sec < 0)
 
 
