@@ -890,20 +890,6 @@ def confirm(urls, offset_range_ns, settings, utc):
         raise ValueError("no HTTPS server confirms it")
 
 
-# ==== shared with some: warnings said once (the same bytes in each script that has it) ====
-def ask_all(servers, settings, make_query, decode):
-    """ask(), where what goes wrong in the same way many times is said once, at the end, and how often."""
-    counts, warn = collections.Counter(), settings.warn
-    settings.warn = lambda text: counts.update([text])
-    try:
-        return ask(servers, settings, make_query, decode)
-    finally:
-        settings.warn = warn
-        for text, count in counts.items():
-            warn(text + (", %d times" % count if count > 1 else ""))
-# ==== end shared with some ====
-
-
 def main(argv):
     try:
         settings = Settings(argv[1:], 123, "c:k:K:s:")
@@ -950,7 +936,7 @@ def main(argv):
         doing = "get the time from " + ", ".join(settings.hosts)
         if kisses:
             servers = kisses.awake(servers, int(time.time()))
-        end = ask_all(servers, settings, query, decode)
+        end = ask(servers, settings, query, decode)
         if kisses:
             kisses.remember(servers, settings, int(time.time()))
         offset_range_ns = conclude(servers, settings, end, local)

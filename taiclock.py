@@ -609,20 +609,6 @@ def decode_answer(query, packet):
     return Answer(-(-tai_atto // 10**9), tai_atto // 10**9, 0, "")  # to the safe sides
 
 
-# ==== shared with some: warnings said once (the same bytes in each script that has it) ====
-def ask_all(servers, settings, make_query, decode):
-    """ask(), where what goes wrong in the same way many times is said once, at the end, and how often."""
-    counts, warn = collections.Counter(), settings.warn
-    settings.warn = lambda text: counts.update([text])
-    try:
-        return ask(servers, settings, make_query, decode)
-    finally:
-        settings.warn = warn
-        for text, count in counts.items():
-            warn(text + (", %d times" % count if count > 1 else ""))
-# ==== end shared with some ====
-
-
 def main(argv):
     try:
         settings = Settings(argv[1:], 4014)
@@ -643,7 +629,7 @@ def main(argv):
         doing = "find " + ", ".join(settings.hosts)
         servers = find_servers(settings.hosts, settings)
         doing = "get the time from " + ", ".join(settings.hosts)
-        end = ask_all(servers, settings, make_query, decode_answer)
+        end = ask(servers, settings, make_query, decode_answer)
         offset_range_ns = conclude(servers, settings, end, lambda clock_ns: to_tai(clock_ns, clock_rows))
         packet = pack(sum(offset_range_ns) * 10**9 // 2)
         doing = "write output"

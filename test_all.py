@@ -1741,14 +1741,14 @@ def test_ipv6_and_a_name(name, answer):
 
 
 @both
-def test_no_server_is_a_quick_111_with_a_warning_that_counts_the_exchanges(name, answer):
+def test_no_server_is_a_quick_111_with_a_warning_for_each_exchange(name, answer):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     done = ask(name, port, "-r", 2, timeout=20)
     assert (done.returncode, done.stdout) == (111, b"")
     assert done.stderr == (
-        "{0}: warning: unable to ask 127.0.0.1: Connection refused, 2 times\n"
+        2 * "{0}: warning: unable to ask 127.0.0.1: Connection refused\n" +
         "{0}: fatal: unable to get the time from 127.0.0.1: time uncertainty too large\n").format(name)
     hosts = ["127.0.0.1", "127.0.0.2"]  # each has its own
     assert ask(name, port, "-r", 1, hosts=hosts).stderr.count("Connection refused\n") == 2
@@ -2158,8 +2158,7 @@ def test_answers_that_are_refused(fields, words):
     with Rogue(lambda query, n: [ntp_answer(query, **fields)]) as server:
         done = ask("sntpclock", server.port, "-r", 2, "-t", 500)
     assert (done.returncode, done.stdout) == (111, b"")
-    assert re.match("sntpclock: warning: unable to ask 127.0.0.1: .*%s.*, 2 times\n" % re.escape(words),
-                    done.stderr)
+    assert done.stderr.count("warning: unable to ask 127.0.0.1: ") == 2 and done.stderr.count(words) == 2
     assert done.stderr.endswith("time uncertainty too large\n")
 
 
@@ -3957,7 +3956,7 @@ def test_a_configuration_is_filled_once_and_then_the_administrators(tmp_path):
 def test_other_directories_reach_the_scripts(tmp_path):
     install(tmp_path, CLOCKSPEED_HOME="/srv/clock", CLOCKSPEED_BIN="/opt/bin")
     text = (tmp_path / RUN_PATH).read_text()
-    assert text.endswith("exec /opt/bin/clockspeed -u clocksd /srv/clock\n")
+    assert text.endswith("clockctl run /opt/bin/clockspeed -u clocksd /srv/clock\n")
     assert "/opt/bin/taiclockd\n" in (tmp_path / "var/svc.d/taiclockd/run").read_text()
     assert os.readlink(str(tmp_path / "usr/local/bin/clockctl")) == "/opt/bin/clockctl"
     assert stat.S_ISFIFO(os.stat(str(tmp_path / "srv/clock/adjust")).st_mode)
