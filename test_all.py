@@ -3956,7 +3956,7 @@ def test_a_configuration_is_filled_once_and_then_the_administrators(tmp_path):
 def test_other_directories_reach_the_scripts(tmp_path):
     install(tmp_path, CLOCKSPEED_HOME="/srv/clock", CLOCKSPEED_BIN="/opt/bin")
     text = (tmp_path / RUN_PATH).read_text()
-    assert text.endswith("clockctl run /opt/bin/clockspeed -u clocksd /srv/clock\n")
+    assert text.endswith("exec $ctl /opt/bin/clockspeed -u clocksd /srv/clock\n")
     assert "/opt/bin/taiclockd\n" in (tmp_path / "var/svc.d/taiclockd/run").read_text()
     assert os.readlink(str(tmp_path / "usr/local/bin/clockctl")) == "/opt/bin/clockctl"
     assert stat.S_ISFIFO(os.stat(str(tmp_path / "srv/clock/adjust")).st_mode)
