@@ -31,7 +31,8 @@ DESCRIPTION
     The label is TAI, whichever scale the clock has.  Across a leap second that the kernel
     inserts or leaves out, the labels run on without jump or repeat, by what adjtimex(2) tells;
     without it (no ctypes, not Linux), they repeat the second that the clock repeats.
-    The leap second table is read again every hour, and on HUP.
+    The leap second table is read again every hour, and on HUP.  What comes after its end is
+    heard from the kernel, which clockspeed keeps informed.
 
 OPTIONS
     -i address  serve on this address alone; given several times, on each
@@ -223,7 +224,8 @@ def adjtimex(**fields):
 PORT = 4014
 QUERY_MIN, QUERY_MAX = 20, 256  # the original reads 256 bytes of a longer one, and answers those
 RELEASE_SEC = 1793491200  # 2026-11-01; a clock that shows an earlier time was never set
-TIME_OOP, STA_UNSYNC, STA_NANO = 3, 0x40, 0x2000  # adjtimex(2): in an inserted leap second; not synchronized;
+STA_INS, STA_DEL, TIME_OOP = 0x10, 0x20, 3  # adjtimex(2): a second more, or less, today; in the one more
+STA_UNSYNC, STA_NANO = 0x40, 0x2000  # not synchronized;
 # frac counts nanoseconds
 LEAP_NEAR_NS = 2 * 10**9  # so near to a leap second the kernel is asked; it leaps a tick late at most
 HOUR_NS, LOOK_NS = 3600 * 10**9, 600 * 10**9
@@ -312,10 +314,10 @@ class Clock:
         self.silent, self.said = False, shared_bytes(1)  # workers share `said`, so that one speaks for all
         self.since_ns = self.until_ns = 0
         self.second_ns = NEVER_NS
+        self.heard = []  # rows for leap seconds that only the kernel knows of
         self.table_ns = now_ns()
-        leap_rows, expiry, source = read_leap_table()
-        self.rows = clock_table(leap_rows)
-        if self.rows is leap_rows and expiry is not None and expiry * 10**9 < self.table_ns:
+        expiry, source = self.read_table()
+        if self.utc and expiry is not None and expiry * 10**9 < self.table_ns:
             complain("warning", "leap second table %s has expired" % source)
 
     def label(self):
@@ -339,9 +341,12 @@ class Clock:
         self.on_look()
         if not 0 <= clock_ns - self.table_ns < HOUR_NS:
             self.reread(clock_ns)
+        if self.utc and clock_ns // 10**9 >= self.covered_sec:
+            self.hear(clock_ns // 10**9)
         self.since_ns, self.until_ns = clock_ns, clock_ns + LOOK_NS
         repeated_ns = 0
-        for leap_ns in (start * 10**9 for start, _ in self.rows[1:]):
+        rows = self.rows + self.heard
+        for leap_ns in (start * 10**9 for start, _ in rows[1:]):
             if clock_ns < leap_ns - LEAP_NEAR_NS:
                 self.until_ns = min(self.until_ns, leap_ns - LEAP_NEAR_NS)
             elif clock_ns < leap_ns + LEAP_NEAR_NS:
@@ -352,8 +357,10 @@ class Clock:
                     clock_ns = kernel["sec"] * 10**9 + nano
                     repeated_ns = 10**9 if kernel["state"] == TIME_OOP else 0
         shifted_ns = clock_ns + repeated_ns
-        self.offset_sec = LABEL_ZERO_SEC + (to_tai(shifted_ns, self.rows) - shifted_ns) // 10**9
+        self.offset_sec = LABEL_ZERO_SEC + (to_tai(shifted_ns, rows) - shifted_ns) // 10**9
         self.judge(clock_ns)
+        if self.table_ns == NEVER_NS:  # a HUP came meanwhile
+            self.until_ns = NEVER_NS
         return clock_ns
 
     def judge(self, clock_ns):
@@ -379,13 +386,39 @@ class Clock:
         except (AttributeError, ImportError, OSError):
             return None
 
+    def read_table(self):
+        """Read the leap second table -> when it expires or None, its name; ValueError."""
+        leap_rows, expiry, source = read_leap_table()
+        self.rows = clock_table(leap_rows)
+        self.utc = self.rows is leap_rows
+        self.covered_sec = max(leap_rows[-1][0], expiry or 0)  # up to there it has them all
+        self.heard = [row for row in self.heard if row[0] > self.covered_sec]
+        return expiry, source
+
     def reread(self, clock_ns):
         """Read the leap second table again; a damaged one changes nothing."""
         self.table_ns = clock_ns
         try:
-            self.rows = clock_table(read_leap_table()[0])
+            self.read_table()
         except ValueError as err:
             complain("warning", "unable to read leap seconds: %s" % err)
+
+    def hear(self, now_sec):
+        """Learn from the kernel what the table does not reach: a leap second for which it is armed, as
+        clockspeed does when the time servers announce one, and one that it went through before this program
+        was there.  Of the latter only the usual kind is believed: a kernel that is told a second less than
+        the table has it from an old table."""
+        kernel = self.ask_kernel()
+        if not kernel:
+            return
+        self.heard = [row for row in self.heard if row[0] <= now_sec]  # what is to come may be taken back
+        offset_sec = (self.rows + self.heard)[-1][1]
+        midnight_sec = (now_sec // 86400 + 1) * 86400
+        sign = {STA_INS: 1, STA_DEL: -1}.get(kernel["status"] & (STA_INS | STA_DEL))
+        if sign and time.gmtime(midnight_sec)[1:3] in ((1, 1), (7, 1)):
+            self.heard.append((midnight_sec, offset_sec + sign))
+        elif kernel["tai"] == offset_sec + 1 and not self.heard and not kernel["status"] & STA_UNSYNC:
+            self.heard.append((midnight_sec - 86400, kernel["tai"]))  # some day before
 
     def expire(self, *_):
         """Have all looked up anew for the next label; a signal handler."""

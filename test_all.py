@@ -54,6 +54,7 @@ if __name__ == "__main__":
 
 # ==== what the tests share =========================================================================
 import base64
+import calendar
 import contextlib
 import errno
 import hashlib
@@ -1471,6 +1472,7 @@ class FakeClock:
     def __init__(self, leap_sec, step_sec, tick_late_ns=4 * 10**6):
         self.leap_ns, self.step_ns, self.late_ns = leap_sec * 10**9, step_sec * 10**9, tick_late_ns
         self.elapsed_ns = self.leap_ns - 5 * 10**9  # counts every second
+        self.armed, self.tai = 0, 0
 
     def leapt(self, late_ns):
         return self.elapsed_ns >= self.leap_ns - max(-self.step_ns, 0) + late_ns
@@ -1481,7 +1483,9 @@ class FakeClock:
     def kernel(self):  # adjtimex(2) corrects what the clock shows before the late tick
         clock_ns = self.elapsed_ns - (self.step_ns if self.leapt(0) else 0)
         state = 3 if self.leapt(0) and clock_ns < self.leap_ns else 0
-        return dict(state=state, status=0x2000, sec=clock_ns // 10**9, frac=clock_ns % 10**9)
+        status = 0x2000 | (self.armed and (0x10 if self.step_ns > 0 else 0x20))
+        tai = self.tai and self.tai + (self.step_ns // 10**9 if self.leapt(0) else 0)
+        return dict(state=state, status=status, sec=clock_ns // 10**9, frac=clock_ns % 10**9, tai=tai)
 
 
 @pytest.mark.parametrize("step_sec", [1, -1])
@@ -1504,6 +1508,59 @@ def test_taiclockd_labels_run_through_a_leap_second(step_sec, monkeypatch, tmp_p
     assert steps > 8000
 
 
+LABEL_ZERO_NS = 2**62 * 10**9
+
+
+def label_ns(clock):
+    sec, nano, _ = struct.unpack(">QII", clock.label())
+    return sec * 10**9 + nano - LABEL_ZERO_NS
+
+
+@pytest.mark.parametrize("step_sec", [1, -1])
+def test_taiclockd_labels_run_through_a_leap_second_that_only_the_kernel_knows(step_sec, monkeypatch):
+    """As when the time servers announced it to clockspeed: no table has it."""
+    monkeypatch.setenv("CLOCK_SCALE", "utc")
+    monkeypatch.setenv("LEAPSECS", "")
+    module = load("taiclockd")
+    monkeypatch.setattr(module, "LEAP_FILES", ())
+    fake = FakeClock(29952 * 86400, step_sec)  # 2052-01-03: no day for one
+    fake.armed, fake.tai = 1, 37
+    clock = module.Clock(now_ns=fake.now_ns, kernel=fake.kernel)
+    clock.label()
+    assert clock.heard == []
+    fake = FakeClock(calendar.timegm((2052, 7, 1, 0, 0, 0)), step_sec)
+    fake.elapsed_ns -= 7200 * 10**9
+    clock = module.Clock(now_ns=fake.now_ns, kernel=fake.kernel)
+    while fake.elapsed_ns < fake.leap_ns + 7200 * 10**9:
+        fake.armed = -6000 * 10**9 < fake.elapsed_ns - fake.leap_ns < 60 * 10**9
+        fake.tai = 37
+        assert label_ns(clock) == fake.elapsed_ns + 37 * 10**9
+        near = abs(fake.elapsed_ns - fake.leap_ns) < 4 * 10**9
+        fake.elapsed_ns += 1234567 if near else 1234567891
+    later = module.Clock(now_ns=fake.now_ns, kernel=fake.kernel)
+    behind_ns = fake.elapsed_ns + 37 * 10**9 - label_ns(later)
+    assert behind_ns == (0 if step_sec > 0 else -10**9), "of a second less no later start hears"
+
+
+def test_taiclockd_forgets_a_leap_second_that_was_taken_back(monkeypatch):
+    monkeypatch.setenv("CLOCK_SCALE", "utc")
+    monkeypatch.setenv("LEAPSECS", "")
+    module = load("taiclockd")
+    monkeypatch.setattr(module, "LEAP_FILES", ())
+    fake = FakeClock(calendar.timegm((2052, 7, 1, 0, 0, 0)), 0)
+    fake.step_ns = 1  # armed for a second more, which does not come
+    fake.elapsed_ns -= 7200 * 10**9
+    clock = module.Clock(now_ns=fake.now_ns, kernel=lambda: dict(fake.kernel(), state=0, tai=37))
+    fake.armed = 1
+    assert label_ns(clock) == fake.elapsed_ns + 37 * 10**9 and clock.heard
+    fake.armed = 0
+    fake.elapsed_ns += 3600 * 10**9
+    assert label_ns(clock) == fake.elapsed_ns + 37 * 10**9 and not clock.heard
+    fake.step_ns = 0
+    fake.elapsed_ns += 7200 * 10**9
+    assert label_ns(clock) == fake.elapsed_ns + 37 * 10**9
+
+
 def test_taiclockd_label_on_both_scales(monkeypatch):
     for scale, seconds in (("utc", "400000006b0cc925"), ("tai", "400000006b0cc90a")):
         monkeypatch.setenv("CLOCK_SCALE", scale)
@@ -1514,7 +1571,7 @@ def test_taiclockd_label_on_both_scales(monkeypatch):
 def test_taiclockd_says_once_that_its_clock_is_not_to_be_trusted(monkeypatch, capfd):
     monkeypatch.setenv("CLOCK_SCALE", "utc")
     now, status = [10**9], [0x40]
-    clock = load("taiclockd").Clock(True, now_ns=lambda: now[0], kernel=lambda: dict(status=status[0]))
+    clock = load("taiclockd").Clock(True, now_ns=lambda: now[0], kernel=lambda: dict(status=status[0], tai=37))
     for now[0] in (10**9, 5 * 10**9, 1795305599 * 10**9):
         assert clock.label() is None
     out = capfd.readouterr().out
