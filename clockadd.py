@@ -162,8 +162,8 @@ def from_tai(tai_ns, rows):
 # struct timex with 64-bit fields, as 64-bit libcs and clock_adjtime64 have it, and with 32-bit ones.
 TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
 TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
-TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick ppsfreq "
-                "jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
+TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick "
+                "ppsfreq jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
 
 
 def adjtimex(**fields):
@@ -197,7 +197,7 @@ ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def step_kernel(adjtimex, delta_ns):
-    """Let the kernel add delta_ns to the system clock, so that no time is lost between reading and setting."""
+    """Let the kernel add delta_ns to the system clock: no time is lost between reading and setting."""
     nano = adjtimex()["status"] & STA_NANO
     sec, frac = divmod(delta_ns, 10**9)
     adjtimex(modes=ADJ_SETOFFSET | ADJ_NANO, sec=sec, frac=frac)

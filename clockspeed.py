@@ -225,8 +225,8 @@ def from_tai(tai_ns, rows):
 # struct timex with 64-bit fields, as 64-bit libcs and clock_adjtime64 have it, and with 32-bit ones.
 TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
 TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
-TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick ppsfreq "
-                "jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
+TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick "
+                "ppsfreq jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
 
 
 def adjtimex(**fields):
@@ -260,7 +260,7 @@ ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def step_kernel(adjtimex, delta_ns):
-    """Let the kernel add delta_ns to the system clock, so that no time is lost between reading and setting."""
+    """Let the kernel add delta_ns to the system clock: no time is lost between reading and setting."""
     nano = adjtimex()["status"] & STA_NANO
     sec, frac = divmod(delta_ns, 10**9)
     adjtimex(modes=ADJ_SETOFFSET | ADJ_NANO, sec=sec, frac=frac)
@@ -765,10 +765,10 @@ class KernelClock(Clock):
     BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
     MOST_US = 10**9  # of a single shot; it takes 23 days, and 32-bit kernels can't count much more
     BIAS_GAIN = 0.25  # of a new reading of the bias; it averages about 4 of them
-    UNEVEN = 0.06  # part of a slew: with a kernel that sleeps through its ticks, 3000 us came out as 2832 to 3199
+    UNEVEN = 0.06  # of a slew: with a kernel that sleeps through its ticks, 3000 us came out as 2832 to 3199
     BIAS_DOUBT_PPM = 0.5  # no bias is read off a clock that slews leave in more doubt
     # A slew that was on its way when a mark came is begun anew if that is worth more than the second of it
-    # that is lost; besides, up to 500 us of it are in the kernel's current second, where nobody can read them.
+    # that is lost; besides, up to 500 us are in the kernel's current second, where nobody can read them.
     ASTRAY_US = 2 * SLEW_PPM
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
@@ -782,7 +782,7 @@ class KernelClock(Clock):
     def forget(self):
         self.busy_until_ns = 0
         self.seen = None  # (tick_ns, clock_ns) at a look when no slew was on its way
-        self.promised_ns = self.promised_at = 0  # what the clock was told to gain since then, up to which tick
+        self.promised_ns = self.promised_at = 0  # what it was told to gain since then, up to which tick
         self.slewed_ns = 0  # how much of that was slews, to and fro
 
     def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, changed):

@@ -44,9 +44,10 @@ OPTIONS
                 announces; clockspeed heeds it when dir is its etc
     -c url      https://host/...; may be given several times.  At least one of these servers
                 must confirm the result by the Date in its answer, which is to come within 2 s,
-                and none contradict it, else it is refused, -f or not.  TLS is verified, but for the time: whether the
-                certificates are valid is judged by the time measured, not by this clock
-                (Python before 3.10 does not show those of the authorities, only the host's)
+                and none contradict it, else it is refused, -f or not.  TLS is verified, but for
+                the time: whether the certificates are valid is judged by the time measured, not
+                by this clock (Python before 3.10 does not show those of the authorities, only
+                the host's)
     -v n        0 fatal errors only; 1 warnings too; 2 a line for each server too, with offset,
                 bound, delay, stratum and reference id, and one for the result (1)
 

@@ -191,8 +191,8 @@ def from_tai(tai_ns, rows):
 # struct timex with 64-bit fields, as 64-bit libcs and clock_adjtime64 have it, and with 32-bit ones.
 TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
 TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
-TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick ppsfreq "
-                "jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
+TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick "
+                "ppsfreq jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
 
 
 def adjtimex(**fields):
@@ -224,9 +224,9 @@ def adjtimex(**fields):
 PORT = 4014
 QUERY_MIN, QUERY_MAX = 20, 256  # the original reads 256 bytes of a longer one, and answers those
 RELEASE_SEC = 1793491200  # 2026-11-01; a clock that shows an earlier time was never set
-STA_INS, STA_DEL, TIME_OOP = 0x10, 0x20, 3  # adjtimex(2): a second more, or less, today; in the one more
-STA_UNSYNC, STA_NANO = 0x40, 0x2000  # not synchronized;
-# frac counts nanoseconds
+# Of adjtimex(2): today ends with a second more, with one less; it is that one; not synchronized; frac counts
+# nanoseconds.
+STA_INS, STA_DEL, TIME_OOP, STA_UNSYNC, STA_NANO = 0x10, 0x20, 3, 0x40, 0x2000
 LEAP_NEAR_NS = 2 * 10**9  # so near to a leap second the kernel is asked; it leaps a tick late at most
 HOUR_NS, LOOK_NS = 3600 * 10**9, 600 * 10**9
 NEVER_NS = -2**63
@@ -539,7 +539,7 @@ class Batch:
 
     def __init__(self, name_size, head):
         from ctypes import PyDLL, addressof, byref, c_char
-        libc = PyDLL(None)  # which keeps Python's lock, as one thread can, and no errno: half of a call's cost
+        libc = PyDLL(None)  # keeps Python's lock, as one thread can, and no errno: half of a call's cost
         self.recvmmsg, self.sendmmsg = libc["recvmmsg"], libc["sendmmsg"]
         self.recvmsg, self.sendmsg = libc["recvmsg"], libc["sendmsg"]
         self.buffers = []  # what the kernel knows by address has to stay
@@ -550,10 +550,10 @@ class Batch:
 
         def headers(vectors, each):
             """Those of all slots, with so many vectors each, and pointers to them."""
-            vectors_at = place(vectors)
+            at, step = place(vectors), each * IOVEC.size
             data = bytearray(b"".join(
-                MMSGHDR.pack(names_at + slot * name_size, name_size, vectors_at + slot * each * IOVEC.size, each,
-                             0, 0, 0, 0) for slot in range(SLOTS)))
+                MMSGHDR.pack(names_at + slot * name_size, name_size, at + slot * step, each, 0, 0, 0, 0)
+                for slot in range(SLOTS)))
             at = place(data)
             return data, [byref(c_char.from_address(at + slot * MMSGHDR.size)) for slot in range(SLOTS)]
 
@@ -562,7 +562,8 @@ class Batch:
         starts = range(slots_at, slots_at + len(slots), QUERY_MAX)
         room = bytearray(b"".join(IOVEC.pack(at, QUERY_MAX) for at in starts))
         pieces = bytearray(b"".join(
-            IOVEC.pack(head_at, QUERY_MIN) + IOVEC.pack(at + QUERY_MIN, PLAIN_SIZE - QUERY_MIN) for at in starts))
+            IOVEC.pack(head_at, QUERY_MIN) + IOVEC.pack(at + QUERY_MIN, PLAIN_SIZE - QUERY_MIN)
+            for at in starts))
         queries, (self.queries, *_) = headers(room, 1)
         _, self.replies = headers(pieces, 2)
 
