@@ -1,0 +1,3 @@
+#!/bin/sh
+# endurance.sh - see endurance.py
+exec python3 -u /rig/main/.ci/endurance.py "$@"
