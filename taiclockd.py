@@ -228,7 +228,7 @@ RELEASE_SEC = 1793491200  # 2026-11-01; a clock that shows an earlier time was n
 # nanoseconds.
 STA_INS, STA_DEL, TIME_OOP, STA_UNSYNC, STA_NANO = 0x10, 0x20, 3, 0x40, 0x2000
 LEAP_NEAR_NS = 2 * 10**9  # so near to a leap second the kernel is asked; it leaps a tick late at most
-HOUR_NS, LOOK_NS = 3600 * 10**9, 600 * 10**9
+DAY_NS, HOUR_NS, LOOK_NS = 86400 * 10**9, 3600 * 10**9, 600 * 10**9
 NEVER_NS = -2**63
 PLAIN_SIZE = 32  # of a query, as clients send it
 PUT_NANO = struct.Struct(">I").pack_into  # nanoseconds, at 12 of a reply
@@ -344,6 +344,9 @@ class Clock:
         if self.utc and clock_ns // 10**9 >= self.covered_sec:
             self.hear(clock_ns // 10**9)
         self.since_ns, self.until_ns = clock_ns, clock_ns + LOOK_NS
+        midnight_ns = (clock_ns // DAY_NS + 1) * DAY_NS  # the kernel may be armed late on the day
+        if clock_ns < midnight_ns - LEAP_NEAR_NS:
+            self.until_ns = min(self.until_ns, midnight_ns - LEAP_NEAR_NS)
         repeated_ns = 0
         rows = self.rows + self.heard
         for leap_ns in (start * 10**9 for start, _ in rows[1:]):

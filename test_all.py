@@ -1516,8 +1516,10 @@ def label_ns(clock):
     return sec * 10**9 + nano - LABEL_ZERO_NS
 
 
+@pytest.mark.parametrize("armed_sec", [6000, 30])
 @pytest.mark.parametrize("step_sec", [1, -1])
-def test_taiclockd_labels_run_through_a_leap_second_that_only_the_kernel_knows(step_sec, monkeypatch):
+def test_taiclockd_labels_run_through_a_leap_second_that_only_the_kernel_knows(
+        step_sec, armed_sec, monkeypatch):
     """As when the time servers announced it to clockspeed: no table has it."""
     monkeypatch.setenv("CLOCK_SCALE", "utc")
     monkeypatch.setenv("LEAPSECS", "")
@@ -1532,7 +1534,7 @@ def test_taiclockd_labels_run_through_a_leap_second_that_only_the_kernel_knows(s
     fake.elapsed_ns -= 7200 * 10**9
     clock = module.Clock(now_ns=fake.now_ns, kernel=fake.kernel)
     while fake.elapsed_ns < fake.leap_ns + 7200 * 10**9:
-        fake.armed = -6000 * 10**9 < fake.elapsed_ns - fake.leap_ns < 60 * 10**9
+        fake.armed = -armed_sec * 10**9 < fake.elapsed_ns - fake.leap_ns < 60 * 10**9
         fake.tai = 37
         assert label_ns(clock) == fake.elapsed_ns + 37 * 10**9
         near = abs(fake.elapsed_ns - fake.leap_ns) < 4 * 10**9

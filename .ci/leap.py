@@ -1,8 +1,9 @@
 """leap.py - leap seconds of both signs on both clock scales, on a real kernel: vm --share PROJECT .ci/leap.sh
 
 The services run as installed, under svscan.  Their time server, on 127.0.0.2, is a thread of this
-program: its time is the counter's, a little faster, and counts every second.  In each of the four lives
-the table has another day that ends with a leap second, and the clock is set to shortly before its end.
+program: its time is the counter's, a little faster, and counts every second.  In each of four lives the
+table has another day that ends with a leap second, and the clock is set to shortly before its end.  In two
+more no table has it: the server, which speaks NTP then, announces it.
 """
 import os
 import shutil
@@ -17,6 +18,7 @@ from rig import check, finish, kernel, raw_ns, say
 HOME, LOGS, SERVICES = "/usr/local/clockspeed", "/var/multilog", "/service"
 TABLE, CONF = "/tmp/leap-seconds.list", "/usr/local/etc/clockspeed.conf"
 FIRST_LEAP_SEC = 1814400000  # 2027-07-01 00:00:00 UTC
+ANNOUNCED_SEC = {1: 1830297600, -1: 1846022400}  # 2028-01-01 and 2028-07-01, since only such days can be
 BEFORE_SEC, WATCHED_SEC, AFTER_SEC = 60, 20, 18
 TRUE_PPM = 20
 CLOSE_NS = 2 * 10**6  # what a clock may be off that was marked for 40 s; a leap that goes wrong is a second
@@ -24,15 +26,18 @@ STA_LEAPS = 0x30
 
 
 class Truth:
-    """TAI, and a taiclockd of its own that serves it."""
+    """TAI, and a taiclockd and an NTP server of its own that serve it."""
 
     def __init__(self):
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind(("127.0.0.2", 4014))
-        threading.Thread(target=self.serve, daemon=True).start()
+        for port, serve in ((4014, self.serve), (123, self.serve_ntp)):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind(("127.0.0.2", port))
+            threading.Thread(target=serve, args=(sock,), daemon=True).start()
 
-    def begin(self, tai_ns):
+    def begin(self, tai_ns, leap_sec, sign, offset_sec):
         self.began = raw_ns(), tai_ns
+        self.leap_tai_ns = (leap_sec + offset_sec + min(sign, 0)) * 10**9
+        self.sign, self.offset_sec = sign, offset_sec
 
     def at(self, tick_ns):
         """TAI in ns when the counter showed that."""
@@ -42,11 +47,22 @@ class Truth:
     def now(self):
         return self.at(raw_ns())
 
-    def serve(self):
+    def serve(self, sock):
         while True:
-            query, client = self.socket.recvfrom(256)
+            query, client = sock.recvfrom(256)
             label = kernel.pack((self.now() + 2**62 * 10**9) * 10**9)
-            self.socket.sendto(b"stai" + label + query[20:], client)
+            sock.sendto(b"stai" + label + query[20:], client)
+
+    def serve_ntp(self, sock):
+        while True:
+            query, client = sock.recvfrom(256)
+            tai_ns = self.now()
+            leapt = tai_ns >= self.leap_tai_ns
+            utc_ns = tai_ns - (self.offset_sec + self.sign * leapt) * 10**9 + 2208988800 * 10**9
+            stamp = struct.pack(">Q", (utc_ns << 32) // 10**9)
+            indicator = 0 if leapt else 1 if self.sign == 1 else 2
+            head = struct.pack(">BBbbII4s", indicator << 6 | 0x24, 1, 6, -20, 0, 0, b"TEST")
+            sock.sendto(head + stamp + query[40:48] + stamp + stamp, client)
 
 
 def log(service):
@@ -57,7 +73,7 @@ def log(service):
         return []
 
 
-def set_up(leap_sec, sign, scale):
+def set_up(leap_sec, sign, scale, announced):
     """The table, the clock and the services of one life -> svscan's process."""
     for place in (SERVICES, LOGS, HOME + "/etc", HOME + "/adjust"):
         subprocess.run(["rm", "-rf", place], check=True)
@@ -70,13 +86,15 @@ def set_up(leap_sec, sign, scale):
                    check=True)
     table, _, _ = kernel.read_leap_table()
     with open(TABLE, "w") as file:
-        file.write("#@ 4102444800\n2272060800 10\n")
-        for start, offset in table[1:] + [(leap_sec, table[-1][1] + sign)]:
+        file.write("2272060800 10\n" if announced else "#@ 4102444800\n2272060800 10\n")
+        for start, offset in table[1:] + [(leap_sec, table[-1][1] + sign)] * (not announced):
             file.write("%d %d\n" % (start + 2208988800, offset))
+    with open(CONF, "w") as file:
+        file.write('CLOCK_TYPE="%s"\nCLOCK_IP="127.0.0.2"\n' % ("ntp" if announced else "tai"))
     clock_sec = leap_sec - BEFORE_SEC
     if scale == "tai":
         clock_sec += table[-1][1] - 10
-    truth.begin((leap_sec - BEFORE_SEC + table[-1][1]) * 10**9)
+    truth.begin((leap_sec - BEFORE_SEC + table[-1][1]) * 10**9, leap_sec, sign, table[-1][1])
     kernel.step_kernel(kernel.adjtimex, clock_sec * 10**9 - time.time_ns())
     environment = dict(os.environ, LEAPSECS=TABLE, CLOCK_SCALE=scale, WAIT="4", WAIT_MAX="4")
     return subprocess.Popen(["svscan", SERVICES], env=environment)
@@ -135,13 +153,13 @@ def rates(lines):
     return [float(line.split(" rate ")[1].split(" ppm")[0]) for line in lines if line.startswith("mark: ")]
 
 
-def live(leap_sec, sign, scale):
-    name = "%+d on %s: " % (sign, scale)
+def live(leap_sec, sign, scale, announced=False):
+    name = "%+d on %s%s: " % (sign, scale, ", announced" * announced)
     offset_sec = kernel.read_leap_table()[0][-1][1]
     # of the first moment that counts differently: 23:59:60, or 00:00:00 instead of 23:59:59
     leap_tai_ns = (leap_sec + offset_sec + min(sign, 0)) * 10**9
     apart_sec = offset_sec if scale == "utc" else 10
-    svscan = set_up(leap_sec, sign, scale)
+    svscan = set_up(leap_sec, sign, scale, announced)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(("127.0.0.1", 4014))
         sock.settimeout(5)
@@ -194,12 +212,12 @@ subprocess.run("groupadd nofiles; useradd -r -g nofiles clocksd; useradd -r -g n
                shell=True, check=True)
 os.makedirs(HOME + "/bin")
 os.makedirs("/usr/local/etc", exist_ok=True)
-for script in ("clockspeed", "taiclock", "taiclockd"):
+for script in ("clockspeed", "sntpclock", "taiclock", "taiclockd"):
     shutil.copy("/rig/main/%s.py" % script, "%s/bin/%s" % (HOME, script))
 shutil.copy("/rig/main/clockctl", "/usr/local/bin/clockctl")
-with open(CONF, "w") as file:
-    file.write('CLOCK_TYPE="tai"\nCLOCK_IP="127.0.0.2"\n')
 truth = Truth()
 for number, (sign, scale) in enumerate(((1, "utc"), (-1, "utc"), (1, "tai"), (-1, "tai"))):
     live(FIRST_LEAP_SEC + number * 86400, sign, scale)
+for sign in (1, -1):
+    live(ANNOUNCED_SEC[sign], sign, "utc", announced=True)
 finish()
