@@ -6,6 +6,7 @@ table has another day that ends with a leap second, and the clock is set to shor
 more no table has it: the server, which speaks NTP then, announces it.
 """
 import os
+import re
 import shutil
 import socket
 import struct
@@ -150,7 +151,9 @@ def watch(leap_tai_ns, apart_sec, sock):
 
 
 def rates(lines):
-    return [float(line.split(" rate ")[1].split(" ppm")[0]) for line in lines if line.startswith("mark: ")]
+    """-> [(rate, its error) in ppm] of the marks."""
+    return [tuple(map(float, re.search(r" rate (\S+) ppm, rate error (\S+) ppm", line).groups()))
+            for line in lines if line.startswith("mark: ")]
 
 
 def live(leap_sec, sign, scale, announced=False):
@@ -204,8 +207,10 @@ def live(leap_sec, sign, scale, announced=False):
     check(name + "clockspeed steps and slews nothing, and doubts no mark",
           not said and not any(line.endswith("doubted") for line in lines), str(said))
     before, after = rates(lines_before), rates(lines)
+    (ppm, error_ppm), (ppm_after, _) = before[-1], after[-1]
     check(name + "marks go on, and the rate is the same", len(after) > len(before) + 2 > 4
-          and abs(after[-1] - before[-1]) < 2, "%+.3f ppm before, %+.3f after" % (before[-1], after[-1]))
+          and abs(ppm_after - ppm) < 3 * error_ppm, "%+.3f ppm (error %.3f) before, %+.3f after" % (
+              ppm, error_ppm, ppm_after))
 
 
 subprocess.run("groupadd nofiles; useradd -r -g nofiles clocksd; useradd -r -g nofiles multilog",
