@@ -713,11 +713,11 @@ def compare_servers(servers, outstanding, rounds, round_sec):
             + (", %d lost" % lost[name] if lost[name] else "", ", ".join(ratios))))
 
 
-def bench_workers(ours, env, rounds=15, round_sec=0.3):
-    """What more workers are worth: CPU per reply, and from it how many times the replies of one worker they
-    give if each has a core of its own, which the load would else take from them on a small machine."""
+def bench_workers(ours, env, rounds=15, round_sec=0.5, loads=8):
+    """What more workers are worth: replies per second on this machine, of which the load takes its part; and
+    by the CPU per reply how many times those of one worker if each has a core of its own."""
     cores = len(os.sched_getaffinity(0))
-    used = {}
+    rates, used = {}, {}
     for workers in sorted({1, 2, cores}):
         process, port = start_server("taiclockd.py", [ours, "-p", "0", "-j", str(workers)], env)
         try:
@@ -726,17 +726,20 @@ def bench_workers(ours, env, rounds=15, round_sec=0.3):
             if workers > 1:
                 with open("/proc/%d/task/%d/children" % (process.pid, process.pid)) as file:
                     pids = [int(pid) for pid in file.read().split()]
-            command = [sys.executable, "-IS", "-c", LOAD, str(port), "64", str(round_sec)]
+            command = [sys.executable, "-IS", "-c", LOAD, str(port), str(256 // loads), str(round_sec)]
             figures = []
             for _ in range(rounds):
                 before_ns = sum(map(cpu_ns, pids))
-                loads = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
-                answered = sum(int(load.communicate()[0].split()[0]) for load in loads)
-                figures.append((sum(map(cpu_ns, pids)) - before_ns) / 1000 / answered)
-            used[workers] = statistics.median(figures)
-            print("  %d worker%s, 4 x 64 outstanding  %6.2f us, on as many free cores %.2f of one, %.1f MB" % (
-                workers, "s"[workers == 1:], used[workers], workers * used[1] / used[workers],
-                max(map(resident_kb, pids)) * 1024 / 1e6))
+                processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(loads)]
+                told = [process.communicate()[0].split() for process in processes]
+                used_us = (sum(map(cpu_ns, pids)) - before_ns) / 1000
+                figures.append((used_us / sum(int(answered) for answered, *_ in told),
+                                sum(int(answered) / float(sec) for answered, _, sec, _ in told)))
+            used[workers], rates[workers] = map(statistics.median, zip(*figures))
+            print("  %d worker%s, %d x %d outstanding  %6.2f us %8.0f/s, %.2f of one; on as many free cores %.2f;"
+                  " %.1f MB" % (workers, "s"[workers == 1:], loads, 256 // loads, used[workers], rates[workers],
+                                rates[workers] / rates[1], workers * used[1] / used[workers],
+                                max(map(resident_kb, pids)) * 1024 / 1e6))
         finally:
             process.terminate()
             process.communicate()
