@@ -378,8 +378,9 @@ def exchange(sock, server, query, decode, end_ns, clocks):
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     admit_only_answers(sock, query)
-    sent, sent_ns = clocks(), None
+    sent = clocks()
     sock.send(query)
+    sent_ns = sent_stamp(sock, query)  # mostly it is there at once
     while time.monotonic_ns() < end_ns:
         events = poller.poll(max((end_ns - time.monotonic_ns()) // 10**6 + 1, 0))
         received = clocks()
@@ -452,8 +453,8 @@ def sample_range(answer, stamps, end):
 def server_range(ranges):
     """One server's Ranges -> their intersection; ValueError when each contradicts itself.
 
-    Where it is empty, a clock was set or one of them is wrong, and it can't be seen which: then it is all that
-    those of the least delay allow.
+    Where it is empty, a clock was set or one of them is wrong, and it can't be seen which: then it is all
+    that those of the least delay allow.
     """
     least_ns, most_ns = max(lo for lo, _ in ranges), min(hi for _, hi in ranges)
     if least_ns <= most_ns:
@@ -481,8 +482,8 @@ def half_ns(range_ns):
     return (range_ns.most_ns - range_ns.least_ns + 1) // 2
 
 
-def describe(range_ns, spread_ns):
-    return "offset %+.9f s, spread %.9f s" % (sum(range_ns) / 2e9, spread_ns / 1e9)
+def describe(range_ns):
+    return "offset %+.9f s, spread %.9f s" % (sum(range_ns) / 2e9, half_ns(range_ns) / 1e9)
 
 
 def weigh(server, settings, end):
@@ -496,7 +497,7 @@ def weigh(server, settings, end):
     server.certain = Range(server.range[0] - answer.distance_ns, server.range[1] + answer.distance_ns)
     if settings.verbosity >= 2:
         complain("info", "%s: %s, delay %.9f s, root distance %.9f s, stratum %s, reference %s"
-                 % (server.name, describe(server.range, half_ns(server.range)), server.delay_ns() / 1e9,
+                 % (server.name, describe(server.range), server.delay_ns() / 1e9,
                     answer.distance_ns / 1e9, answer.stratum, answer.reference))
 
 
@@ -527,13 +528,10 @@ def conclude(servers, settings, end):
         agrees = server.certain.least_ns <= result.most_ns and result.least_ns <= server.certain.most_ns
         server.verdict = "agreed" if agrees else "falseticker"
         if not agrees:
-            settings.warn("%s is a falseticker: %s"
-                          % (server.name, describe(server.range, half_ns(server.range))))
+            settings.warn("%s is a falseticker: %s" % (server.name, describe(server.range)))
     agreed = [server for server in voters if server.verdict == "agreed"]
     distance_ns = min(server.samples[-1].answer.distance_ns for server in agreed)
     spread_ns = max(half_ns(result) - distance_ns, 1)
-    if settings.verbosity >= 2:
-        complain("info", "result: %s, root distance %.9f s" % (describe(result, spread_ns), distance_ns / 1e9))
     why = refusal(result, spread_ns, settings)
     if why and not settings.force:
         raise ValueError(why)
@@ -553,10 +551,14 @@ def pack_quality(spread_ns, distance_ns):
     return last + (1 - last) % 97
 
 
-def pack_mark(result, value_ns):
+def pack_mark(result, value_ns, settings):
     """The 16 bytes of an adjustment: real time is within spread and root distance of the value."""
-    spread_ns = max(result.range.most_ns - value_ns, value_ns - result.range.least_ns) - result.distance_ns
-    return pack(value_ns, pack_quality(max(spread_ns, 1), result.distance_ns))
+    bound_ns = max(result.range.most_ns - value_ns, value_ns - result.range.least_ns)
+    spread_ns = max(bound_ns - result.distance_ns, 1)
+    if settings.verbosity >= 2:
+        complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
+                 % (value_ns / 1e9, spread_ns / 1e9, result.distance_ns / 1e9))
+    return pack(value_ns, pack_quality(spread_ns, result.distance_ns))
 
 
 def replace_file(path, data, mode=0o644):
@@ -670,7 +672,7 @@ def decode_answer(query, packet, ahead_ns=0, key=None):
 
 def read_key(path, ident):
     """-> the Key of that number in chrony's key file; OSError, ValueError."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if os.fstat(file.fileno()).st_mode & 0o007:
             raise ValueError("others can read or write it")
         lines = file.read(10**6).decode("latin-1").splitlines()
@@ -730,7 +732,7 @@ def main(argv):
         servers = find_servers(settings.hosts, settings.port, settings)
         doing = "get the time from " + ", ".join(settings.hosts)
         result = measure(servers, settings, signed_query, decode)
-        packet = pack_mark(result, sum(result.range) // 2)
+        packet = pack_mark(result, sum(result.range) // 2, settings)
         doing = "write output"
         emit(packet)
     except getopt.GetoptError:

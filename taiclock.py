@@ -75,8 +75,8 @@ import threading
 import time
 
 PROGRAM = "taiclock"
-USAGE = "taiclock [-46f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] [-s dir] " \
-        "host... | clockview"
+USAGE = "taiclock [-46f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] " \
+        "[-s dir] host... | clockview"
 KIND = "tai"  # in dir/sources
 
 
@@ -374,8 +374,9 @@ def exchange(sock, server, query, decode, end_ns, clocks):
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     admit_only_answers(sock, query)
-    sent, sent_ns = clocks(), None
+    sent = clocks()
     sock.send(query)
+    sent_ns = sent_stamp(sock, query)  # mostly it is there at once
     while time.monotonic_ns() < end_ns:
         events = poller.poll(max((end_ns - time.monotonic_ns()) // 10**6 + 1, 0))
         received = clocks()
@@ -448,8 +449,8 @@ def sample_range(answer, stamps, end):
 def server_range(ranges):
     """One server's Ranges -> their intersection; ValueError when each contradicts itself.
 
-    Where it is empty, a clock was set or one of them is wrong, and it can't be seen which: then it is all that
-    those of the least delay allow.
+    Where it is empty, a clock was set or one of them is wrong, and it can't be seen which: then it is all
+    that those of the least delay allow.
     """
     least_ns, most_ns = max(lo for lo, _ in ranges), min(hi for _, hi in ranges)
     if least_ns <= most_ns:
@@ -477,8 +478,8 @@ def half_ns(range_ns):
     return (range_ns.most_ns - range_ns.least_ns + 1) // 2
 
 
-def describe(range_ns, spread_ns):
-    return "offset %+.9f s, spread %.9f s" % (sum(range_ns) / 2e9, spread_ns / 1e9)
+def describe(range_ns):
+    return "offset %+.9f s, spread %.9f s" % (sum(range_ns) / 2e9, half_ns(range_ns) / 1e9)
 
 
 def weigh(server, settings, end):
@@ -492,7 +493,7 @@ def weigh(server, settings, end):
     server.certain = Range(server.range[0] - answer.distance_ns, server.range[1] + answer.distance_ns)
     if settings.verbosity >= 2:
         complain("info", "%s: %s, delay %.9f s, root distance %.9f s, stratum %s, reference %s"
-                 % (server.name, describe(server.range, half_ns(server.range)), server.delay_ns() / 1e9,
+                 % (server.name, describe(server.range), server.delay_ns() / 1e9,
                     answer.distance_ns / 1e9, answer.stratum, answer.reference))
 
 
@@ -523,13 +524,10 @@ def conclude(servers, settings, end):
         agrees = server.certain.least_ns <= result.most_ns and result.least_ns <= server.certain.most_ns
         server.verdict = "agreed" if agrees else "falseticker"
         if not agrees:
-            settings.warn("%s is a falseticker: %s"
-                          % (server.name, describe(server.range, half_ns(server.range))))
+            settings.warn("%s is a falseticker: %s" % (server.name, describe(server.range)))
     agreed = [server for server in voters if server.verdict == "agreed"]
     distance_ns = min(server.samples[-1].answer.distance_ns for server in agreed)
     spread_ns = max(half_ns(result) - distance_ns, 1)
-    if settings.verbosity >= 2:
-        complain("info", "result: %s, root distance %.9f s" % (describe(result, spread_ns), distance_ns / 1e9))
     why = refusal(result, spread_ns, settings)
     if why and not settings.force:
         raise ValueError(why)
@@ -549,10 +547,14 @@ def pack_quality(spread_ns, distance_ns):
     return last + (1 - last) % 97
 
 
-def pack_mark(result, value_ns):
+def pack_mark(result, value_ns, settings):
     """The 16 bytes of an adjustment: real time is within spread and root distance of the value."""
-    spread_ns = max(result.range.most_ns - value_ns, value_ns - result.range.least_ns) - result.distance_ns
-    return pack(value_ns, pack_quality(max(spread_ns, 1), result.distance_ns))
+    bound_ns = max(result.range.most_ns - value_ns, value_ns - result.range.least_ns)
+    spread_ns = max(bound_ns - result.distance_ns, 1)
+    if settings.verbosity >= 2:
+        complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
+                 % (value_ns / 1e9, spread_ns / 1e9, result.distance_ns / 1e9))
+    return pack(value_ns, pack_quality(spread_ns, result.distance_ns))
 
 
 def replace_file(path, data, mode=0o644):
@@ -621,8 +623,8 @@ def decode_answer(query, packet, tai_minus_clock_ns=0):
 
 
 def balanced_value_ns(result):
-    """The offset by our own stamps.  A server stamps its answer some microseconds after the query came, when it
-    got to run, and so do we; with the kernel's stamps on our side only, its delay would count against us."""
+    """The offset by our own stamps.  A server stamps its answer some microseconds after the query came, when
+    it got to run.  We are as late, and the two delays cancel; with the kernel's stamps they would not."""
     value_ns = sum(vote([server_range([sample_range(sample.answer, sample.own, result.end)
                                        for sample in server.samples]) for server in result.agreed])[0]) // 2
     return min(max(value_ns, result.range.least_ns), result.range.most_ns)
@@ -646,7 +648,7 @@ def main(argv):
         servers = find_servers(settings.hosts, settings.port, settings)
         doing = "get the time from " + ", ".join(settings.hosts)
         result = measure(servers, settings, make_query, decode)
-        packet = pack_mark(result, balanced_value_ns(result))
+        packet = pack_mark(result, balanced_value_ns(result), settings)
         doing = "write output"
         emit(packet)
     except getopt.GetoptError:
