@@ -32,8 +32,8 @@ OPTIONS
              link-local one, 4 when it is public
     -h ms    pause between them: else none, 2000 when the address is public
     -t ms    longest wait for each answer (1000)
-    -T ms    longest wait for everything, names and keys included (10000); keys take 5 s at
-             most
+    -T ms    longest wait for everything, names and keys included (10000); for keys it is
+             half of that, and 5000 at most
     -e ms    largest spread accepted (any)
     -l days  largest offset accepted (2; 0 is any)
     -f       output even if -e or -l is exceeded
@@ -74,6 +74,7 @@ try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even 
 except KeyboardInterrupt:
     raise SystemExit(130)
 import collections
+import contextlib
 import fcntl
 import getopt
 import os
@@ -82,8 +83,8 @@ import socket
 import stat
 import struct
 import sys
+import threading
 import time
-import _thread
 
 PROGRAM = "ntsclock"
 USAGE = "ntsclock [-46f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] " \
@@ -171,10 +172,11 @@ def scale_offset_sec():
 # A query leaves at t0 and its answer comes at t1 by the system clock; between them the server's clock showed
 # T2 <= T3.  That proves T3 - t1 <= offset <= T2 - t0, and the offset is real time minus system clock.
 #
-# A script sets KIND, and ECHO to where the answer repeats the query: (place in the answer, place in the query,
-# bytes).  It gives make_query(server) -> bytes, and decode(server, query, packet) -> Answer, or None when the
-# packet does not answer that query; ValueError when it can't be used; Dismissed.
+# A script sets KIND, and ECHO to where an answer repeats its query: the place in the answer, the place in the
+# query, and how many bytes.  It gives measure() two functions: make_query(server) -> bytes, and
+# decode(server, query, packet) -> Answer, or None when that does not answer the query; ValueError, Dismissed.
 LETTERS = "46fe:h:l:p:r:s:t:T:v:"
+LINUX = sys.platform.startswith("linux")
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
@@ -183,24 +185,53 @@ MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
 DAY_NS = 86400 * 10**9
 # What Python's socket module lacks of <linux/net_tstamp.h> and <asm-generic/socket.h>.
 SO_ATTACH_FILTER, SO_TIMESTAMPNS, SO_TIMESTAMPING = 26, 35, 37
-SOFTWARE_STAMPS = 2 | 8 | 16  # of what leaves and what arrives; report them
+SOFTWARE_STAMPS = 2 | 8 | 16  # of what leaves, of what arrives, and report them
 TIMESPEC = struct.Struct("@ll")
 FILTER_STEP = struct.Struct("=HBBI")  # <linux/filter.h>: code, steps to skip if so and if not, number
 LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
 UDP_HEADER_BYTES = 8
 
-Settings = collections.namedtuple("Settings", "hosts letters exchanges pause_ns wait_ns total_ns end_ns "
-                                  "most_spread_ns limit_days force port family folder verbosity")
-# T2 rounded up and T3 rounded down, as a clock on the scale of ours would show them; more of what it said
+# T2 rounded up and T3 rounded down, as a right clock on our scale shows them, and what else the server said.
 Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns stratum reference")
 Reading = collections.namedtuple("Reading", "clock_ns tick_ns")  # system clock and counter at one moment
-Sample = collections.namedtuple("Sample", "answer own kernel")  # each (Reading at t0, Reading at t1)
+Sample = collections.namedtuple("Sample", "answer own kernel")  # own and kernel: Readings at t0 and t1
 Range = collections.namedtuple("Range", "least_ns most_ns")  # of the offset
-Result = collections.namedtuple("Result", "range distance_ns agreed end")  # agreed: the Servers that did
+Result = collections.namedtuple("Result", "range distance_ns agreed end")  # of the Servers that agreed
 
 
 class Dismissed(Exception):
     """(words, may its earlier answers be used): the server does not want to be asked."""
+
+
+class Settings:
+    """The command line; getopt.GetoptError when it is wrong."""
+
+    def __init__(self, words, port, more_letters=""):
+        options, self.hosts = getopt.getopt(words, LETTERS + more_letters)
+        self.letters = letters = dict(options)
+
+        def number(letter, default, unit=1, least=0):
+            value = round(float(letters[letter]) * unit) if letter in letters else default
+            if value is not None and value < least:
+                raise ValueError
+            return value
+        try:  # without -r and -h the address decides
+            self.exchanges, self.pause_ns = number("-r", None, least=1), number("-h", None, 10**6)
+            self.wait_ns, self.total_ns = number("-t", 10**9, 10**6), number("-T", 10 * 10**9, 10**6)
+            self.most_spread_ns, self.limit_ns = number("-e", None, 10**6), number("-l", 2 * DAY_NS, DAY_NS)
+            self.port, self.verbosity = number("-p", port, least=1), number("-v", 1)
+        except (OverflowError, ValueError):
+            raise getopt.GetoptError("") from None
+        if self.port > 65535 or not self.hosts:
+            raise getopt.GetoptError("")
+        self.family = {(True, False): socket.AF_INET, (False, True): socket.AF_INET6}.get(
+            ("-4" in letters, "-6" in letters), socket.AF_UNSPEC)
+        self.force, self.folder = "-f" in letters, letters.get("-s")
+        self.end_ns = time.monotonic_ns() + self.total_ns
+
+    def warn(self, text):
+        if self.verbosity >= 1:
+            complain("warning", text)
 
 
 class Server:
@@ -208,8 +239,10 @@ class Server:
 
     def __init__(self, name, family=None, address=None):
         self.name, self.family, self.address = name, family, address
-        self.samples, self.failures, self.kiss = [], {}, None
-        self.range, self.verdict, self.told_all = None, None, False
+        self.samples, self.failures, self.kiss, self.told_all = [], {}, None, False
+        self.range = None  # which the samples prove
+        self.certain = None  # that, widened by how far the server may be off true time
+        self.verdict = None  # "agreed" or "falseticker"
 
     def failed(self, why):
         self.failures[why] = self.failures.get(why, 0) + 1
@@ -220,54 +253,21 @@ class Server:
                    for answer, _, (t0, t1) in self.samples)
 
 
-def parse_options(words, port, more_letters=""):
-    """The command line -> Settings; getopt.GetoptError when it is wrong."""
-    options, hosts = getopt.getopt(words, LETTERS + more_letters)
-    letters = dict(options)
-
-    def number(letter, default, unit=1, least=0):
-        value = round(float(letters[letter]) * unit) if letter in letters else default
-        if value is not None and value < least:
-            raise ValueError
-        return value
-    family = {"-4": socket.AF_INET, "-6": socket.AF_INET6} if ("-4" in letters) != ("-6" in letters) else {}
-    try:
-        total_ns = number("-T", 10 * 10**9, 10**6)
-        settings = Settings(
-            hosts, letters, exchanges=number("-r", None, least=1), pause_ns=number("-h", None, 10**6),
-            wait_ns=number("-t", 10**9, 10**6), total_ns=total_ns, end_ns=time.monotonic_ns() + total_ns,
-            most_spread_ns=number("-e", None, 10**6), limit_days=number("-l", 2), force="-f" in letters,
-            port=number("-p", port, least=1), family=sum(family.get(letter, 0) for letter in letters),
-            folder=letters.get("-s"), verbosity=number("-v", 1))
-    except (OverflowError, ValueError):
-        raise getopt.GetoptError("") from None
-    if settings.port > 65535 or not hosts:
-        raise getopt.GetoptError("")
-    return settings
-
-
-def warn(settings, text):
-    if settings.verbosity >= 1:
-        complain("warning", text)
-
-
 def in_parallel(function, arguments, end_ns):
     """Call it with each argument in a thread of its own -> what each returned or raised.  TimeoutError stands
     for a call that has not ended by then: nothing else bounds getaddrinfo()."""
     results = [TimeoutError("timed out") for _ in arguments]
 
-    def call(place, ended):
+    def call(place):
         try:
             results[place] = function(arguments[place])
         except Exception as err:  # whatever it is, the main thread is to tell it
             results[place] = err
-        ended.release()
-    locks = [_thread.allocate_lock() for _ in arguments]
-    for place, lock in enumerate(locks):
-        lock.acquire()
-        _thread.start_new_thread(call, (place, lock))
-    for lock in locks:
-        lock.acquire(timeout=max(end_ns - time.monotonic_ns(), 0) / 1e9)
+    threads = [threading.Thread(target=call, args=(place,), daemon=True) for place in range(len(arguments))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(end_ns - time.monotonic_ns(), 0) / 1e9)
     return list(results)
 
 
@@ -299,7 +299,7 @@ def find_servers(hosts, port, settings):
 
 def is_near(address):
     """Is that a loopback, private or link-local address?  Its owner is then the one who asks it."""
-    import ipaddress  # here, since it takes 5 ms to load and servers may be refused before
+    import ipaddress  # here, where the time that it takes to load is spent beside the first exchange
     ip = ipaddress.ip_address(address.partition("%")[0])
     return (getattr(ip, "ipv4_mapped", None) or ip).is_private
 
@@ -319,9 +319,9 @@ def read_clocks():
 
 def enable_kernel_stamps(sock):
     """Have Linux stamp what arrives, and what leaves where it can; elsewhere our own readings do."""
-    for option, value in ((SO_TIMESTAMPING, SOFTWARE_STAMPS), (SO_TIMESTAMPNS, 1)):
+    for option, value in ((SO_TIMESTAMPING, SOFTWARE_STAMPS), (SO_TIMESTAMPNS, 1)) if LINUX else ():
         try:
-            return sys.platform.startswith("linux") and sock.setsockopt(socket.SOL_SOCKET, option, value)
+            return sock.setsockopt(socket.SOL_SOCKET, option, value)
         except OSError:
             continue
 
@@ -338,18 +338,19 @@ def kernel_stamp(ancillary):
 def sent_stamp(sock, query):
     """The kernel's stamp of the query, or None.  Linux puts a copy of what leaves into the error queue."""
     stamp_ns = None
-    while True:
+    while LINUX:
         try:
             packet, ancillary, _, _ = sock.recvmsg(2048, 512, socket.MSG_ERRQUEUE)
-        except (AttributeError, OSError):  # not on this system; the queue is empty
-            return stamp_ns
+        except OSError:  # the queue is empty
+            break
         if packet.endswith(query):
             stamp_ns = kernel_stamp(ancillary)
+    return stamp_ns
 
 
 def kernel_readings(own, sent_ns, received_ns):
-    """The kernel's stamps as Readings at t0 and t1.  They are nearer to the wire than our own, but count only
-    when they lie between those; the counter that belongs to them is interpolated."""
+    """Our Readings at t0 and t1, and the kernel's stamps -> better Readings.  The stamps are nearer to the
+    wire, but count only when they lie between ours; the counter that belongs to them is interpolated."""
     t0, t1 = own
 
     def better(kernel_ns, reading):
@@ -369,13 +370,13 @@ def admit_only_answers(sock, query):
         word, = struct.unpack_from(">I", query, query_at + i)
         steps += [(LOAD_WORD, 0, 0, UDP_HEADER_BYTES + at + i), (JUMP_IF_EQUAL, 1, 0, word),
                   (PASS_BYTES, 0, 0, 0)]
-    program = b"".join(FILTER_STEP.pack(*step) for step in steps + [(PASS_BYTES, 0, 0, 0xffff)])
+    steps.append((PASS_BYTES, 0, 0, 0xffff))
     try:
         import array  # which tells its place in memory
-        held = array.array("B", program)
-        if sys.platform.startswith("linux"):
-            sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
-                            struct.pack("@HP", len(steps) + 1, held.buffer_info()[0]))
+        program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
+        where = struct.pack("@HP", len(steps), program.buffer_info()[0])
+        if LINUX:
+            sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, where)
     except (ImportError, OSError):  # decode() tells them apart too, only later
         pass
 
@@ -385,21 +386,19 @@ def exchange(sock, server, query, decode, end_ns, clocks):
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     admit_only_answers(sock, query)
-    sent, sent_ns = clocks(), None
+    sent = clocks()
     sock.send(query)
+    sent_ns = sent_stamp(sock, query)  # mostly it is there at once
     while time.monotonic_ns() < end_ns:
-        events = poller.poll(-((time.monotonic_ns() - end_ns) // 10**6))
-        received = clocks()  # now: it is too early for what comes later
+        events = poller.poll(max((end_ns - time.monotonic_ns()) // 10**6 + 1, 0))
+        received = clocks()
         sent_ns = sent_stamp(sock, query) or sent_ns
-        if not events or not events[0][1] & select.POLLIN:  # an ICMP error, or nothing but a stamp
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise OSError(error, os.strerror(error))
-            continue
         try:
             packet, ancillary, _, _ = sock.recvmsg(2048, 512)
-        except BlockingIOError:  # its checksum was wrong
+        except BlockingIOError:  # there was only a stamp, or a wrong checksum
             continue
+        if not events or not events[0][1] & select.POLLIN:
+            received = clocks()  # it came after poll() had seen something else
         answer = decode(server, query, packet)
         if answer:  # else it is late, doubled or forged, and the right one may yet come
             own = sent, received
@@ -416,25 +415,25 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
             sock.setblocking(False)
             enable_kernel_stamps(sock)
             sock.connect(server.address)  # from now on the kernel drops what other addresses send
-            for left in range((settings.exchanges or (10 if near else 4)) - 1, -1, -1):
+            for left in reversed(range(settings.exchanges or (10 if near else 4))):
                 end_ns = min(time.monotonic_ns() + settings.wait_ns, settings.end_ns)
                 try:
                     server.samples.append(exchange(sock, server, make_query(server), decode, end_ns, clocks))
                 except (OSError, ValueError) as err:
                     server.failed(reason(err))
-                silent = not server.samples and any(other.told_all for other in servers)
-                if silent or time.monotonic_ns() + pause_ns * (left > 0) >= settings.end_ns:
-                    break  # when it is silent and another has told all, one timeout is enough
-                time.sleep(pause_ns * (left > 0) / 1e9)
+                if not left or time.monotonic_ns() + pause_ns >= settings.end_ns:
+                    break
+                if not server.samples and any(other.told_all for other in servers):
+                    break  # it is silent, and another has told all: one timeout is enough
+                time.sleep(pause_ns / 1e9)
         server.told_all = bool(server.samples)
     found = [server for server in servers if server.address]
-    for server, err in zip(found, in_parallel(ask_server, found, settings.end_ns + DAY_NS)):
+    for server, err in zip(found, in_parallel(ask_server, found, settings.end_ns + DAY_NS)):  # ends by itself
         if isinstance(err, Dismissed):
             server.kiss, usable = err.args
             server.samples = server.samples if usable else []
-            server.failed(server.kiss)
-        elif err and not server.failures:  # no route, as to IPv6 from where there is none
-            server.failed(reason(err))
+        if err:
+            server.failed(reason(err) if server.kiss is None else server.kiss)
     return clocks()
 
 
@@ -453,27 +452,27 @@ def gained(then, now):
 
 
 def sample_range(answer, stamps, end):
-    """-> the Range at the Reading `end` that an exchange proves."""
+    """-> the Range that an exchange proves for the Reading `end`."""
     t0, t1 = stamps
     return Range(answer.sent_ns - t1.clock_ns + gained(t1, end)[0],
                  answer.received_ns - t0.clock_ns + gained(t0, end)[1])
 
 
 def server_range(ranges):
-    """One server's Ranges -> (Range, do they agree); ValueError when each contradicts itself.
+    """One server's Ranges -> their intersection; ValueError when each contradicts itself.
 
-    It is their intersection.  Where that is empty, the clock was set or one of them is wrong, and it can't be
-    seen which: then all that those of the least delay allow.
+    Where it is empty, a clock was set or one of them is wrong, and it can't be seen which: then it is all
+    that those of the least delay allow.
     """
     least_ns, most_ns = max(lo for lo, _ in ranges), min(hi for _, hi in ranges)
     if least_ns <= most_ns:
-        return Range(least_ns, most_ns), True
+        return Range(least_ns, most_ns)
     possible = [(lo, hi) for lo, hi in ranges if lo <= hi]
     if not possible:
         raise ValueError("it says that its answers took longer than we waited for them")
     width_ns = QUEUED * min(hi - lo for lo, hi in possible)
     short = [(lo, hi) for lo, hi in possible if hi - lo <= width_ns]
-    return Range(min(lo for lo, _ in short), max(hi for _, hi in short)), False
+    return Range(min(lo for lo, _ in short), max(hi for _, hi in short))
 
 
 def vote(ranges):
@@ -486,30 +485,40 @@ def vote(ranges):
                  max(hi for _, hi in ranges if votes(hi) == most_votes)), most_votes
 
 
+def half_ns(range_ns):
+    """Half the width of a Range, rounded up."""
+    return (range_ns.most_ns - range_ns.least_ns + 1) // 2
+
+
 def describe(range_ns):
-    return "offset %+.9f s, spread %.9f s" % (sum(range_ns) / 2e9, (range_ns[1] - range_ns[0]) / 2e9)
-
-
-def far(range_ns):
-    """How far away that is, in words."""
-    days = abs(sum(range_ns)) / 2 / DAY_NS
-    return "%.1f days" % days if days < 1000 else "%.1f years" % (days / 365.25)
+    return "offset %+.9f s, spread %.9f s" % (sum(range_ns) / 2e9, half_ns(range_ns) / 1e9)
 
 
 def weigh(server, settings, end):
-    """Set the Range that this server's samples prove, if they do."""
+    """Set the Ranges that this server's samples prove, if they do."""
+    answer = server.samples[-1].answer
     try:
-        server.range, agree = server_range([sample_range(sample.answer, sample.kernel, end)
-                                            for sample in server.samples])
+        server.range = server_range([sample_range(sample.answer, sample.kernel, end)
+                                     for sample in server.samples])
     except ValueError as err:
         return server.failed(reason(err))
-    if not agree:
-        server.failed("its exchanges contradict each other, taking those of least delay; was a clock set?")
+    server.certain = Range(server.range[0] - answer.distance_ns, server.range[1] + answer.distance_ns)
     if settings.verbosity >= 2:
-        answer = server.samples[-1].answer
         complain("info", "%s: %s, delay %.9f s, root distance %.9f s, stratum %s, reference %s"
-                 % (server.name, describe(server.range), server.delay_ns() / 1e9, answer.distance_ns / 1e9,
-                    answer.stratum, answer.reference))
+                 % (server.name, describe(server.range), server.delay_ns() / 1e9,
+                    answer.distance_ns / 1e9, answer.stratum, answer.reference))
+
+
+def refusal(result_ns, spread_ns, settings):
+    """Why not to use that result, or None."""
+    days = abs(sum(result_ns)) / 2 / DAY_NS
+    if settings.limit_ns and days * DAY_NS > settings.limit_ns:
+        away = "%.1f days" % days if days < 1000 else "%.1f years" % (days / 365.25)
+        side = "behind" if sum(result_ns) > 0 else "ahead"
+        return "this clock is %s %s; `clockctl set` sets it" % (away, side)
+    if settings.most_spread_ns is not None and spread_ns > settings.most_spread_ns:
+        return "time uncertainty too large, %.6f s" % (spread_ns / 1e9)
+    return None
 
 
 def conclude(servers, settings, end):
@@ -517,38 +526,24 @@ def conclude(servers, settings, end):
     for server in servers:
         if server.samples:
             weigh(server, settings, end)
-    found = [server for server in servers if server.range]
-    if not found:
+    voters = [server for server in servers if server.range]
+    if not voters:
         raise ValueError(next((server.kiss for server in servers if server.kiss), "no usable answer"))
-    limit_ns = settings.limit_days * DAY_NS
-    near = [server for server in found
-            if settings.force or not limit_ns or abs(sum(server.range)) <= 2 * limit_ns]
-    for server in found:
-        if server not in near:
-            server.failed("its time is %s away" % far(server.range))
-    voters = near or found
-    distances_ns = [server.samples[-1].answer.distance_ns for server in voters]
-    # Good servers still differ, by as much as each may be off true time.
-    ranges = [Range(lo - off_ns, hi + off_ns) if len(voters) > 1 else Range(lo, hi)
-              for (lo, hi), off_ns in zip([server.range for server in voters], distances_ns)]
-    result, votes = vote(ranges)
+    result, votes = vote([server.certain for server in voters])
     if 2 * votes <= len(voters):
         raise ValueError("no majority of the servers agrees")
-    if not near:
-        raise ValueError("this clock is %s %s, and `clockctl set` sets it"
-                         % (far(result), "behind" if sum(result) > 0 else "ahead"))
-    agree = [lo <= result.most_ns and result.least_ns <= hi for lo, hi in ranges]
-    for server, agrees in zip(voters, agree):
+    for server in voters:
+        agrees = server.certain.least_ns <= result.most_ns and result.least_ns <= server.certain.most_ns
         server.verdict = "agreed" if agrees else "falseticker"
         if not agrees:
-            warn(settings, "%s is a falseticker: %s" % (server.name, describe(server.range)))
-    if settings.verbosity >= 2:
-        complain("info", "result: " + describe(result))
-    spread_ns = (result.most_ns - result.least_ns) / 2
-    if settings.most_spread_ns is not None and spread_ns > settings.most_spread_ns and not settings.force:
-        raise ValueError("time uncertainty too large, %.6f s" % (spread_ns / 1e9))
-    return Result(result, min(distance_ns for distance_ns, agrees in zip(distances_ns, agree) if agrees),
-                  [server for server, agrees in zip(voters, agree) if agrees], end)
+            settings.warn("%s is a falseticker: %s" % (server.name, describe(server.range)))
+    agreed = [server for server in voters if server.verdict == "agreed"]
+    distance_ns = min(server.samples[-1].answer.distance_ns for server in agreed)
+    spread_ns = max(half_ns(result) - distance_ns, 1)
+    why = refusal(result, spread_ns, settings)
+    if why and not settings.force:
+        raise ValueError(why)
+    return Result(result, distance_ns, agreed, end)
 
 
 def pack_quality(spread_ns, distance_ns):
@@ -564,12 +559,14 @@ def pack_quality(spread_ns, distance_ns):
     return last + (1 - last) % 97
 
 
-def pack_mark(result, value_ns):
-    """The 16 bytes of an adjustment: real time is within spread and distance of the value."""
-    spread_ns = max(result.range.most_ns - value_ns, value_ns - result.range.least_ns)
-    if len(result.agreed) > 1:
-        spread_ns -= result.distance_ns  # by which the ranges were widened
-    return pack(value_ns, pack_quality(max(spread_ns, 1), result.distance_ns))
+def pack_mark(result, value_ns, settings):
+    """The 16 bytes of an adjustment: real time is within spread and root distance of the value."""
+    bound_ns = max(result.range.most_ns - value_ns, value_ns - result.range.least_ns)
+    spread_ns = max(bound_ns - result.distance_ns, 1)
+    if settings.verbosity >= 2:
+        complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
+                 % (value_ns / 1e9, spread_ns / 1e9, result.distance_ns / 1e9))
+    return pack(value_ns, pack_quality(spread_ns, result.distance_ns))
 
 
 def replace_file(path, data, mode=0o644):
@@ -577,31 +574,27 @@ def replace_file(path, data, mode=0o644):
     temporary = path + ".tmp"
     if os.path.lexists(temporary):
         os.unlink(temporary)
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        os.fchmod(file, mode)  # whatever the umask
-        os.write(file, data)
-        os.fsync(file)
-    finally:
-        os.close(file)
+    with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        os.fchmod(file.fileno(), mode)  # whatever the umask
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.rename(temporary, path)
 
 
 def source_line(server, now_sec):
     """The line of dir/sources for this server."""
-    words = [str(now_sec), KIND, "".join(server.name.split())] + 6 * ["-"]
+    words = [now_sec, KIND, "".join(server.name.split())] + 6 * ["-"]
     if server.range:
-        least_ns, most_ns = server.range
         answer = server.samples[-1].answer
-        words[3:] = [str(word) for word in ((least_ns + most_ns) // 2, (most_ns - least_ns + 1) // 2,
-                                            server.delay_ns(), answer.distance_ns, answer.stratum,
-                                            answer.reference)]
+        words[3:] = (sum(server.range) // 2, half_ns(server.range), server.delay_ns(),
+                     answer.distance_ns, answer.stratum, answer.reference)
     failures = list(server.failures) or ["no majority of the servers agrees"]
-    return " ".join(words + [server.verdict or "failed: " + failures[-1]])
+    return " ".join(map(str, words + [server.verdict or "failed: " + failures[-1]])) + "\n"
 
 
 def measure(servers, settings, make_query, decode):
-    """Ask, tell what failed, keep what each server said -> Result; ValueError."""
+    """Ask, conclude, tell what failed and keep what each server said -> Result; ValueError."""
     end = ask(servers, settings, make_query, decode)
     try:
         return conclude(servers, settings, end)
@@ -609,14 +602,14 @@ def measure(servers, settings, make_query, decode):
         for server in servers:
             for why, times in server.failures.items():
                 count = " (%d times)" % times if times > 1 else ""
-                warn(settings, "unable to ask %s: %s%s" % (server.name, why, count))
+                settings.warn("unable to ask %s: %s%s" % (server.name, why, count))
         if settings.folder is not None:
             path = os.path.join(settings.folder, "sources")
             try:
-                lines = [source_line(server, end.clock_ns // 10**9) + "\n" for server in servers]
-                replace_file(path, "".join(lines).encode(errors="replace"))
+                text = "".join(source_line(server, end.clock_ns // 10**9) for server in servers)
+                replace_file(path, text.encode(errors="replace"))
             except OSError as err:
-                warn(settings, "unable to write %s: %s" % (path, reason(err)))
+                settings.warn("unable to write %s: %s" % (path, reason(err)))
 # ==== end shared ====
 
 
@@ -970,7 +963,7 @@ class Store:
             self.warn("use", err)
 
     def warn(self, doing, err):
-        warn(self.settings, "unable to %s %s: %s" % (doing, self.path, reason(err)))
+        self.settings.warn("unable to %s %s: %s" % (doing, self.path, reason(err)))
 
     def take(self):
         """-> the text of the file, which is gone then; OSError."""
@@ -995,8 +988,7 @@ class Store:
 
 
 def open_keylog():
-    """-> (descriptor, path) of a file for the secrets of a session: in memory, or else one without a name in
-    a moment."""
+    """-> (descriptor, path) of a file for the secrets of a session, in memory where that is possible."""
     try:
         keylog = os.memfd_create(PROGRAM)
         path = "/proc/self/fd/%d" % keylog
@@ -1009,11 +1001,12 @@ def open_keylog():
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), path
 
 
-def read_secret(keylog):
-    """What OpenSSL told of its session -> the exporter secret; ValueError."""
-    for line in os.pread(keylog, KE_BYTES, 0).decode("ascii").splitlines():
+def secret_of(keylog):
+    """What OpenSSL wrote of its session -> the exporter secret; ValueError."""
+    for line in keylog.decode("ascii").splitlines():
         if line.startswith("EXPORTER_SECRET "):
-            return bytes.fromhex(line.split()[2])
+            _, _, secret = line.split()
+            return bytes.fromhex(secret)
     raise ValueError("this Python's ssl does not tell a session's secret")
 
 
@@ -1023,10 +1016,10 @@ def tls_reason(err):
 
 
 def make_context(ssl, keylog_path, authorities):
-    """The TLS that is spoken.  The keylog's path is gone after that, where it is in a directory."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the certificate and its name are verified
+    """TLS 1.3 that verifies all of a certificate but its time."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.keylog_filename = keylog_path
-    if keylog_path.startswith("/tmp/"):
+    with contextlib.suppress(OSError):  # nothing is to be removed where it is in memory
         os.unlink(keylog_path)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols([PROTOCOL])
@@ -1040,12 +1033,13 @@ def make_context(ssl, keylog_path, authorities):
 
 def validity(tls, ssl):
     """-> the Unix seconds from and to which all certificates of the chain are valid."""
-    try:
+    try:  # Python 3.13 has a public name for it, but that gives no times
         chain = [certificate.get_info() for certificate in tls._sslobj.get_verified_chain()]
     except AttributeError:  # before Python 3.10
         chain = [tls.getpeercert()]
-    return (max(ssl.cert_time_to_seconds(certificate["notBefore"]) for certificate in chain),
-            min(ssl.cert_time_to_seconds(certificate["notAfter"]) for certificate in chain))
+    since_sec, until_sec = [[ssl.cert_time_to_seconds(certificate[name]) for certificate in chain]
+                            for name in ("notBefore", "notAfter")]
+    return max(since_sec), min(until_sec)
 
 
 def left_sec(end_ns):
@@ -1104,7 +1098,8 @@ def establish(host, settings):
         import ssl  # here, since most runs have stored keys, and it takes 4 MB
     except ImportError:
         raise ValueError("this Python has no ssl; if it is a python3-minimal, install python3") from None
-    end_ns = min(time.monotonic_ns() + KE_NS, settings.end_ns)
+    now_ns = time.monotonic_ns()
+    end_ns = min(now_ns + KE_NS, now_ns + settings.total_ns // 2, settings.end_ns)
     keylog, keylog_path = open_keylog()
     try:
         context = make_context(ssl, keylog_path, settings.letters.get("-c"))
@@ -1117,7 +1112,7 @@ def establish(host, settings):
                 tls.sendall(KE_QUERY)
                 grant, address = read_grant(reader(tls, end_ns)), tls.getpeername()
                 since_sec, until_sec = validity(tls, ssl)
-        query_key, answer_key = export_keys(read_secret(keylog))
+        query_key, answer_key = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
     except ssl.SSLCertVerificationError as err:
         raise ValueError("its certificate can't be trusted: %s" % err.verify_message) from None
     except ssl.SSLError as err:
@@ -1244,7 +1239,7 @@ def main(argv):
         doing = "write output"
         if begin(argv):
             return 0
-        settings = parse_options(argv[1:], KE_PORT, "c:")
+        settings = Settings(argv[1:], KE_PORT, "c:")
         if os.isatty(1):
             complain("usage", "the result is 16 raw bytes: " + USAGE)
             return 100
@@ -1260,7 +1255,7 @@ def main(argv):
         finally:
             if store:
                 store.put(servers)
-        packet = pack_mark(result, sum(result.range) // 2)
+        packet = pack_mark(result, sum(result.range) // 2, settings)
         doing = "write output"
         emit(packet)
     except getopt.GetoptError:
