@@ -144,10 +144,15 @@ if __name__ == "__main__":
 import contextlib
 import importlib.machinery
 import importlib.util
+import io
 import random
 import re
 import signal
+import socket
+import ssl
+import stat
 import struct
+import threading
 import time
 
 import pytest
@@ -393,6 +398,440 @@ def test_adjtimex_reads_this_kernel():
 
 # ==== ntsclock ======================================================================================
 
+NTS = load("ntsclock")
+DAY_SEC, YEAR_SEC = 86400, 365 * 86400
+CMAC_KEY, CMAC_TEXT = "2b7e151628aed2a6abf7158809cf4f3c", ("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac"
+                                                           "45af8e5130c81c46a35ce411e5fbc1191a0a52eff69f2445")
+VECTORS = [  # FIPS 197 C.1; RFC 4493, each with its size; RFC 5297 A.1 and A.2
+    (lambda key, text: b"%032x" % NTS.Aes(key).encrypt(int(text.hex(), 16)), "000102030405060708090a0b0c0d0e0f",
+     "00112233445566778899aabbccddeeff", b"69c4e0d86a7b0430d8cdb78070b4c55a")] + [
+    (lambda key, text: b"%032x" % NTS.cmac(NTS.Aes(key), text), CMAC_KEY, CMAC_TEXT[:2 * size], mac)
+    for size, mac in ((0, b"bb1d6929e95937287fa37d129b756746"), (16, b"070a16b46b4d4144f79bdd9dd04a287c"),
+                      (40, b"dfa66747de9ae63030ca32611497c827"))] + [
+    (lambda key, text: NTS.Siv(key).seal([bytes(range(16, 40))], text).hex().encode(),
+     "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff", "112233445566778899aabbccddee",
+     b"85632d07c6e8f37f950acd320a2ecc9340c02b9690c4dc04daef7f6afe5c"),
+    (lambda key, text: NTS.Siv(key).seal([bytes.fromhex(
+        "00112233445566778899aabbccddeeffdeaddadadeaddadaffeeddccbbaa99887766554433221100"), bytes.fromhex(
+        "102030405060708090a0"), bytes.fromhex("09f911029d74e35bd84156c5635688c0")], text).hex().encode(),
+     "7f7e7d7c7b7a79787776757473727170404142434445464748494a4b4c4d4e4f",
+     b"this is some plaintext to encrypt using SIV-AES".hex(),
+     b"7bdb6e3b432667eb06f4d14bff2fbd0fcb900f2fddbe404326601965c889bf17"
+     b"dba77ceb094fa663b7a3f748ba8af829ea64ad544a272e9c485b62a3fd5c0d")]
+
+
+@pytest.mark.parametrize("function, key, text, expected", VECTORS)
+def test_the_vectors_of_the_standards(function, key, text, expected):
+    assert function(bytes.fromhex(key), bytes.fromhex(text)) == expected
+
+
+class Authority:
+    """A certificate authority, and hosts that it vouches for."""
+
+    def __init__(self, home, days=36500):
+        need("openssl")
+        self.home, self.path = home, str(home / "ca.crt")
+        (home / "ca.conf").write_text(
+            "[ca]\ndefault_ca=here\n[here]\ndatabase=index\nrand_serial=yes\nnew_certs_dir=.\npolicy=any\n"
+            "default_md=sha256\nunique_subject=no\n[any]\ncommonName=supplied\n")
+        (home / "index").write_text("")
+        self.make_key("ca", "-x509", "-days", str(days), "-addext", "basicConstraints=critical,CA:TRUE",
+                      "-addext", "keyUsage=critical,keyCertSign,cRLSign")
+        self.make_key("host")
+        self.good = self.host()
+
+    def openssl(self, *words):
+        subprocess.run(("openssl",) + words, cwd=str(self.home), check=True, stderr=subprocess.DEVNULL)
+
+    def make_key(self, name, *words):
+        self.openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=" + name,
+                     "-keyout", name + ".key", "-out", name + ".crt", *words)
+
+    def host(self, since_sec=-DAY_SEC, until_sec=YEAR_SEC, names="DNS:localhost,IP:127.0.0.1"):
+        """-> (certificate, key) of a host, valid between those times from now."""
+        since, until_ = [time.strftime("%Y%m%d%H%M%SZ", time.gmtime(time.time() + sec))
+                         for sec in (since_sec, until_sec)]
+        (self.home / "ext").write_text(
+            "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nsubjectKeyIdentifier=hash\n"
+            "authorityKeyIdentifier=keyid\nsubjectAltName=%s\n" % names)
+        path = self.home / (os.urandom(4).hex() + ".crt")
+        self.openssl("ca", "-batch", "-notext", "-config", "ca.conf", "-cert", "ca.crt", "-keyfile", "ca.key", "-in",
+                     "host.crt", "-out", path.name, "-startdate", since, "-enddate", until_, "-extfile", "ext")
+        return str(path), str(self.home / "host.key")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+def ke_records(*records):
+    return b"".join(NTS.RECORD.pack(kind, len(body)) + body for kind, body in records + ((0x8000, b""),))
+
+
+def nts_header(query, off_ns=0, stratum=1, word=b"TEST"):
+    stamp = ((time.time_ns() + off_ns + NTS.NTP_UNIX_SEC * 10**9) % (2**32 * 10**9) << 32) // 10**9
+    return NTS.NTP.pack(0x24, stratum, 6, -20, 0, 0, word, stamp, NTS.NTP.unpack_from(query)[-1], stamp, stamp)
+
+
+def sealed_answer(siv, query, header, cookies=()):
+    message, nonce = header + NTS.field(NTS.IDENTIFIER, NTS.identifier_of(query)), os.urandom(16)
+    sealed = siv.seal([message, nonce], b"".join(NTS.field(NTS.COOKIE, cookie) for cookie in cookies))
+    return message + NTS.field(NTS.AUTHENTICATOR, struct.pack(">HH", 16, len(sealed)) + nonce + sealed)
+
+
+def bare_kiss(query, word=b"NTSN"):
+    return nts_header(query, stratum=0, word=word) + NTS.field(NTS.IDENTIFIER, NTS.identifier_of(query))
+
+
+class NtsHost:
+    """An NTS server of our own, which can do what real ones don't: talk(tls, grant) speaks in key
+    establishment, reply(host, siv, query, good answer) -> the packets that are sent."""
+
+    def __init__(self, certificate, off_sec=0, talk=lambda tls, grant: tls.sendall(grant),
+                 reply=lambda host, siv, query, good: [good], ntp_address="127.0.0.1"):
+        self.off_ns, self.talk, self.reply = off_sec * 10**9, talk, reply
+        self.keylog, path = NTS.open_keylog()
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(*certificate)
+        self.context.set_alpn_protocols(["ntske/1"])
+        self.context.keylog_filename = path
+        self.keys, self.used, self.sessions = {}, [], 0
+        self.tcp, self.udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.tcp.bind(("127.0.0.1", 0))
+        self.udp.bind((ntp_address, 0))
+        self.tcp.listen(5)
+        self.port, self.ntp_port = self.tcp.getsockname()[1], self.udp.getsockname()[1]
+
+    def __enter__(self):
+        for loop in (self.establish, self.serve):
+            threading.Thread(target=loop, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.tcp.shutdown(socket.SHUT_RDWR)  # which ends accept()
+        self.udp.sendto(b"", self.udp.getsockname())
+        assert len(set(self.used)) == len(self.used), "a cookie came twice"
+
+    def establish(self):
+        while True:
+            try:
+                plain, _ = self.tcp.accept()
+            except OSError:
+                return self.tcp.close()
+            with plain, contextlib.suppress(OSError, ValueError):
+                plain.settimeout(PATIENCE_SEC)
+                with self.context.wrap_socket(plain, server_side=True) as tls:
+                    if tls.recv(100) == ke_records((0x8001, b"\0\0"), (0x8004, b"\0\x0f")):
+                        keys = [NTS.Siv(key) for key in NTS.export_keys(NTS.secret_of(os.pread(self.keylog, 9999, 0)))]
+                        os.ftruncate(self.keylog, 0)
+                        self.sessions += 1
+                        self.talk(tls, self.grant(self.new_cookies(keys, 8)))
+
+    def grant(self, cookies):
+        return ke_records((0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (7, struct.pack(">H", self.ntp_port)),
+                          *[(5, cookie) for cookie in cookies])
+
+    def new_cookies(self, keys, count):
+        cookies = [os.urandom(100) for _ in range(count)]
+        self.keys.update(dict.fromkeys(cookies, keys))
+        return cookies
+
+    def serve(self):
+        while True:
+            query, client = self.udp.recvfrom(2000)
+            if not query:
+                return self.udp.close()
+            (one, _, _), (two, _, cookie), *_, (_, start, body) = fields = NTS.split_fields(query, 48)
+            assert (one, two) == (NTS.IDENTIFIER, NTS.COOKIE)
+            self.used.append(cookie)
+            query_siv, answer_siv = keys = self.keys[cookie]
+            assert query_siv.open([query[:start], body[4:20]], body[20:]) == b""
+            good = sealed_answer(answer_siv, query, nts_header(query, self.off_ns),
+                                 self.new_cookies(keys, len(fields) - 2))
+            for packet in self.reply(self, answer_siv, query, good):
+                self.udp.sendto(packet, client)
+
+
+@contextlib.contextmanager
+def nts_chronyd(home, authority, port=None):
+    """A real one -> its port, the same for NTP and key establishment; each start has new keys."""
+    need("chronyd")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = port or free.getsockname()[1]
+    (home / "conf").write_text(
+        "local stratum 1\nallow\nntsport %d\nport %d\ncmdport 0\nbindcmdaddress /\nuser root\npidfile %s\n"
+        "ntsservercert %s\nntsserverkey %s\n" % (port, port, home / "pid", *authority.good))
+    with process(without_the_right(["chronyd", "-x", "-d", "-f", str(home / "conf")]), stdout=subprocess.DEVNULL,
+                 stderr=subprocess.DEVNULL):
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield port
+
+
+@pytest.fixture(scope="module")
+def chronyd_port(tmp_path_factory, authority):
+    with nts_chronyd(tmp_path_factory.mktemp("chronyd"), authority) as port:
+        yield port
+
+
+def nts_args(authority, port, *args, host="127.0.0.1"):
+    return ["-p", str(port), "-c", authority.path, "-r", "2", "-l", "0"] + [str(arg) for arg in args] + [host]
+
+
+def nts_run(authority, port, *args, host="127.0.0.1", **env):
+    return run("ntsclock", *nts_args(authority, port, *args, host=host), **env)
+
+
+def nts_offset_ns(done):
+    assert done.returncode == 0, done.stderr
+    return NTS.unpack(done.stdout)[0]
+
+
+@pytest.mark.parametrize("suite", ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384"))
+def test_a_real_chronyd_tells_the_time_by_nts(suite, chronyd_port, authority, tmp_path):
+    (tmp_path / "conf").write_text(
+        "openssl_conf=a\n[a]\nssl_conf=b\n[b]\nsystem_default=c\n[c]\nCiphersuites=" + suite)
+    done = nts_run(authority, chronyd_port, "-v", 2, host="localhost", OPENSSL_CONF=str(tmp_path / "conf"))
+    assert abs(nts_offset_ns(done)) < 10**7 and "warning" not in done.stderr and "new keys, 8 cookies" in done.stderr
+    assert 0 < VIEW.unpack_quality(NTS.unpack(done.stdout)[1])[0] < 10**7
+
+
+def test_a_thousand_exchanges_in_a_row_renew_their_cookies(chronyd_port, authority, tmp_path):
+    done = nts_run(authority, chronyd_port, "-r", 1000, "-T", 60000, "-s", tmp_path)
+    assert abs(nts_offset_ns(done)) < 10**7 and done.stderr == ""
+    assert len(NTS.parse_keys((tmp_path / "nts").read_text()).cookies) == NTS.COOKIES
+
+
+def test_a_run_with_stored_keys_does_not_even_load_tls(chronyd_port, authority, tmp_path):
+    command = command_of("ntsclock", *nts_args(authority, chronyd_port, "-s", tmp_path))
+    for first in (True, False):
+        done = subprocess.run(command[:1] + ["-X", "importtime"] + command[1:], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, env=UTC_ENV)
+        assert done.returncode == 0 and (re.search(rb"\| *ssl\n", done.stderr) is not None) is first
+    assert (tmp_path / "nts").stat().st_mode & 0o777 == 0o600 and " nts 127.0" in (tmp_path / "sources").read_text()
+
+
+def test_a_server_with_new_keys_is_asked_for_them_once(authority, tmp_path):
+    port = None
+    for words in ("", "timed out"):  # a NAK may be forged: the answer is waited for
+        with nts_chronyd(tmp_path, authority, port) as port:
+            done = nts_run(authority, port, "-s", tmp_path, "-r", 3, "-v", 2)
+            assert abs(nts_offset_ns(done)) < 10**7 and done.stderr.count("new keys") == 1 and words in done.stderr
+
+
+def exchange_with(port, authority):
+    """-> (NtsServer, query, answer)."""
+    settings = NTS.Settings(nts_args(authority, port), 4460, "c:")
+    keys = NTS.establish("127.0.0.1", settings)
+    server = NTS.NtsServer(keys, True, *NTS.locate(keys, settings))
+    query = NTS.query_of(server, settings)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE_SEC)
+        sock.sendto(query, server.address)
+        return server, query, sock.recv(2000)
+
+
+def test_no_answer_counts_that_is_not_the_servers_to_its_last_bit(chronyd_port, authority):
+    server, query, answer = exchange_with(chronyd_port, authority)
+    other, other_query, other_answer = exchange_with(chronyd_port, authority)
+    (_, a, _), (_, b, _) = NTS.split_fields(answer, 48)  # identifier and authenticator
+    size, number = len(answer), int.from_bytes(answer, "big")
+    wrong = [(number ^ 1 << bit).to_bytes(size, "big") for bit in range(8 * size)]
+    wrong += [answer[:end] for end in range(size)]
+    wrong += [answer + more for more in (b"\0", bytes(4), NTS.field(0x2004, bytes(12)), answer[a:b], answer[b:])]
+    wrong += [answer[:48] + answer[b:] + answer[a:b], answer[:48] + answer[b:], answer[:b] + other_answer[b:],
+              other_answer, answer[:a + 4] + NTS.identifier_of(other_query) + answer[b:]]
+    assert [packet for packet in wrong if NTS.decode(server, query, packet, 0)] == []
+    assert NTS.decode(server, other_query, answer, 0) is None is NTS.decode(other, query, answer, 0)
+    assert len(server.keys.cookies) == 7 and NTS.decode(server, query, answer, 0) and len(server.keys.cookies) == 8
+
+
+@pytest.mark.parametrize("certificate, off_sec, words", [
+    ({}, 0, None),
+    (dict(since_sec=20 * YEAR_SEC, until_sec=21 * YEAR_SEC), int(20.5 * YEAR_SEC), None),  # this clock is slow
+    ({}, 2 * YEAR_SEC, "its certificate is valid from .* to .*, and its time is "),
+    (dict(since_sec=-3600), -7200, "its certificate is valid from .* to .*, and its time is "),
+    (dict(since_sec=-9 * DAY_SEC, until_sec=-DAY_SEC), 0, "its certificate is valid from .* to .*, and"),
+    (dict(names="DNS:time.example.org"), 0, "its certificate can't be trusted: .*mismatch"),
+    ("self-signed", 0, "its certificate can't be trusted: self.signed certificate"),
+    ("another", 0, "its certificate can't be trusted: unable to get local issuer certificate"),
+    ("old authority", YEAR_SEC, "its certificate is valid from .* to .*, and"),
+])
+def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(certificate, off_sec, words, authority,
+                                                                        tmp_path):
+    if certificate == "old authority" and sys.version_info < (3, 10):
+        pytest.skip("this Python shows the host's certificate only")
+    if certificate == "self-signed":
+        authority.make_key("self", "-x509", "-days", "9", "-addext", "subjectAltName=IP:127.0.0.1")
+        pair = str(authority.home / "self.crt"), str(authority.home / "self.key")
+    elif isinstance(certificate, str):
+        other = Authority(tmp_path, 30)
+        pair = other.host(until_sec=9 * YEAR_SEC)
+        authority = other if certificate == "old authority" else authority
+    else:
+        pair = authority.host(**certificate)
+    with NtsHost(pair, off_sec) as server:
+        done = nts_run(authority, server.port)
+        if words:
+            assert done.returncode == 111 and done.stdout == b"" and re.search("fatal: .*" + words, done.stderr)
+        else:
+            assert abs(nts_offset_ns(done) - off_sec * 10**9) < 10**9
+
+
+def test_stored_keys_are_used_for_28_days_and_within_the_certificates_time(authority, tmp_path):
+    with NtsHost(authority.good) as server:
+        for days, sessions in ((0, 1), (27, 1), (29, 2), (58, 3), (1000, 4)):
+            server.off_ns = days * DAY_SEC * 10**9
+            done = nts_run(authority, server.port, "-s", tmp_path)
+            assert server.sessions == sessions and (done.returncode == 0) is (days < 365)
+    assert "its certificate is valid from" in done.stderr
+
+
+def drip(tls, grant):
+    for at in range(len(grant)):
+        tls.sendall(grant[at:at + 1])
+        time.sleep(0.2)
+
+
+def flood(tls, grant):
+    while True:
+        tls.sendall(NTS.RECORD.pack(99, 1000) + bytes(1000))
+
+
+GOOD = NTPV4, SIV, COOKIE = (0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (5, bytes(100))
+
+
+@pytest.mark.parametrize("talk, words", [
+    (drip, "timed out"), (flood, "its answer never ends"), (lambda tls, grant: time.sleep(2), "timed out"),
+    (lambda tls, grant: None, "its answer is cut short|eof"),
+    (lambda tls, grant: tls.sendall(grant[:-1]), "its answer is cut short|eof"),
+    (lambda tls, grant: tls.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "its answer is cut short|eof"),
+    ([(0x8002, b"\0\0")], "it says: it does not know a critical record"), ([(0x8002, b"\0\1")], "says: bad request"),
+    ([(0x8002, b"\0\2")], "it says: internal error"), ([(0x8002, b"\0\x09")], "it says: error 9"),
+    ([*GOOD, (0x8003, b"\0\1")], "it says: warning 1"), ([*GOOD, (0x8063, b"")], "unknown critical record, 99"),
+    ([(0x8001, b""), SIV, COOKIE], "it does not offer NTPv4"), ([(0x8001, b"\0\1"), SIV, COOKIE], "NTPv4"),
+    ([NTPV4, (0x8004, b""), COOKIE], "AEAD_AES_SIV_CMAC_256"), ([NTPV4, (4, b"\0\x10"), COOKIE], "AEAD_AES"),
+    ([NTPV4, *GOOD], "it sent record 1 twice"), ([NTPV4, SIV], "it sent no cookie"),
+    ([NTPV4, SIV, (5, b""), (5, bytes(3)), (5, bytes(4096))], "it sent no cookie"),
+    ([*GOOD, (7, b"\0\0")], "of no server"), ([*GOOD, (7, b"\1")], "of no server"),
+    ([*GOOD, (6, b"\x1b[2J")], "of no server"), ([*GOOD, (6, b"\xff")], "codec")])
+def test_a_key_establishment_that_goes_wrong_is_a_line_in_time(talk, words, authority):
+    def answer(tls, grant):
+        talk(tls, grant) if callable(talk) else tls.sendall(ke_records(*talk))
+    with NtsHost(authority.good, talk=answer) as server:
+        before_sec = time.monotonic()
+        done = nts_run(authority, server.port, "-T", 2000)
+        assert time.monotonic() - before_sec < PATIENCE_SEC / 6 and server.used == []
+    assert done.returncode == 111 and re.search("fatal: unable to get the time from .*: .*" + words, done.stderr)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda tls: tls.set_alpn_protocols(["http/1.1"]), "it does not speak ntske/1|TLS: .*application protocol"),
+    (lambda tls: setattr(tls, "maximum_version", ssl.TLSVersion.TLSv1_2), "TLS: .*version")])
+def test_other_tls_is_refused(change, words, authority):
+    with NtsHost(authority.good) as server:
+        change(server.context)
+        assert re.search("fatal: .*" + words, nts_run(authority, server.port).stderr)
+
+
+def test_the_ntp_server_is_where_key_establishment_says(authority):
+    def elsewhere(tls, grant):
+        tls.sendall(NTS.RECORD.pack(6, 9) + b"127.0.0.2" + NTS.RECORD.pack(0x4001, 2) + bytes(2) + grant)
+    with NtsHost(authority.good, talk=elsewhere, ntp_address="127.0.0.2") as server:
+        done = nts_run(authority, server.port, "-v", 2)
+        assert nts_offset_ns(done) and "127.0.0.1/127.0.0.2: offset" in done.stderr and len(server.used) == 2
+
+
+@pytest.mark.parametrize("reply, words", [
+    (lambda host, siv, query, good: [bare_kiss(query), good], None),
+    (lambda host, siv, query, good: [bare_kiss(query, b"RATE"), bare_kiss(query, b"DENY"), good], "not authentic"),
+    (lambda host, siv, query, good: [good[:-1] + b"!", good, good], "was not authentic"),
+    (lambda host, siv, query, good: [sealed_answer(siv, query, nts_header(query, stratum=0, word=b"DENY"))],
+     "fatal: .*kiss-o'-death DENY"),
+    (lambda host, siv, query, good: [good] if len(host.used) == 1 else [
+        sealed_answer(siv, query, nts_header(query, stratum=0, word=b"RATE"))], "warning: .*kiss-o'-death RATE"),
+    (lambda host, siv, query, good: [bare_kiss(query)], "fatal: .*does not know our keys any more"),
+    (lambda host, siv, query, good: [nts_header(query)], "fatal: .*no usable answer"),
+    (lambda host, siv, query, good: [], "fatal: .*no usable answer")])
+def test_only_what_is_authentic_counts(reply, words, authority):
+    with NtsHost(authority.good, reply=reply) as server:
+        done = nts_run(authority, server.port, "-t", 300)
+    assert (done.returncode == 111) is str(words).startswith("fatal") and server.sessions == 1
+    assert re.search(words, done.stderr) if words else done.stderr == ""
+
+
+def test_a_week_of_hourly_marks_takes_one_key_establishment(authority, tmp_path, capfd):
+    rng = random.Random(SEED)
+    with NtsHost(authority.good, reply=lambda host, siv, query, good: [good] * (rng.random() > 0.1)) as server:
+        for _ in range(7 * 24):
+            words = nts_args(authority, server.port, "-s", tmp_path, "-r", 4, "-t", 50, "-v", 0)
+            assert NTS.main(["ntsclock"] + words) == 0, capfd.readouterr().err
+        assert server.sessions == 1 and len(server.used) == 4 * 7 * 24
+
+
+def test_a_killed_run_leaves_no_cookie_and_two_at_once_share_none(authority, tmp_path):
+    with NtsHost(authority.good, reply=lambda *_: []) as server:  # which looks at the cookies
+        command = command_of("ntsclock", *nts_args(authority, server.port, "-s", tmp_path, "-v", 0))
+        with process(command, stdout=subprocess.PIPE):
+            until(lambda: server.used)
+        assert not (tmp_path / "nts").exists()
+        server.reply = lambda host, siv, query, good: [good]
+        for count in (1, 4, 4):
+            runs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+            assert [len(started.communicate()[0]) for started in runs] == [16] * count
+        assert server.sessions >= 3
+
+
+def spoil(path, kind):
+    """Put something else in place of dir/nts."""
+    text, own = path.read_text(), str(path) + ".own"
+    if kind in ("link", "fifo"):
+        path.rename(own)
+        os.symlink(own, str(path)) if kind == "link" else os.mkfifo(str(path), 0o600)
+    elif kind in ("owner", "directory"):
+        os.chown(str(path if kind == "owner" else path.parent), 65534, -1)
+    elif kind == "mode":
+        path.chmod(0o640)
+    else:
+        path.write_text({"empty": "", "torn": text[:-7], "zeros": "\0" * 999, "endless": text * 999}[kind])
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "owner", "mode", "directory", "empty", "torn", "zeros", "endless"])
+def test_a_damaged_or_foreign_store_is_as_good_as_none(kind, authority, tmp_path):
+    if kind in ("owner", "directory") and os.getuid() != 0:
+        pytest.skip("only root can give files away")
+    with NtsHost(authority.good) as server:
+        nts_run(authority, server.port, "-s", tmp_path)
+        spoil(tmp_path / "nts", kind)
+        before = (tmp_path / "nts").lstat()
+        assert nts_offset_ns(nts_run(authority, server.port, "-s", tmp_path)) and server.sessions == 2
+    after = (tmp_path / "nts").lstat()
+    assert stat.S_ISREG(after.st_mode) and after.st_mode & 0o777 == 0o600
+    assert (before.st_ino == after.st_ino) is (kind == "directory")  # another user's is left alone
+
+
+def test_no_secret_leaves_the_program(authority, tmp_path, monkeypatch, capfd):
+    files, secrets, make, read = [], [], NTS.make_context, NTS.secret_of
+
+    def watched(ssl, path, authorities):
+        files.append(os.stat(path).st_mode & 0o777)
+        context = make(ssl, path, authorities)
+        files.append(os.path.exists(path))
+        return context
+    monkeypatch.delattr(NTS.os, "memfd_create", raising=False)  # as on a system that has none
+    monkeypatch.setattr(NTS, "make_context", watched)
+    monkeypatch.setattr(NTS, "secret_of", lambda keylog: secrets.append(read(keylog)) or secrets[-1])
+    with NtsHost(authority.good) as server:
+        assert NTS.main(["ntsclock"] + nts_args(authority, server.port, "-s", tmp_path, "-v", 2)) == 0
+    stored = (tmp_path / "nts").read_text()
+    said = "".join(capfd.readouterr()) + (tmp_path / "sources").read_text()
+    assert files == [0o600, False] and secrets[0].hex() not in stored
+    keys = NTS.parse_keys(stored)
+    secrets += [keys.query_key, keys.answer_key] + keys.cookies
+    assert "127.0.0.1" in said and not [secret for secret in secrets if secret.hex() in said]
+
+
 # ==== taiclockd =====================================================================================
 
 # ==== the estimator =================================================================================
@@ -416,4 +855,59 @@ def test_adjtimex_reads_this_kernel():
 # ==== the README ====================================================================================
 
 # ==== every decoder =================================================================================
-# One row for each function that reads what others wrote: good inputs, bad ones, and what it may raise.
+# One row for each function that reads what others wrote: good inputs, and what it may raise.
+
+
+def from_bytes(data):
+    """-> read(size), which ends as a connection does."""
+    file = io.BytesIO(data)
+
+    def read(size):
+        got = file.read(size)
+        if len(got) < size:
+            raise ValueError("its answer is cut short")
+        return got
+    return read
+
+
+NTS_SIV = NTS.Siv(bytes(range(32)))
+NTS_QUERY = NTS.seal_query(NTS_SIV, NTS.make_query(), bytes(32), bytes(100), 7, bytes(16))
+NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, nts_header(NTS_QUERY), [bytes(100)] * 8)
+NTS_KEYS = NTS.Keys("host", 4460, "::1", 123, 0, 1, bytes(32), bytes(32), [bytes(100)])
+DECODERS = [
+    ("ntsclock: key establishment", lambda data: NTS.read_grant(from_bytes(data)),
+     [ke_records(*GOOD, (6, b"a.example.org"), (7, b"\0\x7b"))], ValueError),
+    ("ntsclock: extension fields", lambda data: NTS.split_fields(data, 48), [NTS_QUERY, NTS_ANSWER], ValueError),
+    ("ntsclock: unique identifier", NTS.identifier_of, [NTS_QUERY, NTS_ANSWER], ValueError),
+    ("ntsclock: authenticator", lambda data: NTS.open_answer(NTS_SIV, data), [NTS_ANSWER], ValueError),
+    ("ntsclock: stored keys", lambda data: NTS.parse_keys(data.decode()), [NTS.format_keys(NTS_KEYS).encode()],
+     ValueError),
+    ("ntsclock: secrets of a session", lambda data: NTS.secret_of(data),
+     [b"# by OpenSSL\nEXPORTER_SECRET %s %s\n" % (b"0" * 64, b"f" * 96)], ValueError),
+]
+
+
+def mutants(rng, good, count):
+    """Random inputs, and good ones with bytes changed, cut, doubled and moved."""
+    for _ in range(count):
+        data = bytearray(rng.choice(good)) if rng.random() < 0.9 else bytearray(random_bytes(rng, rng.randrange(200)))
+        for _ in range(rng.randrange(1, 4)):
+            a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+            change = rng.randrange(4)
+            data[a:b] = (random_bytes(rng, min(b - a, 8)), b"", data[a:b] * 2, data[a:b][::-1])[change]
+        yield bytes(data)
+
+
+@pytest.mark.parametrize("name, function, good, allowed", DECODERS, ids=[row[0] for row in DECODERS])
+def test_no_decoder_stumbles_over_3000_inputs(name, function, good, allowed, count=3000):
+    for data in good:
+        function(data)
+    for data in mutants(random.Random(SEED), good, count):
+        with contextlib.suppress(allowed):
+            function(data)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, function, good, allowed", DECODERS, ids=[row[0] for row in DECODERS])
+def test_no_decoder_stumbles_over_a_million_inputs(name, function, good, allowed):
+    test_no_decoder_stumbles_over_3000_inputs(name, function, good, allowed, 10**6)
