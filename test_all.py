@@ -147,6 +147,7 @@ import importlib.util
 import io
 import random
 import re
+import select
 import signal
 import socket
 import ssl
@@ -162,6 +163,7 @@ UTC_ENV = dict(os.environ, CLOCK_SCALE="utc", TZ="UTC")
 SEED = 20261124
 LIMIT_SEC = 120  # of each test: far over what any takes on a busy machine
 PATIENCE_SEC = 30  # for what takes milliseconds on an idle machine
+DECODERS = []  # (name, function of bytes, good inputs, what it may raise): the last section fuzzes them
 sys.dont_write_bytecode = True
 for number in (signal.SIGHUP, signal.SIGINT):  # nohup and some shells have programs ignore them
     signal.signal(number, {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL))
@@ -832,7 +834,334 @@ def test_no_secret_leaves_the_program(authority, tmp_path, monkeypatch, capfd):
     assert "127.0.0.1" in said and not [secret for secret in secrets if secret.hex() in said]
 
 
+def from_bytes(data):
+    """-> read(size), which ends as a connection does."""
+    file = io.BytesIO(data)
+
+    def read(size):
+        got = file.read(size)
+        if len(got) < size:
+            raise ValueError("its answer is cut short")
+        return got
+    return read
+
+
+NTS_SIV = NTS.Siv(bytes(range(32)))
+NTS_QUERY = NTS.seal_query(NTS_SIV, NTS.make_query(), bytes(32), bytes(100), 7, bytes(16))
+NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, nts_header(NTS_QUERY), [bytes(100)] * 8)
+NTS_KEYS = NTS.Keys("host", 4460, "::1", 123, 0, 1, bytes(32), bytes(32), [bytes(100)])
+DECODERS += [
+    ("ntsclock: key establishment", lambda data: NTS.read_grant(from_bytes(data)),
+     [ke_records(*GOOD, (6, b"a.example.org"), (7, b"\0\x7b"))], ValueError),
+    ("ntsclock: extension fields", lambda data: NTS.split_fields(data, 48), [NTS_QUERY, NTS_ANSWER], ValueError),
+    ("ntsclock: unique identifier", NTS.identifier_of, [NTS_QUERY, NTS_ANSWER], ValueError),
+    ("ntsclock: authenticator", lambda data: NTS.open_answer(NTS_SIV, data), [NTS_ANSWER], ValueError),
+    ("ntsclock: stored keys", lambda data: NTS.parse_keys(data.decode()), [NTS.format_keys(NTS_KEYS).encode()],
+     ValueError),
+    ("ntsclock: secrets of a session", lambda data: NTS.secret_of(data),
+     [b"# by OpenSSL\nEXPORTER_SECRET %s %s\n" % (b"0" * 64, b"f" * 96)], ValueError),
+]
+
+
 # ==== taiclockd =====================================================================================
+
+SERVER = load("taiclockd")
+VECTORS = (  # what is sent, how many bytes come back
+    (b"ctai", None), (b"", None), (b"ctai" + bytes(15), None), (b"stai" + bytes(28), None), (b"cta", None),
+    (b"Ctai" + bytes(28), None), (b"ctai" + bytes(16) + bytes(range(12)), 32), (b"ctai" * 7, 28),
+    (b"ctai" * 5, 20), (b"ctai" * 5 + b"x", 21), (b"ctai" + bytes(252), 256), (b"ctai" * 76, 256))
+QUERY = VECTORS[6][0]
+LACKS = {  # what makes batches impossible
+    "nothing": "pass", "ctypes": "sys.modules['ctypes'] = None",
+    "recvmmsg": "import ctypes, types\n"
+                "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)"}
+each_loop = pytest.mark.parametrize("lack", LACKS)
+two_loops = pytest.mark.parametrize("lack", list(LACKS)[:2])
+
+
+@contextlib.contextmanager
+def taiclockd(*args, lack="nothing", **env):
+    """A server on a free port -> its process, with its first line as `start`, and its `port`."""
+    command = command_of("taiclockd", "-p", "0", *args)
+    if lack != "nothing":
+        command[2:2] = ["-c", "import runpy, sys\n%s\nsys.argv = sys.argv[1:]\n"
+                        "runpy.run_path(sys.argv[0], run_name='__main__')" % LACKS[lack]]
+    with process(command, env=dict(UTC_ENV, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+        server.start = server.stdout.readline().decode()
+        assert server.start.startswith("start: serving on "), server.stderr.read()
+        server.port = int(re.search(r"port (\d+)", server.start).group(1))
+        yield server
+        server.terminate()  # while it waits for queries
+        assert server.wait(PATIENCE_SEC) == -signal.SIGTERM and server.stderr.read() == b""
+
+
+def client_of(port, host="127.0.0.1"):
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(PATIENCE_SEC)
+    sock.connect((host, port))
+    return sock
+
+
+def check_reply(query, reply, before_ns):
+    """The reply is the query with a label from between then and now."""
+    assert len(reply) == min(len(query), 256) and reply[:4] == b"stai" and reply[20:] == query[20:256]
+    sec, nano, atto = struct.unpack(">QII", reply[4:20])
+    assert before_ns <= (sec - 2**62 - 37) * 10**9 + nano <= time.time_ns() and atto == 0
+
+
+def exchange(sock, datagrams):
+    """Send them all, and a query -> what came back up to that query's reply, which nothing may follow."""
+    marker = b"ctai" + bytes(16) + os.urandom(12)
+    for datagram in datagrams + [marker]:
+        sock.send(datagram)
+    replies = []
+    while not replies or replies[-1][20:] != marker[20:]:
+        replies.append(sock.recv(65536))
+    return replies[:-1]
+
+
+@each_loop
+@pytest.mark.parametrize("host", ("127.0.0.1", "::1"))
+@pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1", "-i", "::1")], ids=["one socket", "two"])
+def test_taiclockd_answers_the_vectors_of_the_specification(lack, args, host):
+    with taiclockd(*args, lack=lack) as server, client_of(server.port, host) as sock:
+        before_ns = time.time_ns()
+        for query, size in VECTORS:
+            replies = exchange(sock, [query])
+            assert list(map(len, replies)) == [size] * (size is not None), query
+            for reply in replies:
+                check_reply(query, reply, before_ns)
+        comm = "/proc/%d/comm" % server.pid
+        assert not os.path.exists(comm) or until(lambda: open(comm).read() == "taiclockd\n")
+
+
+@contextlib.contextmanager
+def stopped(server):
+    """What is sent to it meanwhile comes at once."""
+    server.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
+    yield
+    server.send_signal(signal.SIGCONT)
+
+
+def hostile_datagram(rng):
+    """Mostly near misses: cut, lengthened, altered queries; half are what clients send."""
+    query = b"ctai" + bytes(12) + random_bytes(rng, rng.choice((12, 16)))
+    return rng.choice([query, query, query, query[:rng.randrange(32)], query + bytes(rng.randrange(1, 1400)),
+                       b"s" + query[1:], query[:rng.randrange(4)] + b"\xff" + query[4:], b""])
+
+
+@two_loops
+@pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1", "-i", "::1")], ids=["one socket", "two"])
+def test_taiclockd_gives_each_query_of_a_mix_its_own_reply_and_the_rest_none(lack, args):
+    rng = random.Random(SEED)
+    with taiclockd(*args, lack=lack) as server, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(client_of(server.port, ("127.0.0.1", "::1")[i % 2])) for i in range(20)]
+        for number in (1, 2, 63, 64, 65, 100) * 4:
+            before_ns, sent = time.time_ns(), {sock: [] for sock in socks}
+            with stopped(server):
+                for _ in range(number):
+                    sock, datagram = rng.choice(socks), hostile_datagram(rng)
+                    sock.send(datagram)
+                    sent[sock].append(datagram)
+            for sock, datagrams in sent.items():
+                queries = [each for each in datagrams if len(each) >= 20 and each.startswith(b"ctai")]
+                replies = exchange(sock, [])
+                assert len(replies) == len(queries)
+                for query, reply in zip(queries, replies):
+                    check_reply(query, reply, before_ns)
+
+
+@two_loops
+def test_taiclockd_drops_only_the_reply_that_can_not_be_sent(lack):
+    try:
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
+    except PermissionError:
+        pytest.skip("not root: no raw socket")
+    with raw, taiclockd(lack=lack) as server, client_of(server.port) as sock:
+        for place in (0, 5, 9):
+            with stopped(server):
+                for number in range(10):
+                    if number == place:  # from port 0, to which nothing can be sent
+                        raw.sendto(struct.pack(">4H", 0, server.port, 40, 0) + QUERY, ("127.0.0.1", 0))
+                    sock.send(QUERY)
+            assert len(exchange(sock, [])) == 10
+
+
+def resident_kb(pid):
+    with open("/proc/%d/status" % pid) as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
+
+
+@two_loops
+@pytest.mark.parametrize("sec", [1, pytest.param(60, marks=pytest.mark.long)])
+def test_taiclockd_does_not_grow_under_a_flood_and_term_ends_it(lack, sec):
+    rng = random.Random(SEED)
+    datagrams = [hostile_datagram(rng) for _ in range(1000)]
+    with taiclockd(lack=lack) as server, client_of(server.port) as sock:
+        def flood(sec):
+            deadline_sec = time.monotonic() + sec
+            while time.monotonic() < deadline_sec:
+                for datagram in datagrams:
+                    sock.send(datagram)
+        flood(0.5)
+        before_kb = resident_kb(server.pid)
+        flood(sec)
+        assert resident_kb(server.pid) <= before_kb + 64
+        with stopped(server):
+            flood(0.1)  # so that its queue is full
+            server.terminate()
+
+
+def test_taiclockd_serves_on_the_addresses_given_and_on_ipv4_where_there_is_no_ipv6(monkeypatch):
+    with taiclockd("-i", "127.0.0.1", "-i", "::1") as server, client_of(server.port, "127.0.0.2") as sock:
+        assert server.start == "start: serving on 127.0.0.1 port %d, ::1 port %d\n" % (2 * (server.port,))
+        sock.send(QUERY)
+        with pytest.raises(ConnectionRefusedError):
+            sock.recv(256)
+
+    def without(family, *args, real=socket.socket):
+        if family == socket.AF_INET6:
+            raise OSError(97, "Address family not supported by protocol")
+        return real(family, *args)
+    monkeypatch.setattr(SERVER.socket, "socket", without)
+    sock, = SERVER.open_sockets([], 0, False)
+    assert sock.getsockname()[0] == "0.0.0.0"
+    sock.close()
+    with pytest.raises(OSError, match="not supported"):
+        SERVER.open_sockets(["::1"], 0, False)
+
+
+@pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1"), ("-r",)])
+def test_taiclockd_says_who_has_its_port(args):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        done = run("taiclockd", "-p", port, *args)
+        place = "127.0.0.1" if "-i" in args else "::"
+        assert (done.returncode, done.stdout) == (111, b"")
+        said = "taiclockd: fatal: unable to bind %s port %d: Address already in use" % (place, port)
+        with contextlib.suppress(OSError):
+            with open("/proc/self/comm") as comm, open("/proc/net/udp"):
+                said += " by %s (process %d)" % (comm.read().strip(), os.getpid())
+        assert done.stderr == said + "\n"
+
+
+def test_taiclockds_share_a_port_by_option_and_tell_it():
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(taiclockd("-r"))
+        second = stack.enter_context(taiclockd("-r", "-p", first.port))
+        assert re.search("port %d, shared with .* .process %d.\n" % (first.port, first.pid), second.start)
+        socks = [stack.enter_context(client_of(first.port)) for _ in range(50)]  # of 50 ports
+        with stopped(first):
+            for sock in socks:
+                sock.send(QUERY)
+            until(lambda: select.select(socks, [], [], 0.2)[0])
+            assert 0 < len(select.select(socks, [], [], 0)[0]) < 50
+        for sock in socks:
+            sock.recv(256)
+
+
+def inheriting(fd, count):
+    """The command of a taiclockd with that descriptor as its descriptor 3, as systemd passes a socket."""
+    code = ("import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='%s');"
+            "os.execv(sys.argv[1], sys.argv[1:])" % (fd, count))
+    return [sys.executable, "-c", code] + command_of("taiclockd")
+
+
+def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.setblocking(False)
+        port, fds = sock.getsockname()[1], [sock.fileno()]
+        with process(inheriting(fds[0], 1), pass_fds=fds, stdout=subprocess.PIPE) as server:
+            assert server.stdout.readline().decode() == "start: serving on 127.0.0.1 port %d\n" % port
+            with client_of(port) as client:
+                exchange(client, [])
+    with open(os.devnull) as null, socket.socket() as tcp:
+        for file, count, why in ((null, 1, "Socket operation on non-socket"), (null, "x", "invalid literal"),
+                                 (tcp, 1, "descriptor 3 is not a UDP socket")):
+            done = subprocess.run(inheriting(file.fileno(), count), pass_fds=[file.fileno()],
+                                  stderr=subprocess.PIPE)
+            assert done.returncode == 111 and done.stderr.count(b"\n") == 1
+            assert done.stderr.decode().startswith(
+                "taiclockd: fatal: unable to take the sockets of LISTEN_FDS: " + why)
+
+
+def test_taiclockd_tells_each_reason_of_its_silence(capfd):
+    now_sec, status, release_sec = [0], [0x40], SERVER.RELEASE_SEC
+    clock = SERVER.Clock(True, 37, lambda: now_sec[0] * 10**9 + 5, lambda: {"status": status[0]})
+    unset = "silent: the clock shows a time before this program's release; it was never set\n"
+    unsynchronised = "silent: the kernel says that its clock is not synchronised\n"
+    for now_sec[0], status[0], said, answers in (
+            (10, 0x40, unset, False), (11, 0x40, "", False), (release_sec - 1, 0, "", False),
+            (release_sec, 0x41, unsynchronised, False), (release_sec + 1, 0x40, "", False),
+            (release_sec + 2, 0x2001, "answering: the clock can be trusted now\n", True),
+            (release_sec + 2, 0x40, "", True),  # it is asked once a second
+            (release_sec + 3, 0x40, unsynchronised, False), (10, 0, unset, False)):
+        assert (clock.head() is not None, capfd.readouterr().out) == (answers, said)
+
+
+@pytest.mark.parametrize("kind", (SERVER.Single, SERVER.Batches))
+def test_taiclockd_counts_what_it_does_not_answer(kind):
+    now_sec = [SERVER.RELEASE_SEC]
+    clock = SERVER.Clock(False, 37, lambda: now_sec[0] * 10**9)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        server = kind(sock, False)
+        assert server.serve(clock) == (0, 0, 0)  # nothing there
+        with client_of(sock.getsockname()[1]) as client:
+            for now_sec[0], answered in ((SERVER.RELEASE_SEC, 3), (0, 0)):
+                for datagram in (QUERY, b"x", QUERY, QUERY):
+                    client.send(datagram)
+                rounds = [server.serve(clock) for _ in range(4 if kind is SERVER.Single else 1)]
+                assert tuple(map(sum, zip(*rounds))) == (4, 3, answered)
+            for _ in range(3):
+                client.recv(256)
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                client.recv(256)
+
+
+def test_taiclockd_tells_its_counts_once_an_hour(capfd):
+    now_sec = [0]
+    counts = SERVER.Counts(lambda: now_sec[0])
+    for now_sec[0], counted, said in (
+            (0, (64, 60, 50), ""), (3599, (1, 1, 1), ""),
+            (3600, (1, 1, 1), "count: 52 answered, 4 ignored, 10 refused\n"), (7199, (2, 2, 1), ""),
+            (7200, (1, 0, 0), "count: 1 answered, 1 ignored, 1 refused\n")):
+        counts.add(*counted)
+        assert capfd.readouterr().out == said
+
+
+def test_taiclockd_obeys_clock_serve_and_clock_scale(monkeypatch):
+    with taiclockd(lack="ctypes", CLOCK_SERVE="synced") as server:
+        line = server.stdout.readline()
+        assert line == b"silent: the kernel does not say whether its clock is synchronised\n"
+    for env, said in ((dict(CLOCK_SERVE="sync"), "obey CLOCK_SERVE: it is neither synced nor empty"),
+                      (dict(CLOCK_SCALE="x"), "tell the clock's scale: CLOCK_SCALE is neither utc nor tai")):
+        done = run("taiclockd", "-p", 0, **env)
+        assert (done.returncode, done.stderr) == (111, "taiclockd: fatal: unable to %s\n" % said)
+    for scale, label in (("utc", "400000006b0d07a5"), ("tai", "400000006b0d078a")):
+        monkeypatch.setenv("CLOCK_SCALE", scale)
+        clock = SERVER.Clock(False, SERVER.scale_offset_sec(), lambda: 1796016000 * 10**9 + 5)
+        assert clock.head().hex() == b"stai".hex() + label + "00000005" + "00000000"
+
+
+@pytest.mark.parametrize("args", ["-p 65536", "-p x", "-p -1", "-j 2", "-p", "192.0.2.1"])
+def test_taiclockd_refuses_wrong_arguments(args):
+    done = run("taiclockd", *args.split())
+    assert (done.returncode, done.stderr) == (100, "taiclockd: usage: %s\n" % SERVER.USAGE)
+
+
+def taken_for_a_query(data):
+    assert SERVER.is_query(bytearray(data), 0, len(data)) == (len(data) >= 20 and data.startswith(b"ctai"))
+
+
+DECODERS += [
+    ("taiclockd's query", taken_for_a_query, [b"ctai" + bytes(28), b"ctai" * 5, b"ctai" * 64], ()),
+]
+
 
 # ==== the estimator =================================================================================
 
@@ -855,36 +1184,7 @@ def test_no_secret_leaves_the_program(authority, tmp_path, monkeypatch, capfd):
 # ==== the README ====================================================================================
 
 # ==== every decoder =================================================================================
-# One row for each function that reads what others wrote: good inputs, and what it may raise.
-
-
-def from_bytes(data):
-    """-> read(size), which ends as a connection does."""
-    file = io.BytesIO(data)
-
-    def read(size):
-        got = file.read(size)
-        if len(got) < size:
-            raise ValueError("its answer is cut short")
-        return got
-    return read
-
-
-NTS_SIV = NTS.Siv(bytes(range(32)))
-NTS_QUERY = NTS.seal_query(NTS_SIV, NTS.make_query(), bytes(32), bytes(100), 7, bytes(16))
-NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, nts_header(NTS_QUERY), [bytes(100)] * 8)
-NTS_KEYS = NTS.Keys("host", 4460, "::1", 123, 0, 1, bytes(32), bytes(32), [bytes(100)])
-DECODERS = [
-    ("ntsclock: key establishment", lambda data: NTS.read_grant(from_bytes(data)),
-     [ke_records(*GOOD, (6, b"a.example.org"), (7, b"\0\x7b"))], ValueError),
-    ("ntsclock: extension fields", lambda data: NTS.split_fields(data, 48), [NTS_QUERY, NTS_ANSWER], ValueError),
-    ("ntsclock: unique identifier", NTS.identifier_of, [NTS_QUERY, NTS_ANSWER], ValueError),
-    ("ntsclock: authenticator", lambda data: NTS.open_answer(NTS_SIV, data), [NTS_ANSWER], ValueError),
-    ("ntsclock: stored keys", lambda data: NTS.parse_keys(data.decode()), [NTS.format_keys(NTS_KEYS).encode()],
-     ValueError),
-    ("ntsclock: secrets of a session", lambda data: NTS.secret_of(data),
-     [b"# by OpenSSL\nEXPORTER_SECRET %s %s\n" % (b"0" * 64, b"f" * 96)], ValueError),
-]
+# A row stands in DECODERS for each function that reads what others wrote.
 
 
 def mutants(rng, good, count):
