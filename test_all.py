@@ -930,7 +930,7 @@ while os.read(fifo, 16):
 """
 
 
-def try_with(host, monkeypatch, answer_sec=0.2):
+def try_with(host, monkeypatch, answer_sec=0.01):
     """A clockctl that finds stand-ins, and no programs beside it; its clockspeed takes each mark."""
     host.status(marks={"used": 1, "doubted": 0, "refused": 0}, rate_ppm=10.0)
     host.write("bin/clockspeed", TRY_WITH % (sys.executable, host.asked, host.home))
@@ -938,6 +938,7 @@ def try_with(host, monkeypatch, answer_sec=0.2):
     monkeypatch.setattr(CTL, "__file__", host.bin + "/clockctl")
     monkeypatch.setattr(CTL, "CONF", host.conf)
     monkeypatch.setattr(CTL, "TRY_SEC", answer_sec)
+    monkeypatch.setattr(CTL, "TRY_EVERY_SEC", 0.3)
 
 
 def test_try_shows_what_clockspeed_makes_of_the_answers_and_leaves_nothing(host, monkeypatch, capfd):
