@@ -157,6 +157,7 @@ import struct
 import tempfile
 import threading
 import time
+import xml.etree.ElementTree
 
 import pytest
 
@@ -1761,7 +1762,308 @@ def test_try_without_a_server_compares_the_counter_with_the_kernels_clock(monkey
 
 # ==== clockctl-check ================================================================================
 
+CHECK = load("clockctl-check")
+SAID = CHECK.Said(0, b"", "")
+
+
+def failed(text, status=111):
+    return CHECK.Said(status, b"", text)
+
+
+def levels(findings):
+    """(level, topic)… in short, and all the words."""
+    findings = list(findings)
+    return " ".join(each.level for each in findings), "\n".join(each.text + "; " + each.todo for each in findings)
+
+
+def test_one_cause_is_one_failure_and_what_follows_says_so():
+    found = [CHECK.fail("services", "down", "svc -u"), CHECK.fail("clockspeed", "does not run", "start it"),
+             CHECK.fail("marks", "not known", "look"), CHECK.fail("space", "full", "make room"),
+             CHECK.ok("adjust", "is read")]
+    shown = list(CHECK.single_causes(found))
+    assert [each.level for each in shown] == ["fail", "warn", "warn", "fail", "ok"]
+    assert [each.todo for each in shown[1:3]] == ["that follows from services"] * 2
+    assert list(CHECK.single_causes(found[1:3]))[1].todo == "that follows from clockspeed"
+
+
+CONFIG = {"CLOCK_TYPE": "ntp", "CLOCK_IP": "192.0.2.7 192.0.2.8"}
+NO_FIFO = FileNotFoundError(2, "No such file or directory")
+STATUS = {"pid": 7, "doing": "steering", "observe_only": False, "marks": {"used": 9, "doubted": 0, "refused": 1},
+          "tick_ns": 10**12, "last_mark": {"tick_ns": 9 * 10**11, "outcome": "used"}, "next": {"settling": False},
+          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "age_sec": 5, "next_mark_sec": 50}}
+
+
+def status(**fields):
+    """STATUS with other fields, those of `now` included."""
+    return dict(STATUS, now=dict(STATUS["now"], **{k: v for k, v in fields.items() if k in STATUS["now"]}),
+                **{k: v for k, v in fields.items() if k not in STATUS["now"]})
+
+
+def viewed(words, stderr=""):
+    return CHECK.Said(0, b"before: x\nafter:  y\nthis clock is %s\n" % words.encode(), stderr)
+
+
+@pytest.mark.parametrize("probe, arguments, level, words", [
+    ("configuration", (CONFIG, True, SAID, SAID), "ok", "ntp servers: 192.0.2.7 192.0.2.8"),
+    ("configuration", ({}, True, failed("clockctl: fatal: unable to read c: line 1: no\n"), failed("")), "fail",
+     "^unable to read c: line 1: no; correct it"),
+    ("configuration", (CONFIG, True, failed("p: fatal: unable to run c: Permission denied"), SAID), "fail",
+     "^clocksd can't use it: unable to run c: Permission denied; chmod"),
+    ("configuration", (dict(CONFIG, CLOCK_IP="192.0.2.1"), True, SAID, SAID), "fail", "still the example's"),
+    ("configuration", (dict(CONFIG, CLOCK_IP=""), True, SAID, SAID), "fail", "not set"),
+    ("configuration", (CONFIG, False, SAID, SAID), "fail", "there is no .*clockspeed.conf"),
+    ("programs", (HERE, ("clockview", "clockctl")), "ok", "clockview, clockctl in "),
+    ("programs", (HERE, ("clockview", "LICENSE", "none")), "fail", "no executable LICENSE or none"),
+    ("users", ([("a", "-w", "/x")], {"a"}.__contains__, lambda *need: True), "ok", ""),
+    ("users", ([("a", "-w", "/x"), ("b", "-r", "/y")], {"a"}.__contains__, lambda *need: False), "warn fail",
+     "no user b;(.|\n)*a can't write /x; chown a /x"),
+    ("clockspeed", (STATUS, SAID, True), "ok", "process 7, steering"),
+    ("clockspeed", (status(observe_only=True), SAID, True), "warn", "only observes"),
+    ("clockspeed", (status(problem="it died"), SAID, False), "fail", "it died; read its log"),
+    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), False), "fail", "is none; read"),
+    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: No module named 'json'"), True), "warn",
+     "it runs, but tells nothing: unable to read s: No module named 'json'"),
+    ("adjust", ("/adjust", None), "ok", "is read"), ("adjust", ("/adjust", PermissionError()), "warn", "as root"),
+    ("adjust", ("/adjust", ValueError("no clockspeed reads it")), "fail", "^/adjust: no clockspeed reads it; read"),
+    ("marks", (STATUS,), "ok", "^the clock is 3 ms behind, give or take 400 µs, by 10 marks, the next one in 50 s"),
+    ("marks", (status(offset_sec=-3599.9),), "fail", "^the clock is 60 min ahead.*clockctl set.*83.3 days"),
+    ("marks", (status(offset_sec=-3599.9, next={"settling": True}),), "fail", "60 min ahead"),
+    ("marks", (status(next={"settling": True}, next_mark_sec=64),), "ok", "^settling, .*by 10 marks, .*in 64 s"),
+    ("marks", (status(offset_sec=None, last_mark=None, next={"settling": True}),), "ok",
+     "^settling, none in this boot, the next one in 50 s"),
+    ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn", "none in this boot; read the log"),
+    ("marks", (status(next_mark_sec=-601),), "warn", "the next one is late"),
+    ("marks", (status(tick_ns=3 * 10**15, next_mark_sec=None),), "warn", "late"),
+    ("marks", (status(last_mark={"tick_ns": 9 * 10**11, "outcome": "doubted"}),), "warn", "the last one was doubted"),
+    ("marks", (status(problem="it died"),), "fail", "not known"), ("marks", (None,), "fail", "not known"),
+    ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok", "^this clock is 3.2 ms behind"),
+    ("server", (viewed("60 min ahead of ntp x, give or take 1 ms"),), "fail", "60 min ahead.*`clockctl set`"),
+    ("server", (viewed("1 ms behind ntp x", "sntpclock: warning: 192.0.2.8: a falseticker\n"),), "warn ok",
+     "^192.0.2.8: a falseticker; correct CLOCK_IP"),
+    ("server", (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
+     "fail", "^unable to ask x: no usable answer; correct"),
+    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 10**6, 9, 9, 9, 0, 255))), "ok", "3906 MB at /"),
+    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 2000, 9, 9, 9, 0, 255))), "warn", "only 7 MB"),
+    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 10**6, 9, 0, 0, 0, 255))), "fail", "full"),
+    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 10**6, 9, 9, 9, os.ST_RDONLY, 255))), "fail",
+     "read-only"),
+    ("rivals", ([], b"", 0), "ok", ""),
+    ("rivals", ([("ntpd", "7")], b"", 0), "fail", "ntpd sets the clock too, as process 7; stop"),
+    ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 10000), "fail", "another program steers"),
+    ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 20000), "ok", ""),
+    ("scale", ("utc", "utc", None), "ok", ""), ("scale", ("tai", "tai", "utc"), "fail", "set CLOCK_SCALE"),
+    ("scale", ("tai", "utc", "tai"), "warn", "take a right/ zone"),
+    ("counter", ("tsc", None), "ok", "tsc"), ("counter", ("hpet", None), "warn", "slow"),
+    ("counter", ("tsc", "CLOCK_MONOTONIC"), "warn", "others steer"), ("counter", ("jiffies", None), "fail", "ms|milli"),
+])
+def test_a_probe_finds(probe, arguments, level, words):
+    found = list(getattr(CHECK, "check_" + probe)(*arguments))
+    assert {each.topic for each in found} == {probe}
+    assert levels(found)[0] == level and re.search(words, levels(found)[1]), levels(found)
+
+
+@pytest.mark.parametrize("kept, tool, said, age_sec, level, words", [
+    ((), "svstat", "s: up (pid 7) 0 seconds", 500, "ok", "up for 8.33 min"),  # the clock was set back
+    ((), "svstat", "s: up (pid 7) 900 seconds", 1, "warn", "just been started"),
+    ((), "svstat", "s: down 3 seconds, normally up", None, "fail", "down 3 seconds.*svc -u"),
+    (("stat",), "sv", "run: s: (pid 7) 5s; run: log: (pid 8) 5s", 50, "ok", "50 s"),
+    (("stat",), "sv", "down: s: 5s; run: log: (pid 8) 5s", 50, "fail", "down"),
+    (("death_tally",), "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok", "50 s"),
+])
+def test_a_service_is_up_by_the_age_of_its_process(kept, tool, said, age_sec, level, words, tmp_path):
+    for name in ("clockspeed", "clockspeed_adjust"):
+        (tmp_path / name / "supervise").mkdir(parents=True)
+    for name in kept:
+        (tmp_path / "clockspeed" / "supervise" / name).touch()
+        (tmp_path / "clockspeed_adjust" / "supervise" / name).touch()
+
+    def run_tool(command):
+        assert command[0] == tool
+        return CHECK.Said(0, said.encode(), "")
+    found = CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get)
+    assert levels(found)[0] == level + " " + level
+    found = CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get)
+    assert re.search(words, levels(found)[1])
+    assert 0 <= CHECK.age_sec(str(os.getpid())) < 10**5
+    assert levels(CHECK.check_services([str(tmp_path / "none")]))[0] == "warn"
+
+
+@pytest.mark.parametrize("uid, mode, level", [
+    (0, 0o40755, "ok"), (0, 0o41777, "ok"), (0, 0o120777, "ok"), (0, 0o40775, "fail"), (0, 0o100666, "fail"),
+    (1234, 0o40755, "fail"), (77, 0o40755, "ok")])
+def test_who_can_change_what_root_runs(uid, mode, level):
+    def lstat(path):
+        odd = path == "/usr/local/etc"
+        return os.stat_result((mode if odd else 0o40755, 0, 0, 1, uid if odd else 0, 0, 0, 0, 0, 0))
+    found = list(CHECK.check_owners(["/usr/local/etc/clockspeed.conf", "/usr/local/etc/x"], lstat, 77))
+    assert [each.level for each in found] == [level] and (level == "ok" or "/usr/local/etc," in found[0].text)
+
+
+def test_whether_marks_get_through_the_fifo(tmp_path):
+    path = str(tmp_path / "adjust")
+    assert "not there" in str(CHECK.adjust_trouble(path))
+    (tmp_path / "adjust").touch()
+    assert "not a FIFO" in str(CHECK.adjust_trouble(path))
+    os.unlink(path)
+    os.mkfifo(path)
+    assert "no clockspeed reads it" in str(CHECK.adjust_trouble(path))
+    reader = os.open(path, os.O_RDWR)
+    assert CHECK.adjust_trouble(path) is None
+    os.write(reader, bytes(32))
+    assert "32 bytes wait" in str(CHECK.adjust_trouble(path))
+    os.close(reader)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another")
+def test_root_looks_with_the_eyes_of_another(tmp_path):
+    secret = tmp_path / "conf"
+    secret.write_text("x")
+    secret.chmod(0o600)
+    assert CHECK.run(["cat", str(secret)]).stdout == b"x" and not CHECK.may_use("nobody", "-r", str(secret))
+    assert "Permission denied" in CHECK.complaint(CHECK.run([str(secret)], "nobody"))
+    assert CHECK.run(["id", "-G"], "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid).encode()]
+
+
+def test_check_counts_and_its_status_is_the_worst(tmp_path):
+    (tmp_path / "conf").write_text("CLOCK_IP=(x)\n")
+    done = run("clockctl-check", CLOCKSPEED_CONF=tmp_path / "conf")
+    lines = done.stdout.decode().splitlines()
+    assert done.returncode == 2 and lines[0].startswith("fail  configuration: unable to read %s" % tmp_path)
+    assert "line 1" in lines[0] and lines[1:] == ["0 ok, 0 warn, 1 fail"]
+    done = run("clockctl-check", "--json", CLOCKSPEED_CONF=tmp_path / "conf")
+    assert done.returncode == 2 and json.loads(done.stdout)["findings"][0]["topic"] == "configuration"
+    with subprocess.Popen(command_of("clockctl-check"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=dict(UTC_ENV, CLOCKSPEED_CONF=str(tmp_path / "conf"))) as process:
+        process.stdout.close()  # as `check | head -0` has it
+        assert process.stderr.read() == b"" and process.wait() == -signal.SIGPIPE
+
+
 # ==== clockctl-graph ================================================================================
+
+GRAPH = load("clockctl-graph")
+LABEL = "@400000006b49d20a075bcd15 "  # 2027-01-15 08:00:00.123456789
+OLD_MARK = "mark: offset +0.5 s, error 0.25 s, rate -3.5 ppm, rate error 0.5 ppm, used"
+NEW_MARK = ("mark: tick 5 ns, real 1800000001000000000 ns, spread 2 ns, distance - ns, offset -0.5 s, error 0.25 s, "
+            "bound 0.75 s, rate +3.5 ppm, rate error 0.5 ppm, refused")
+
+
+def parse_line(line):
+    """What the graph makes of a line of the log."""
+    marks = [GRAPH.parse_mark(match) for match in GRAPH.MARK_LINE.finditer(line)]
+    return marks[0] if marks else None
+
+
+@pytest.mark.parametrize("line, mark", [
+    (LABEL + OLD_MARK, ("used", 1800000000.123456789, 0.5, 0.25, None, -3.5, 0.5)),
+    (LABEL + NEW_MARK, ("refused", 1800000001, -0.5, 0.25, 0.75, 3.5, 0.5)),
+    (LABEL + NEW_MARK.replace("0.75", "-"), ("refused", 1800000001, -0.5, 0.25, None, 3.5, 0.5)),
+    (OLD_MARK, None), (LABEL + OLD_MARK + "?", None), (LABEL + OLD_MARK.replace("0.25", "nan"), None),
+    (LABEL + OLD_MARK.replace("0.25", "-"), None), (LABEL + OLD_MARK.replace("0.25", "1e300"), None),
+    (LABEL + OLD_MARK.replace("error", "terror"), None), (LABEL + "mark: , used", None),
+    (LABEL + "slew: 0.5 s", None), (LABEL + " " + OLD_MARK, None)])
+def test_a_mark_is_read_off_the_log(line, mark):
+    found = parse_line(line)
+    assert found == mark if mark is None else found == pytest.approx(mark)
+
+
+def write_log(directory, count, offset=lambda number: number * 1e-6, bound="0.000900000"):
+    """Marks ten minutes apart, in two of multilog's files."""
+    lines = ["@%016x00000000 mark: tick 1 ns, offset %+.9f s, error 0.000050000 s, bound %s s, rate +12.%04d ppm, "
+             "rate error 0.0100 ppm, used\n" % (2**62 + 10 + 1800000000 + 600 * number, offset(number), bound, number)
+             for number in range(count)]
+    directory.mkdir(exist_ok=True)
+    (directory / ("@" + "4" * 24 + ".s")).write_text("".join(lines[:count // 2]) + LABEL + "moved: x\nrubbish\n\xff")
+    (directory / "current").write_text("".join(lines[count // 2:]))
+    return str(directory)
+
+
+def test_a_log_is_read_whole_and_nothing_else_is(tmp_path):
+    log = write_log(tmp_path / "log", 9)
+    assert [round(mark.offset_sec * 1e6) for mark in GRAPH.read_marks(log)] == list(range(9))
+    os.rename(log + "/current", log + "/kept")
+    for plant in (lambda path: os.symlink(log + "/kept", path), os.mkfifo):
+        plant(log + "/current")
+        done = run("clockctl-graph", CLOCKSPEED_CONF=conf_of(tmp_path, log))
+        assert done.returncode == 111 and "unable to read the log in " + log in done.stderr
+        os.unlink(log + "/current")
+
+
+def conf_of(tmp_path, log):
+    (tmp_path / "conf").write_text("CLOCKSPEED_LOG=%s\n" % log)
+    return str(tmp_path / "conf")
+
+
+def test_fewer_than_three_marks_are_said_to_be_so_few(tmp_path):
+    done = run("clockctl-graph", CLOCKSPEED_CONF=conf_of(tmp_path, write_log(tmp_path / "log", 2)))
+    assert (done.returncode, done.stdout) == (111, b"")
+    assert "unable to draw the offset: marks to draw so far: 2; a graph needs 3" in done.stderr
+
+
+def test_standard_deviation_and_bound_are_two_things(tmp_path):
+    conf = conf_of(tmp_path, write_log(tmp_path / "log", 200, lambda number: 1e-4 * (number % 20) - 1e-3))
+    shown = run("clockctl-graph", "--ascii", CLOCKSPEED_CONF=conf).stdout.decode("ascii").splitlines()
+    assert shown[0] == "offset, real time minus system clock; marks: 200 used"
+    assert shown[1] == "* offset +900 us,  . standard deviation 50 us,  = bound 900 us"
+    picture = "".join(shown[2:-2])
+    assert all(glyph in picture for glyph in "*.=") and "+1 ms +" in picture
+    assert any("\u2801" <= char <= "\u28ff" for char in run(
+        "clockctl-graph", "error", CLOCKSPEED_CONF=conf, LC_ALL="C.UTF-8").stdout.decode())
+    assert run("clockctl-graph", "rate", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
+    assert run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
+    curves = [each.get("class") for each in xml.etree.ElementTree.parse(tmp_path / "x.svg").iter()
+              if each.tag.endswith("polyline") and each.get("points").count(",") == 200]
+    assert sorted(curves) == ["bound", "bound", "deviation", "deviation", "value"]
+    os.rename(tmp_path / "x.svg", tmp_path / "y.svg")
+    os.symlink(tmp_path / "y.svg", tmp_path / "x.svg")
+    assert "a symbolic link" in run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).stderr
+    table = run("clockctl-graph", "--csv", CLOCKSPEED_CONF=conf).stdout.decode().splitlines()
+    assert len(table) == 201 and table[1] == (
+        "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
+
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 3), (0.3, 0.6), (1.2345, 1.23451), (-7e-9, 1e-9), (0, 1e12), (5, 65)])
+def test_ticks_are_round_some_and_differ(low, high):
+    ticks = GRAPH.round_ticks(low, high)
+    assert 3 <= len(ticks) <= 8 and all(low - 1e-12 <= tick <= high * (1 + 1e-12) for tick in ticks)
+    marks = [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0) for at_sec, value in enumerate((low, high, low))]
+    words = [words for _, words in GRAPH.make_chart("offset", marks).ticks]
+    assert len(set(words)) == len(words) >= 2, words
+
+
+def test_one_value_far_out_does_not_flatten_the_rest():
+    low, high = GRAPH.value_range([3600.0] + [number * 1e-6 for number in range(50)])
+    assert -1e-5 < low <= 0 and 49e-6 <= high < 1e-4
+    marks = [GRAPH.Mark("used", number, 3600 if number == 0 else 1e-6 * number, 1e-6, None, 0, 0) for number in range(50)]
+    assert GRAPH.make_chart("offset", marks).title.endswith("marks: 50 used, 1 beyond the edge")
+
+
+def test_a_curve_has_no_gaps():
+    rng = random.Random(SEED)
+    points = sorted((rng.random(), rng.random()) for _ in range(60))
+    rows = {}
+    for column, top, bottom in GRAPH.strokes(points, 200, 50):
+        low, high = rows.get(column, (top, bottom))
+        rows[column] = min(low, top), max(high, bottom)
+    columns = sorted(rows)
+    assert columns == list(range(columns[0], columns[-1] + 1))
+    for left, right in zip(columns, columns[1:]):
+        assert rows[right][0] <= rows[left][1] + 1 and rows[left][0] <= rows[right][1] + 1
+    assert not list(GRAPH.strokes([(0, -2), (1, -1)], 9, 9)) and not list(GRAPH.strokes([(0, 2), (1, 3)], 9, 9))
+
+
+def text_of(data):
+    return data.decode("ascii", "replace")
+
+
+DECODERS += [
+    ("a mark in the log", lambda data: parse_line(text_of(data)),
+     [(LABEL + mark + "\n").encode() for mark in (OLD_MARK, NEW_MARK)], ()),
+    ("what check reads of clockctl", lambda data: (CHECK.parse_environment(CHECK.Said(0, data, "")),
+                                                   levels(CHECK.check_server(CHECK.Said(0, data, text_of(data)))),
+                                                   levels(CHECK.check_rivals([], data, 0))),
+     [b"CLOCK_IP=192.0.2.1\nCLOCK_TYPE=ntp\n", b"this clock is 3 ms behind\n", b"x: warning: y: fatal: z"], ()),
+]
+
 
 # ==== the services ==================================================================================
 
