@@ -2,7 +2,7 @@
 """bench_all.py - what the programs reach, and what they cost
 
 SYNOPSIS
-    ./bench_all.py [-s seeds] [estimator | picture | clients | server | faults | programs] ... [word ...]
+    ./bench_all.py [-s seeds] [estimator | picture | clients | nts | server | faults | programs] ... [word ...]
 
 DESCRIPTION
     estimator  how near the estimator keeps to real time in simulated worlds, beside the original's
@@ -10,6 +10,7 @@ DESCRIPTION
     picture    draws the README's picture anew, svc/graph.svg
     clients    the error of one measurement by sntpclock, beside the other clients that are there;
                root, for network namespaces
+    nts        the error, CPU and memory of ntsclock's marks, beside sntpclock and chronyd -Q with nts
     server     CPU per reply of taiclockd, beside C servers compiled on the spot and those on PATH
     faults     the time error after each of many faults, beside spoofers and delayers, and what hostile
                inputs do
@@ -546,6 +547,84 @@ def bench_clients():
               % tuple(cost(prefix + [os.path.join(HERE, "sntpclock.py"), "0"])))
 
 
+# ==== NTS ===========================================================================================
+NTS_CONF = """local stratum 1
+allow
+user root
+cmdport 0
+bindcmdaddress /
+bindaddress 127.0.0.2
+port %d
+ntsport %d
+ntsntpserver 127.0.0.1
+ntsservercert host.crt
+ntsserverkey host.key
+pidfile server.pid
+"""
+NTS_CERTIFICATE = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=bench " \
+                  "-keyout host.key -out host.crt -days 9 -addext subjectAltName=IP:127.0.0.2"
+
+
+def spent(command, home):
+    """-> (CompletedProcess, ms of CPU, MB at most) of a command."""
+    usage_file = os.path.join(home, "usage")
+    meter = "import os, sys; pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ); " \
+            "u = os.wait4(pid, 0)[2]; print(u.ru_utime + u.ru_stime, u.ru_maxrss, file=open(sys.argv[1], 'w'))"
+    done = subprocess.run(["python3", "-IS", "-c", meter, usage_file] + command, cwd=home, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
+    with open(usage_file) as file:
+        cpu_sec, most_kb = map(float, file.read().split())
+    return done, cpu_sec * 1e3, most_kb / 1024
+
+
+def bench_nts(runs=60, slow_runs=6):
+    """|error|, CPU and memory of a mark of four exchanges by NTS, beside sntpclock and chronyd -Q with nts."""
+    if not shutil.which("chronyd") or not shutil.which("openssl"):
+        print("nts: needs chronyd and openssl")
+        return
+    sntp, nts = [["python3", "-IS", os.path.join(HERE, name + ".py")] for name in ("sntpclock", "ntsclock")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]  # for key establishment by TCP, and for NTP by UDP
+    asks = ["-r", "4", "-c", "host.crt", "-p", str(port), "127.0.0.2"]
+    chronyd = ["chronyd", "-Q", "-x", "-t", "20", "cmdport 0", "user root", "ntstrustedcerts host.crt",
+               "pidfile query.pid", "server 127.0.0.2 iburst nts ntsport %d" % port]
+    rows = [("sntpclock", sntp + ["-r", "4", "-p", str(port), "127.0.0.1"], packet_offset, runs),
+            ("ntsclock, stored keys", nts + ["-s", "."] + asks, packet_offset, runs),
+            ("ntsclock, new keys", nts + asks, packet_offset, runs),
+            ("chronyd -Q with nts", chronyd, number_after(rb"wrong by "), slow_runs),
+            ("sntpclock --version", sntp + ["--version"], lambda done: 0, runs),
+            ("ntsclock --version", nts + ["--version"], lambda done: 0, runs)]
+    with tempfile.TemporaryDirectory() as home:
+        subprocess.run(NTS_CERTIFICATE.split(), cwd=home, check=True, stderr=subprocess.DEVNULL)
+        with open(os.path.join(home, "server.conf"), "w") as file:
+            file.write(NTS_CONF % (port, port))
+        # All answers come through the relay, since the server says that NTP is asked at 127.0.0.1.
+        with started("chronyd", "-x", "-d", "-f", "server.conf", cwd=home), \
+                started(sys.executable, os.path.abspath(__file__), "relay", "127.0.0.1", str(port),
+                        "127.0.0.2", str(port)):
+            time.sleep(2)  # for chronyd's start
+            found = {name: [] for name, _, _, _ in rows}
+            for round_no in range(runs):  # one after the other, so that all have the same load beside them
+                for name, command, offset_of, count in rows:
+                    if round_no < count:
+                        done, cpu_ms, most_mb = spent(command, home)
+                        offset_ns = offset_of(done)
+                        if offset_ns is not None:
+                            found[name].append((abs(offset_ns) / 1e3, cpu_ms, most_mb))
+    print("a relay keeps each packet %.1f ms + %.1f ms of jitter; medians of the marks\n%-22s %9s %10s %7s %7s %6s"
+          % (RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3, "", "error us", "x sntpclock", "CPU ms", "MB", "marks"))
+    ours = None
+    for name, marks in found.items():
+        if not marks:
+            print("%-22s no answer" % name)
+            continue
+        error_us, cpu_ms, most_mb = medians(marks)
+        ours = ours or error_us
+        print("%-22s %9.2f %10.2f %8.1f %7.1f %6d" % (name, error_us, error_us / ours, cpu_ms, most_mb, len(marks)))
+    print("wanted: 1.5 of sntpclock's error, 15 ms for four exchanges beside the start, 20 MB")
+
+
 # ==== taiclockd ===================================================================================
 # Queries to one server, `outstanding` at a time, each batch sent and received by one system call.
 LOAD = r'''
@@ -976,7 +1055,7 @@ def cpu_of_a_day():
     return used
 
 
-BENCHES = {"estimator": bench_estimator, "picture": bench_picture, "clients": bench_clients, "server": bench_server,
+BENCHES = {"estimator": bench_estimator, "picture": bench_picture, "clients": bench_clients, "nts": bench_nts, "server": bench_server,
            "faults": bench_faults, "programs": bench_programs}
 
 
