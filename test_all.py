@@ -142,18 +142,23 @@ if __name__ == "__main__":
 
 # ==== what the tests share =========================================================================
 import contextlib
+import getpass
 import importlib.machinery
 import importlib.util
 import io
+import json
 import random
 import re
+import select
 import signal
 import socket
 import ssl
 import stat
 import struct
+import tempfile
 import threading
 import time
+import xml.etree.ElementTree
 
 import pytest
 
@@ -162,6 +167,7 @@ UTC_ENV = dict(os.environ, CLOCK_SCALE="utc", TZ="UTC")
 SEED = 20261124
 LIMIT_SEC = 120  # of each test: far over what any takes on a busy machine
 PATIENCE_SEC = 30  # for what takes milliseconds on an idle machine
+DECODERS = []  # (name, function of bytes, good inputs, what it may raise): the last section fuzzes them
 sys.dont_write_bytecode = True
 for number in (signal.SIGHUP, signal.SIGINT):  # nohup and some shells have programs ignore them
     signal.signal(number, {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL))
@@ -392,9 +398,774 @@ def test_adjtimex_reads_this_kernel():
 
 # ==== the exchange: sntpclock, taiclock =============================================================
 
+SNTP, TAI = load("sntpclock"), load("taiclock")
+SECOND_NS = 10**9
+NEAR_NS = 50 * 10**6  # what a busy machine may take from an exchange
+LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernel stamps and filters are Linux's")
+
+
+class Rogue:
+    """A server in a thread: answer(query, n) -> the datagrams to send back for the nth query that it gets."""
+
+    def __init__(self, answer, address="127.0.0.1", port=0):
+        self.answer, self.queries = answer, []
+        self.socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind((address, port))
+        self.port = self.socket.getsockname()[1]
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+
+    def serve(self):
+        while True:
+            query, self.client = self.socket.recvfrom(2048)
+            if not query:
+                return
+            self.queries.append(query)
+            for packet in self.answer(query, len(self.queries)):
+                with contextlib.suppress(OSError):  # it asks no more
+                    self.socket.sendto(packet, self.client)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        with socket.socket(self.socket.family, socket.SOCK_DGRAM) as stop:
+            stop.sendto(b"", self.socket.getsockname())
+        self.thread.join(PATIENCE_SEC)
+        self.socket.close()
+
+
+def ntp_stamp(unix_ns):
+    sec, nano = divmod(unix_ns, 10**9)
+    return (sec + 2208988800) % 2**32 << 32 | (nano << 32) // 10**9
+
+
+def ntp_answer(query, off_ns=0, **fields):
+    """A correct answer, or one with wrong fields."""
+    now = ntp_stamp(time.time_ns() + off_ns)
+    values = dict(flags=4 << 3 | 4, stratum=1, poll=0, precision=-25, delay=0, dispersion=0, refid=b"TEST",
+                  reference=now, originate=struct.unpack(">Q", query[40:48])[0], receive=now, transmit=now)
+    assert set(fields) <= set(values)
+    return SNTP.NTP.pack(*dict(values, **fields).values())
+
+
+def tai_answer(query, off_ns=0):
+    """The same for TAICLOCK."""
+    return b"stai" + TAI.pack(time.time_ns() + off_ns + (2**62 + 37) * 10**9) + query[20:]
+
+
+both = pytest.mark.parametrize("name, answer", [("sntpclock", ntp_answer), ("taiclock", tai_answer)],
+                               ids=["sntpclock", "taiclock"])
+DECODE = {"sntpclock": lambda _, query, packet: SNTP.decode_answer(packet) if SNTP.answers(query, packet) else None,
+          "taiclock": lambda _, query, packet: TAI.decode_answer(query, packet, 37 * 10**9)}
+QUERY = {"sntpclock": lambda server: SNTP.make_query(), "taiclock": TAI.make_query}
+
+
+def ask(name, port, *args, hosts=("127.0.0.1",), **env):
+    return run(name, "-p", port, *args, *hosts, **env)
+
+
+def offset_of(done):
+    """What came out, in ns."""
+    assert done.returncode == 0, done.stderr
+    return SNTP.unpack(done.stdout)[0]
+
+
+def result_of(done):
+    """-> (offset, spread, root distance) in ns as `-v 2` shows them, which is what came out."""
+    shown = re.search(r"info: result: offset (\S+) s, spread (\S+) s, root distance (\S+) s\n", done.stderr).groups()
+    value_ns, spread_ns, distance_ns = (round(float(text) * 1e9) for text in shown)
+    ns, last = SNTP.unpack(done.stdout)
+    assert abs(ns - value_ns) <= 1 and last == SNTP.pack_quality(spread_ns, distance_ns)
+    return value_ns, spread_ns, distance_ns
+
+
+def free_port(address="127.0.0.1"):
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind((address, 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("scale, missing_sec", [("utc", 0), ("tai", 27)])
+@both
+def test_the_result_is_the_servers_offset(name, answer, scale, missing_sec):
+    """On the tai scale this clock, which shows UTC, is 27 s slow."""
+    for off_ns in 0, 123456789, -3 * 3600 * SECOND_NS - 5:
+        with Rogue(lambda query, n: [answer(query, off_ns)]) as server:
+            value_ns, spread_ns, _ = result_of(ask(name, server.port, "-v", 2, CLOCK_SCALE=scale))
+        assert abs(value_ns - off_ns - missing_sec * SECOND_NS) <= spread_ns < NEAR_NS
+        assert len(server.queries) == len(set(server.queries)) == 10, "a cookie came twice"
+
+
+def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
+    for scale, zone, offset_sec in (("utc", "UTC", 37), ("tai", "UTC", 10), ("", "UTC", 37)):
+        monkeypatch.setenv("CLOCK_SCALE", scale)
+        assert TAI.scale_offset_sec() == offset_sec
+    monkeypatch.setattr(TAI.time, "localtime", lambda sec: time.struct_time((1972, 6, 30, 23, 59, 60, 4, 182, 0)))
+    assert TAI.scale_offset_sec() == 10
+    done = ask("taiclock", 1, CLOCK_SCALE="gps")
+    assert done.returncode == 111 and "tell this clock's scale: CLOCK_SCALE is neither utc nor tai" in done.stderr
+
+
+@pytest.mark.parametrize("spread_ns, distance_ns, last", [
+    (20123000, 250000, 720133400), (1, 0, 10000000), (999, 0, 299900000), (10**9, 0, 910000000), (0, 0, 0),
+    (10001, 0, 410010000), (9999001, 0, 710000000), (9999 * 10**6, 0, 999990000), (9999 * 10**6 + 1, 0, 0),
+    (1000, 1, 310000100), (1000, 1179, 310000100), (1000, 1180, 310000200), (1000, 1500 * 10**6, 310008700),
+    (1000, 11787686348, 310009900), (1000, 11787686349, 0)])
+def test_what_a_mark_tells_of_itself_is_rounded_up(spread_ns, distance_ns, last):
+    packed = SNTP.pack_quality(spread_ns, distance_ns)
+    assert packed // 100 == last // 100 and packed % 97 == (1 if last else 0)
+    if packed:
+        told = VIEW.unpack_quality(packed)
+        assert spread_ns <= told[0] <= spread_ns * 1.001 + 1 and distance_ns <= told[1] <= max(distance_ns * 1.18, 1180)
+
+
+@both
+def test_exchanges_pause_and_addresses(name, answer):
+    with Rogue(lambda query, n: [answer(query, SECOND_NS)]) as server:
+        began = time.monotonic()
+        ask(name, server.port, "-r", 3, "-h", 200, hosts=["0"])
+        assert time.monotonic() - began >= 0.4 and len(server.queries) == 3
+        for args, host in (["-4"], "localhost"), (["-46"], "0"):
+            assert abs(offset_of(ask(name, server.port, *args, hosts=[host])) - SECOND_NS) < NEAR_NS
+    with Rogue(lambda query, n: [answer(query, SECOND_NS)], "::1") as server:
+        for args, host in ([], "::1"), (["-6"], "::1%1"):
+            assert abs(offset_of(ask(name, server.port, *args, hosts=[host])) - SECOND_NS) < NEAR_NS
+
+
+@both
+def test_what_fails_often_is_one_line_with_a_count(name, answer):
+    port = free_port()
+    done = ask(name, port, "-r", 4, hosts=["127.0.0.1", "127.0.0.2"])
+    line = "{0}: warning: unable to ask 127.0.0.%d: Connection refused (4 times)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (111, b"", (line % 1 + line % 2 +
+            "{0}: fatal: unable to get the time from 127.0.0.1, 127.0.0.2: no usable answer\n").format(name))
+    assert ask(name, port, "-v", 0, "-r", 1).stderr.count("\n") == 1
+    with Rogue(lambda query, n: [answer(query)] if n != 2 else []) as server:
+        done = ask(name, server.port, "-r", 3, "-t", 200)
+    assert abs(offset_of(done)) < NEAR_NS
+    assert done.stderr == "%s: warning: unable to ask 127.0.0.1: timed out\n" % name
+    done = ask(name, 1, hosts=["no-such-host.invalid", "nor-this.invalid"])
+    assert (done.returncode, done.stderr.count("\n")) == (111, 1)
+    assert done.stderr.startswith("%s: fatal: unable to find no-such-host.invalid, nor-this.invalid: " % name)
+
+
+@both
+def test_silent_servers_cost_their_timeouts_and_no_more_than_the_total(name, answer):
+    with Rogue(lambda query, n: []) as silent:
+        for args, least_sec, queries in (("-r3", "-t100"), 0.3, 3), (("-r9", "-t300", "-T700"), 0.6, 3):
+            del silent.queries[:]
+            began = time.monotonic()
+            done = ask(name, silent.port, *args)
+            assert least_sec <= time.monotonic() - began < least_sec + 3 and len(silent.queries) == queries
+            assert done.stdout == b"" and "timed out (3 times)" in done.stderr
+        del silent.queries[:]
+        with Rogue(lambda query, n: [answer(query)], "127.0.0.2", silent.port):
+            done = ask(name, silent.port, "-t", 500, hosts=["127.0.0.1", "127.0.0.2"])
+            assert abs(offset_of(done)) < NEAR_NS
+            assert len(silent.queries) == 1, "it is silent, and another has told all: one timeout is enough"
+
+
+@both
+def test_the_total_bounds_names_and_pauses_too(name, answer):
+    """getaddrinfo() can't be interrupted, so that a thread waits for it."""
+    program = ("import importlib.machinery as m, socket, sys, time\n"
+               "module = m.SourceFileLoader('client', %r).load_module()\n"
+               "def slow(host, *args, find=socket.getaddrinfo):\n"
+               "    return time.sleep(60) if host == b'slow' else find(host, *args)\n"
+               "module.socket.getaddrinfo = slow\n"
+               "sys.exit(module.main(sys.argv))") % path_of(name)
+
+    def asked(*args):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program] + list(args), stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=LIMIT_SEC, env=UTC_ENV)
+        assert time.monotonic() - began < 10
+        return done.returncode, len(done.stdout), done.stderr.decode()
+    assert asked("-T500", "slow") == (111, 0, "%s: fatal: unable to find slow: timed out\n" % name)
+    with Rogue(lambda query, n: [answer(query)]) as server:
+        assert asked("-p%d" % server.port, "-T3000", "slow", "127.0.0.1") == (
+            0, 16, "%s: warning: unable to ask slow: timed out\n" % name)
+        del server.queries[:]
+        assert asked("-p%d" % server.port, "-T1000", "-h300", "0") == (0, 16, "")
+        assert 2 <= len(server.queries) <= 4
+
+
+@both
+def test_wrong_usage(name, answer):
+    for line in ("", "-r 0 0", "-r x 0", "-r", "-p 65536 0", "-p 0 0", "-e nan 0", "-e -1 0", "-t inf 0", "-T -1 0",
+                 "-l -1 0", "-h -1 0", "-v -1 0", "-x 0", "--force 0", "-h 5"):
+        done = run(name, *line.split())
+        assert done.returncode == 100 and done.stderr.startswith("%s: usage: %s [" % (name, name)), line
+    module = load(name)
+    for words in "-46fr7 a b", "-r7 -f -4 -6 -- a b", "-f -r 7 a b":
+        settings = module.Settings(words.split(), 123)
+        assert (settings.exchanges, settings.force, settings.hosts) == (7, True, ["a", "b"]), words
+        assert settings.family == (socket.AF_INET if words.startswith("-f4") else socket.AF_UNSPEC)
+    settings = module.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
+    assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns, settings.pause_ns, settings.limit_ns,
+            settings.port) == (250000, 10**6, 2 * 10**6, 0, 43200 * 10**9, 9)
+
+
+@pytest.mark.parametrize("days, said", [(2.1, "2.1 days behind"), (-2.1, "2.1 days ahead"), (2192, "6.0 years behind"),
+                                        (999.9, "999.9 days behind")])
+@both
+def test_a_clock_far_away_is_told_so_and_how_to_set_it(name, answer, days, said):
+    off_ns = round(days * 86400) * SECOND_NS
+    with Rogue(lambda query, n: [answer(query, off_ns)]) as server:
+        done = ask(name, server.port)
+        assert (done.returncode, done.stdout) == (111, b"")
+        assert done.stderr.endswith(": this clock is %s; `clockctl set` sets it\n" % said)
+        for args in ["-f"], ["-l", abs(days) + 0.1], ["-l", 0]:
+            assert abs(offset_of(ask(name, server.port, *args)) - off_ns) < NEAR_NS
+
+
+@both
+def test_e_limits_the_spread_and_f_overrides(name, answer):
+    def slow(query, n):
+        time.sleep(0.02)
+        return [answer(query)]
+    with Rogue(slow) as server:
+        done = ask(name, server.port, "-r", 2, "-e", 5)
+        assert (done.returncode, done.stdout) == (111, b"")
+        assert re.search(r": time uncertainty too large, 0\.0\d+ s\n$", done.stderr)
+        for args in ["-e", 5, "-f"], ["-e", 500]:
+            assert abs(offset_of(ask(name, server.port, "-r", 2, *args))) < NEAR_NS
+
+
+@both
+def test_answers_that_are_late_doubled_forged_or_from_elsewhere_do_not_count(name, answer):
+    lie_ns, kept = 3600 * SECOND_NS, []
+    elsewhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    def late(query, n):  # each query is answered, with a lie, only after the next one has come
+        kept.append(query)
+        return [answer(kept[-2], lie_ns)] if n > 1 else []
+
+    def forged(query, n):  # 2000 are more than a socket's queue holds
+        elsewhere.sendto(answer(query, lie_ns), server.client)
+        lies = [answer(os.urandom(len(query)), lie_ns), query, b"", b"x", answer(query)[:31]]
+        return [lies[n % 5] for n in range(2000 if sys.platform.startswith("linux") else 5)] + [
+            answer(query), answer(query, lie_ns)]
+    with Rogue(late) as server:
+        done = ask(name, server.port, "-r", 3, "-t", 100)
+        assert done.returncode == 111 and "timed out (3 times)" in done.stderr
+    with Rogue(forged) as server, elsewhere:
+        done = ask(name, server.port)
+        assert abs(offset_of(done)) < 2 * NEAR_NS and done.stderr == "" and len(server.queries) == 10
+
+
+@LINUX_ONLY
+@both
+def test_the_kernel_drops_what_does_not_repeat_the_cookie(name, answer):
+    module = load(name)
+    for family, address in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"):
+        with socket.socket(family, socket.SOCK_DGRAM) as server, socket.socket(family, socket.SOCK_DGRAM) as client:
+            server.bind((address, 0))
+            client.connect(server.getsockname())
+            client.setblocking(False)
+            at, _, size = module.ECHO
+            for _ in range(2):
+                query = QUERY[name](None)
+                module.admit_only_answers(client, query)
+                client.send(query)
+                right, (_, asker) = answer(query), server.recvfrom(2048)
+                wrong = [right[:at + size - 1], b"", bytes(400)] + [
+                    right[:place] + bytes([right[place] ^ 1 << place % 8]) + right[place + 1:]
+                    for place in range(at, at + size)]
+                for packet in wrong + [right, right + bytes(100)]:
+                    server.sendto(packet, asker)
+                assert [client.recv(2048) for _ in range(2)] == [right, right + bytes(100)]
+                with pytest.raises(BlockingIOError):
+                    client.recv(2048)
+
+
+@both
+def test_several_servers_are_asked_at_once_and_falsetickers_are_named(name, answer):
+    def serve(off_ns):
+        def late(query, n):
+            time.sleep(0.1)
+            return [answer(query, off_ns)]
+        return late
+    one, two, three = hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+    with Rogue(serve(0)) as server, Rogue(serve(SECOND_NS), two, server.port), Rogue(serve(0), three, server.port):
+        began = time.monotonic()
+        done = ask(name, server.port, "-r", 5, hosts=hosts)
+        assert time.monotonic() - began < 1.4, "three servers of 0.5 s each, one after the other"
+        assert abs(offset_of(done)) < 4 * NEAR_NS
+        assert re.fullmatch("%s: warning: 127.0.0.2 is a falseticker: offset .1[.]0.*\n" % name, done.stderr)
+        for hosts in [one, two], [two, one, "0", "localhost"]:  # one asked under three names has one vote
+            done = ask(name, server.port, "-r", 1, "-4", hosts=hosts)
+            assert (done.returncode, done.stdout) == (111, b"")
+            assert done.stderr.endswith(": no majority of the servers agrees\n")
+        done = ask(name, server.port, "-r", 1, hosts=[one, "127.0.0.4"])
+        assert abs(offset_of(done)) < 4 * NEAR_NS and "127.0.0.4" in done.stderr, "who is dead has no vote"
+
+
+@both
+def test_s_keeps_what_each_server_said(name, answer, tmp_path):
+    kind, about = {"sntpclock": ("ntp", "1 54455354"), "taiclock": ("tai", "- -")}[name]
+    (tmp_path / "elsewhere").write_text("before")
+    for planted in "sources", "sources.tmp":
+        (tmp_path / planted).symlink_to("elsewhere")
+    with Rogue(lambda query, n: [answer(query)]) as server, Rogue(
+            lambda query, n: [answer(query, -SECOND_NS)], "127.0.0.2", server.port), Rogue(
+            lambda query, n: [answer(query)], "127.0.0.3", server.port):
+        hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4", "a.invalid"]
+        ask(name, server.port, "-s", tmp_path, hosts=hosts)
+        lines = (tmp_path / "sources").read_text().splitlines()
+        assert ask(name, server.port, "-s", tmp_path / "none").stderr == (
+            "%s: warning: unable to write %s/none/sources: No such file or directory\n" % (name, tmp_path))
+    times = [line.split()[0] for line in lines]
+    assert len(set(times)) == 1 and abs(int(times[0]) - time.time()) < LIMIT_SEC
+    right = r" %s 127.0.0.%s (-?\d+) (\d+) (\d+) 0 %s %s"
+    for line, host, off_ns, verdict in ((lines[0], 1, 0, "agreed"), (lines[1], 2, -SECOND_NS, "falseticker"),
+                                        (lines[2], 3, 0, "agreed")):
+        value_ns, spread_ns, delay_ns = map(int, re.fullmatch(right % (kind, host, about, verdict),
+                                                              line[len(times[0]):]).groups())
+        assert abs(value_ns - off_ns) <= spread_ns <= delay_ns < 2 * NEAR_NS
+    assert lines[3] == "%s %s 127.0.0.4 - - - - - - failed: Connection refused" % (times[0], kind)
+    assert lines[4].startswith("%s %s a.invalid - - - - - - failed: " % (times[0], kind))
+    assert (tmp_path / "elsewhere").read_text() == "before" and sorted(os.listdir(str(tmp_path))) == [
+        "elsewhere", "sources"]
+    assert stat.S_IMODE(os.lstat(str(tmp_path / "sources")).st_mode) == 0o644
+
+
+@both
+def test_signals_end_it_at_once_and_a_terminal_gets_no_raw_bytes(name, answer):
+    for number in signal.SIGINT, signal.SIGTERM:
+        with Rogue(lambda query, n: []) as server, process(
+                command_of(name, "-p", server.port, "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+            until(lambda: server.queries)
+            client.send_signal(number)
+            assert client.communicate(timeout=PATIENCE_SEC) == (b"", b"") and client.returncode == -number
+    ours, theirs = os.openpty()
+    done = subprocess.run(command_of(name, "0"), stdout=theirs, stderr=subprocess.PIPE, timeout=PATIENCE_SEC)
+    assert done.returncode == 100
+    assert done.stderr.decode().startswith("%s: usage: the result is 16 raw bytes: %s [" % (name, name))
+    assert done.stderr.endswith(b" host... | clockview\n")
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_the_range_of_a_server_and_of_all():
+    assert SNTP.server_range([(0, 10), (5, 20), (-5, 8)]) == (5, 8)
+    assert SNTP.server_range([(0, 10), (10, 20)]) == (10, 10)
+    # Empty intersections: the exchanges of up to twice the least delay (10), and all that they allow.
+    assert SNTP.server_range([(0, 10), (20, 40), (1000, 1021)]) == (0, 40)
+    assert SNTP.server_range([(0, 10), (7, 3)]) == (0, 10)  # it took the server longer than the exchange
+    with pytest.raises(ValueError, match="longer than we waited"):
+        SNTP.server_range([(7, 3)])
+    for ranges, wanted in (([(0, 10)], ((0, 10), 1)), ([(0, 10), (5, 20), (50, 60)], ((5, 10), 2)),
+                           ([(0, 10), (20, 30)], ((0, 30), 1)), ([(0, 30), (5, 10), (20, 25)], ((5, 25), 2)),
+                           ([(0, 10), (10, 20)], ((10, 10), 2))):
+        assert SNTP.vote([SNTP.Range(*pair) for pair in ranges]) == wanted
+
+
+def test_what_real_time_can_have_gained_on_the_clock():
+    then = SNTP.Reading(10**18, 5)
+    for clock_ns, tick_ns, wanted in (
+            (10**9, 10**9, (0, 0)), (10**9, 10**9 + 300, (0, 300)), (10**9, 10**9 - 300, (-300, 0)),
+            (10**9, 10**9 + 251000, (0, 251000)), (10**9 + 251000, 10**9, (-251000, 0)),
+            (10**9 + 251001, 10**9, (-752001, 249999)), (0, 10**9, (999499000, 1000501000))):
+        now = SNTP.Reading(then.clock_ns + clock_ns, then.tick_ns + tick_ns)
+        assert SNTP.gained(then, now) == wanted
+
+
+@pytest.mark.parametrize("ppm", [500, -500, 5000, -80000, 0])
+def test_a_slew_during_the_measurement_is_allowed_for(ppm):
+    """Four exchanges of 20 ms, 2 s apart, while the clock is slewed: the range holds at the end."""
+    rng = random.Random(SEED)
+    for _ in range(50):
+        offset_ns, counter_ppm, ranges = rng.randrange(-10**9, 10**9), rng.uniform(-50, 50), []
+
+        def read(real_ns):
+            return SNTP.Reading(10**18 + real_ns - offset_ns + real_ns * ppm // 10**6,
+                                real_ns + round(real_ns * counter_ppm / 10**6))
+        end = read(6100 * 10**6)
+        for start_ns in range(0, 8 * 10**9, 2 * 10**9):
+            there_ns = 10**18 + start_ns + rng.randrange(20 * 10**6)
+            answer = SNTP.Answer(there_ns, there_ns, 0, 1, "-")
+            ranges.append(SNTP.sample_range(answer, (read(start_ns), read(start_ns + 20 * 10**6)), end))
+        least_ns, most_ns = SNTP.server_range(ranges)
+        assert least_ns <= 10**18 + 6100 * 10**6 - end.clock_ns <= most_ns < least_ns + 21 * 10**6
+
+
+def samples_of(name, answer, monkeypatch, clocks=None, exchanges=4):
+    """Exchanges of this process with a server -> (the Server, the Reading at the end)."""
+    module = load(name)
+    if clocks:  # the kernel's stamps would be of the real clock
+        monkeypatch.setattr(module, "enable_kernel_stamps", lambda sock: None)
+    with Rogue(answer) as rogue:
+        settings = module.Settings(["-r%d" % exchanges, "-t100", "0"], rogue.port)
+        servers = module.find_servers(settings.hosts, settings.port, settings)
+        end = module.ask(servers, settings, QUERY[name], DECODE[name], clocks or module.read_clocks)
+    module.weigh(servers[0], settings, end)
+    return servers[0], end
+
+
+@both
+def test_a_step_during_the_measurement_is_allowed_for(name, answer, monkeypatch):
+    """Somebody sets the clock back by a second after the second exchange."""
+    queries = []
+
+    def clocks():
+        clock_ns, tick_ns = SNTP.read_clocks()
+        return SNTP.Reading(clock_ns - SECOND_NS * (len(queries) > 2), tick_ns)
+    server, _ = samples_of(name, lambda query, n: queries.append(n) or [answer(query)], monkeypatch, clocks)
+    assert len(server.samples) == 4 and server.range.least_ns <= SECOND_NS <= server.range.most_ns
+
+
+@LINUX_ONLY
+@both
+def test_kernel_stamps_are_paired_with_their_exchange(name, answer, monkeypatch):
+    server, _ = samples_of(name, lambda query, n: [answer(query)] * 2 if n != 3 else [], monkeypatch, exchanges=6)
+    assert len(server.samples) == 5 and server.failures == {"timed out": 1}
+    for _, own, kernel in server.samples:
+        assert own[0].clock_ns < kernel[0].clock_ns < kernel[1].clock_ns < own[1].clock_ns
+        assert own[0].tick_ns < kernel[0].tick_ns < kernel[1].tick_ns < own[1].tick_ns
+    least_ns = min(t1.clock_ns - t0.clock_ns for _, _, (t0, t1) in server.samples)
+    assert server.delay_ns() in range(least_ns, least_ns + 70)
+
+
+@LINUX_ONLY
+def test_only_the_stamp_of_this_query_counts():
+    class ErrorQueue:
+        waiting = [(b"query", 7), (b"other", 5)]
+
+        def recvmsg(self, size, ancillary_size, flags):
+            if flags != socket.MSG_ERRQUEUE or not self.waiting:
+                raise BlockingIOError
+            query, nano = self.waiting.pop()
+            stamp = SNTP.TIMESPEC.pack(1, nano) + bytes(2 * SNTP.TIMESPEC.size)
+            others = [(socket.IPPROTO_IP, 37, b"?" * 48), (socket.SOL_SOCKET, 11, b"?" * 48)]
+            return b"headers" + query, others + [(socket.SOL_SOCKET, 37, stamp)], 0, None
+    queue = ErrorQueue()
+    assert SNTP.sent_stamp(queue, b"query") == 10**9 + 7 and SNTP.sent_stamp(queue, b"query") is None
+    zero = (socket.SOL_SOCKET, 37, bytes(48))
+    assert SNTP.kernel_stamp([zero]) is None and SNTP.kernel_stamp([]) is None
+    assert SNTP.kernel_stamp([(socket.SOL_SOCKET, 35, SNTP.TIMESPEC.pack(2, 3))]) == 2 * 10**9 + 3
+
+
+def test_a_kernel_stamp_counts_only_between_our_own():
+    own = SNTP.Reading(1000, 50), SNTP.Reading(3000, 2050)
+    for stamps, wanted in (((None, None), own), ((999, 3001), own), ((1000, 3000), own),
+                           ((1500, 2500), ((1500, 550), (2500, 1550))), ((2500, None), ((2500, 1550), own[1]))):
+        assert SNTP.kernel_readings(own, *stamps) == wanted
+
+
+@pytest.mark.parametrize("near, addresses", [
+    (True, "10.1.2.3 127.9.9.9 169.254.1.1 172.16.0.1 172.31.255.255 192.168.7.7 ::1 fc00::1 fdff::1 fe80::1%lo"),
+    (False, "9.9.9.9 172.15.0.1 172.32.0.1 192.167.0.1 169.253.0.1 128.0.0.1 11.0.0.1 2600::1 fec0::1 ::ffff:9.9.9.9")])
+def test_public_addresses_are_spared(near, addresses, monkeypatch):
+    sent, paused = [], []
+
+    def exchange(*args):
+        sent.append(args)
+        raise ValueError("no")
+    monkeypatch.setattr(SNTP, "exchange", exchange)
+    monkeypatch.setattr(SNTP.socket.socket, "connect", lambda sock, address: None)
+    monkeypatch.setattr(SNTP.time, "sleep", paused.append)
+    for address in addresses.split():
+        assert SNTP.is_near(address) is near
+    server = SNTP.Server("a", socket.AF_INET, (address, 1))
+    SNTP.ask([server], SNTP.Settings(["a"], 1), QUERY["sntpclock"], None)
+    assert (len(sent), paused) == ((10, 9 * [0]) if near else (4, 3 * [2]))
+
+
+@both
+def test_a_name_with_many_addresses_is_as_many_servers_up_to_four(name, answer, monkeypatch):
+    module = load(name)
+    found = [(socket.AF_INET6, socket.SOCK_DGRAM, 17, "", ("2001:db8::%d" % n, 123, 0, 0)) for n in (1, 2)] \
+        + [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("192.0.2.%d" % n, 123)) for n in range(1, 5)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: list(found))
+    settings = module.Settings(["pool.example", "again.example"], 123)
+    assert [server.name for server in module.find_servers(settings.hosts, 123, settings)] == [
+        "pool.example/" + address for address in ("2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
+
+
+@pytest.mark.parametrize("to_sec, back_sec", [(0.05, 0), (0, 0.05), (0.02, 0.08)])
+@both
+def test_a_delayer_moves_the_result_by_no_more_than_the_spread(name, answer, to_sec, back_sec):
+    """Somebody on the path holds up each packet, for half of those times to the whole."""
+    rng = random.Random(SEED)
+
+    def late(query, n):
+        time.sleep(to_sec * rng.uniform(0.5, 1))
+        packet = answer(query)
+        time.sleep(back_sec * rng.uniform(0.5, 1))
+        return [packet]
+    with Rogue(late) as server:
+        value_ns, spread_ns, _ = result_of(ask(name, server.port, "-v", 2, "-r", 5))
+    assert abs(value_ns) <= spread_ns and 0.2e9 * (to_sec + back_sec) < spread_ns < 1.05e9 * (to_sec + back_sec)
+
+
+
 # ==== sntpclock =====================================================================================
 
+class Chronyd:
+    """A real one on a free port, which can't touch the clock."""
+
+    def __init__(self, home, *lines):
+        need("chronyd")
+        self.home, self.port, self.lines = home, free_port(), lines or ("local stratum 1",)
+
+    def __enter__(self):
+        conf = self.home / "chrony.conf"
+        conf.write_text("port %d\ncmdport 0\nbindcmdaddress /\nuser %s\nallow\npidfile %s\n%s\n" % (
+            self.port, getpass.getuser(), self.home / "chronyd.pid", "\n".join(self.lines)))
+        self.process = subprocess.Popen(without_the_right(["chronyd", "-x", "-d", "-f", str(conf)]),
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.settimeout(0.1)
+            probe.connect(("127.0.0.1", self.port))
+
+            def answered():
+                assert self.process.poll() is None, self.process.stdout.read().decode()
+                with contextlib.suppress(OSError):
+                    probe.send(SNTP.make_query())
+                    return probe.recv(100)
+            try:
+                until(answered)
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_a_real_chronyd_and_one_that_is_not_synchronised(tmp_path):
+    with Chronyd(tmp_path) as server:
+        for hosts in ["127.0.0.1"], ["::1"], ["127.0.0.1", "::1"]:
+            done = ask("sntpclock", server.port, "-v", 2, hosts=hosts)
+            value_ns, spread_ns, distance_ns = result_of(done)
+            assert abs(value_ns) <= spread_ns < 10**6 and distance_ns == 0
+            assert "root distance 0.000000000 s, stratum 1, reference 7f7f0101\n" in done.stderr
+    with Chronyd(tmp_path, "maxupdateskew 1") as server:
+        done = ask("sntpclock", server.port)
+        assert (done.returncode, done.stdout) == (111, b"") and done.stderr == (
+            "sntpclock: warning: unable to ask 127.0.0.1: the server is not synchronised (10 times)\n"
+            "sntpclock: fatal: unable to get the time from 127.0.0.1: no usable answer\n")
+
+
+def test_every_answer_of_a_coarse_chronyd_counts(tmp_path):
+    """It randomises what is below a millisecond, so that it seems to send before it receives half of the time."""
+    with Chronyd(tmp_path, "local stratum 1", "clockprecision 1e-3") as server:
+        done = ask("sntpclock", server.port, "-r", 20, "-v", 2)
+    value_ns, spread_ns, _ = result_of(done)
+    assert "warning" not in done.stderr and abs(value_ns) <= spread_ns < 2 * 10**6
+
+
+def decoded(ahead_ns=0, **fields):
+    query = SNTP.make_query()
+    packet = ntp_answer(query, **fields)
+    return SNTP.decode_answer(packet, ahead_ns) if SNTP.answers(query, packet) else None
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(flags=0xe4), "the server is not synchronised"), (dict(stratum=16), "the server is not synchronised"),
+    (dict(stratum=0, refid=bytes(4)), "the server is not synchronised"),
+    (dict(stratum=0, refid=b"INIT"), "stratum 0, INIT"), (dict(stratum=0, refid=b"\n\x1b[m"), r"stratum 0, \?\?\[m"),
+    (dict(flags=0x23), "answer of mode 3, version 4"), (dict(flags=0x25), "mode 5"), (dict(flags=4), "version 0"),
+    (dict(receive=0), "answer without time"), (dict(transmit=0), "answer without time"),
+    (dict(receive=ntp_stamp(10**18 + 2000), transmit=ntp_stamp(10**18)), "sent before the query came"),
+    (dict(receive=5 * 2**22 + 2**60, transmit=2**60, precision=-10), "sent before the query came"),
+    (dict(precision=1), "precise to 2 s only"), (dict(precision=127), "precise to"),
+    (dict(delay=3 * 2**16 + 2), "up to 1.5 s off"), (dict(delay=2**16, dispersion=2**16 + 1), "up to 1.5 s off"),
+    (dict(delay=2**32 - 1, dispersion=2**32 - 1), "up to 98304.0 s off")])
+def test_answers_that_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        decoded(**fields)
+
+
+def test_answers_that_are_taken():
+    for fields in (dict(flags=0x1c), dict(flags=0x5c), dict(flags=0x9c), dict(flags=0x0a), dict(stratum=15),
+                   dict(delay=3 * 2**16), dict(precision=0), dict(precision=-128)):
+        assert decoded(**fields)
+    assert decoded(originate=1) is None and not SNTP.answers(SNTP.make_query(), bytes(47))
+    base = 2**64 - 2**40
+    for precision, ahead_ns, early in ((-10, 0, 0), (-10, 27 * 10**9, 2**22), (-32, 0, 0), (-128, 0, 0)):
+        answer = decoded(ahead_ns, precision=precision, receive=base + early, transmit=base, delay=2**16, dispersion=1)
+        at_ns, coarse_ns = SNTP.stamp_ns(base) + ahead_ns, (10**9 >> -precision) + 1
+        early_ns = early * 10**9 >> 32
+        assert answer == (at_ns + early_ns + coarse_ns, at_ns - coarse_ns, 500015258, 1, "54455354")
+
+
+def test_a_kiss_of_death_ends_that_servers_part():
+    for word, usable in ("DENY", False), ("RSTR", False), ("RATE", True):
+        for first in 1, 3:
+            with Rogue(lambda query, n: [ntp_answer(query) if n < first else ntp_answer(
+                    query, stratum=0, refid=word.encode(), flags=0xe4)]) as server:
+                done = ask("sntpclock", server.port)
+            warning, *fatal = done.stderr.splitlines()
+            assert len(server.queries) == first
+            assert warning == "sntpclock: warning: unable to ask 127.0.0.1: kiss-o'-death " + word
+            assert done.returncode == (0 if usable and first == 3 else 111)
+            assert fatal == [] if done.returncode == 0 else fatal == [
+                "sntpclock: fatal: unable to get the time from 127.0.0.1: kiss-o'-death " + word]
+
+
+def test_the_era_is_the_one_that_holds_the_release():
+    for sec in (SNTP.RELEASE_SEC, SNTP.RELEASE_SEC + 1, 2**32 - 2208988800 - 1, 2**32 - 2208988800,
+                SNTP.RELEASE_SEC + 2**32 - 1):
+        assert SNTP.stamp_ns(ntp_stamp(sec * 10**9)) == sec * 10**9
+    assert SNTP.stamp_ns(ntp_stamp(SNTP.RELEASE_SEC * 10**9) - 1) == (SNTP.RELEASE_SEC + 2**32) * 10**9 - 1
+    off_ns = (2**32 - 2208988800 + 10**9) * 10**9 - time.time_ns()
+    with Rogue(lambda query, n: [ntp_answer(query, off_ns)]) as server:
+        assert abs(offset_of(ask("sntpclock", server.port, "-l", 0)) - off_ns) < NEAR_NS
+
+
+def test_ranges_are_widened_by_the_root_distance():
+    """Each server is sure of itself to some us, and 0.3 s from the other: that is within what both admit, or not."""
+    for one_distance, other_distance, agree in (0x4000, 0x4000, True), (0x4000, 0x2000, True), (0x1000, 0x1000, False):
+        with Rogue(lambda query, n: [ntp_answer(query, dispersion=one_distance)]) as server, Rogue(
+                lambda query, n: [ntp_answer(query, 3 * 10**8, dispersion=other_distance)], "127.0.0.2", server.port):
+            done = ask("sntpclock", server.port, "-v", 2, hosts=["127.0.0.1", "127.0.0.2"])
+        if agree:
+            _, spread_ns, distance_ns = result_of(done)
+            value_ns = SNTP.unpack(done.stdout)[0]
+            least_ns, most_ns = 3 * 10**8 - other_distance * 10**9 / 65536, one_distance * 10**9 / 65536
+            assert abs(value_ns - (least_ns + most_ns) / 2) < NEAR_NS
+            assert distance_ns == min(one_distance, other_distance) * 10**9 >> 16
+            assert abs(max((most_ns - least_ns) / 2 - distance_ns, 1) - spread_ns) < NEAR_NS
+        else:
+            assert done.returncode == 111 and "no majority" in done.stderr
+    with Rogue(lambda query, n: [ntp_answer(query, delay=2**15)]) as server:
+        _, spread_ns, distance_ns = result_of(ask("sntpclock", server.port, "-v", 2))
+    assert distance_ns == 250 * 10**6 and spread_ns < NEAR_NS, "of one server too, the two are told apart"
+
+
+HEX_KEY = "HEX:" + bytes(range(16)).hex()
+KEYS = """# keys, as chronyc keygen writes them
+1 MD5 ASCII:sixteen-bytes-16
+2 SHA1 HEX:933F62BE1D604E68A81B557F18CFA200483F5B70
+3 SHA256 chrysanthemum-and-lotus
+4 SHA384 %s
+5 SHA512 %s
+""" % (HEX_KEY, HEX_KEY)
+
+
+@pytest.mark.parametrize("line, said", [
+    ("7 SHA256 HEX:", "it has 0 bytes, and 16 are the least"), ("7 SHA256 ASCII:", "0 bytes"),
+    ("7 SHA1 fifteen-bytes-1", "15 bytes"), ("7 SHA1 ASCII:fifteen-bytes-1", "15 bytes"),
+    ("7 SHA1 HEX:" + 15 * "00", "15 bytes"), ("7 SHA1 HEX:0g", "non-hexadecimal"), ("7 SHA256", "its line is not"),
+    ("7 chrysanthemum-and-lotus", "its line is not the number, MD5 or SHA1 or SHA256 or SHA384 or SHA512, and the"),
+    ("7 AES128 " + HEX_KEY, "its line is not"), ("7 SHA256 %s x" % HEX_KEY, "its line is not"),
+    ("7", "its line is not"), ("#7 SHA256 " + HEX_KEY, "it is not there"), ("77 MD5 " + HEX_KEY, "it is not there")])
+def test_keys_that_are_refused(line, said):
+    with pytest.raises(ValueError, match=said):
+        SNTP.parse_key(KEYS + line + "\n", 7)
+
+
+def test_authentication_with_a_real_chronyd(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(KEYS)
+    keys.chmod(0o640)
+    (tmp_path / "others").write_text(KEYS.replace("933F", "933E"))
+    (tmp_path / "others").chmod(0o600)
+    with Chronyd(tmp_path, "local stratum 1", "keyfile %s" % keys) as server:
+        for ident in range(1, 6):
+            done = ask("sntpclock", server.port, "-k", keys, "-K", ident)
+            assert abs(offset_of(done)) < NEAR_NS and done.stderr == "", ident
+        done = ask("sntpclock", server.port, "-k", tmp_path / "others", "-K", 2, "-r", 1, "-t", 300)
+        assert (done.returncode, done.stdout) == (111, b"")
+    for mode, ident, said in ((0o604, 1, "take key 1 from %s: others can read or write it"),
+                              (0o602, 1, "take key 1 from %s: others can"), (0o600, 9, "take key 9 from %s: it is not")):
+        keys.chmod(mode)
+        done = ask("sntpclock", 1, "-k", keys, "-K", ident)
+        assert done.returncode == 111 and said % keys in done.stderr
+    for args in ("-k", keys), ("-K", 1), ("-k", keys, "-K", 0), ("-k", keys, "-K", "1x"), ("-k", keys, "-K", 2**32):
+        assert ask("sntpclock", 1, *args).returncode == 100
+    os.mkfifo(str(tmp_path / "fifo"), 0o600)
+    assert "it is not there" in ask("sntpclock", 1, "-k", tmp_path / "fifo", "-K", 1).stderr
+
+
+def test_only_what_is_authenticated_counts(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(KEYS)
+    keys.chmod(0o600)
+    key, other = SNTP.read_key(str(keys), 2), SNTP.read_key(str(keys), 1)
+    for tamper in (lambda answer: answer, lambda answer: answer + bytes(4),
+                   lambda answer: answer + SNTP.mac(key, answer)[:-1] + b"?",
+                   lambda answer: answer + SNTP.mac(other, answer), lambda answer: answer + SNTP.mac(key, answer) + b"?",
+                   lambda answer: answer + SNTP.mac(key, answer[:-1] + b"?")):
+        with Rogue(lambda query, n: [tamper(ntp_answer(query))]) as server:
+            done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 1)
+        assert done.returncode == 111 and "answer not authenticated with the key" in done.stderr
+    with Rogue(lambda query, n: [ntp_answer(query, stratum=0, refid=b"DENY")]) as server:
+        done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 2)
+        assert "DENY" not in done.stderr and [len(query) for query in server.queries] == [72, 72]
+
+
 # ==== taiclock ======================================================================================
+
+def test_the_query_has_zeros_where_the_label_will_be():
+    one, two = TAI.make_query(None), TAI.make_query(None)
+    assert len(one) == 32 and one[:20] == two[:20] == b"ctai" + bytes(16) and one[20:] != two[20:]
+
+
+def test_labels_that_are_taken():
+    """The label of Unix second 1483228800, the first after the last leap second, is 2^62 and 37 s more."""
+    query = TAI.make_query(None)
+    for label, tai_minus_clock_sec, wanted in (
+            ("40000000586846a5" + "00000005" + "00000000", 37, (5, 5)),
+            ("40000000586846a5" + "00000005" + "00000001", 37, (6, 5)),  # an attosecond must not make it a lie
+            ("40000000586846a5" + "00000005" + "3b9ac9ff", 10, (27 * 10**9 + 6, 27 * 10**9 + 5))):
+        answer = TAI.decode_answer(query, b"stai" + bytes.fromhex(label) + query[20:], tai_minus_clock_sec * 10**9)
+        received_ns, sent_ns = (1483228800 * 10**9 + ns for ns in wanted)
+        assert answer == (received_ns, sent_ns, 0, "-", "-")
+
+
+def test_what_is_no_answer_is_ignored_and_what_is_no_label_refused():
+    query = TAI.make_query(None)
+    right = tai_answer(query)
+    for packet in (query, right[:-1], right + b"?", b"Stai" + right[4:], b"stbi" + right[4:], b"", bytes(32)) + tuple(
+            right[:place] + bytes([right[place] ^ 1]) + right[place + 1:] for place in (20, 31)):
+        assert TAI.decode_answer(query, packet) is None
+    for label in bytes(8) + b"\xff" * 8, b"\x80" + bytes(15), bytes(8) + bytes.fromhex("000000003b9aca00"):
+        with pytest.raises(ValueError, match="not a TAI64NA"):
+            TAI.decode_answer(query, b"stai" + label + query[20:])
+    for label in bytes(16), b"\x7f" + b"\xff" * 7 + bytes(8):  # true labels of absurd times
+        with Rogue(lambda query, n: [b"stai" + label + query[20:]]) as server:
+            assert "years" in ask("taiclock", server.port, "-r", 1).stderr
+
+
+def test_an_s6_taiclockd_writes_12_bytes_of_the_label():
+    with Rogue(lambda query, n: [tai_answer(query)[:16] + query[16:]]) as server:
+        done = ask("taiclock", server.port, "-r", 20)
+    assert abs(offset_of(done)) < NEAR_NS and done.stderr == ""
+
+
+def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
+    def result(*samples):
+        server = TAI.Server("a")
+        server.samples = [TAI.Sample(TAI.Answer(t2, t2, 0, "-", "-"), *[
+            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in (own, kernel)]) for t2, own, kernel in samples]
+        end = TAI.Reading(300, 300)
+        server.range = server.certain = TAI.server_range([
+            TAI.sample_range(sample.answer, sample.kernel, end) for sample in server.samples])
+        return TAI.Result(server.range, 0, [server], end)
+    # It stamps 40 ns after the query came, and we learn of its answer as late: 0 is the truth.
+    balanced = result((150, (100, 200), (105, 160)))
+    assert balanced.range == (-10, 45) and TAI.balanced_value_ns(balanced) == 0
+    packet = TAI.pack_mark(balanced, 0, TAI.Settings(["a"], 1))
+    assert TAI.unpack(packet) == (0, TAI.pack_quality(45, 0))
+    for own, value_ns in ((0, 200), 45), ((100, 300), -10):  # the kernel's range is proven
+        assert TAI.balanced_value_ns(result((150, own, (105, 160)))) == value_ns
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_taiclock_asks_taiclockd(address):
+    port = free_port(address)
+    with process(command_of("taiclockd", "-i", address, "-p", port), env=UTC_ENV, stdout=subprocess.DEVNULL):
+        done = until(lambda: [done for done in [ask("taiclock", port, "-v", 2, hosts=[address])]
+                              if done.returncode == 0])[0]
+    value_ns, spread_ns, _ = result_of(done)
+    assert abs(value_ns) <= spread_ns < 10**6
+
 
 # ==== ntsclock ======================================================================================
 
@@ -832,32 +1603,6 @@ def test_no_secret_leaves_the_program(authority, tmp_path, monkeypatch, capfd):
     assert "127.0.0.1" in said and not [secret for secret in secrets if secret.hex() in said]
 
 
-# ==== taiclockd =====================================================================================
-
-# ==== the estimator =================================================================================
-
-# ==== clockspeed: a simulated kernel ================================================================
-
-# ==== clockspeed: the process =======================================================================
-
-# ==== bad days ======================================================================================
-
-# ==== clockctl ======================================================================================
-
-# ==== clockctl-check ================================================================================
-
-# ==== clockctl-graph ================================================================================
-
-# ==== the services ==================================================================================
-
-# ==== svc/install ===================================================================================
-
-# ==== the README ====================================================================================
-
-# ==== every decoder =================================================================================
-# One row for each function that reads what others wrote: good inputs, and what it may raise.
-
-
 def from_bytes(data):
     """-> read(size), which ends as a connection does."""
     file = io.BytesIO(data)
@@ -874,7 +1619,7 @@ NTS_SIV = NTS.Siv(bytes(range(32)))
 NTS_QUERY = NTS.seal_query(NTS_SIV, NTS.make_query(), bytes(32), bytes(100), 7, bytes(16))
 NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, nts_header(NTS_QUERY), [bytes(100)] * 8)
 NTS_KEYS = NTS.Keys("host", 4460, "::1", 123, 0, 1, bytes(32), bytes(32), [bytes(100)])
-DECODERS = [
+DECODERS += [
     ("ntsclock: key establishment", lambda data: NTS.read_grant(from_bytes(data)),
      [ke_records(*GOOD, (6, b"a.example.org"), (7, b"\0\x7b"))], ValueError),
     ("ntsclock: extension fields", lambda data: NTS.split_fields(data, 48), [NTS_QUERY, NTS_ANSWER], ValueError),
@@ -885,6 +1630,1305 @@ DECODERS = [
     ("ntsclock: secrets of a session", lambda data: NTS.secret_of(data),
      [b"# by OpenSSL\nEXPORTER_SECRET %s %s\n" % (b"0" * 64, b"f" * 96)], ValueError),
 ]
+
+
+# ==== taiclockd =====================================================================================
+
+SERVER = load("taiclockd")
+VECTORS = (  # what is sent, how many bytes come back
+    (b"ctai", None), (b"", None), (b"ctai" + bytes(15), None), (b"stai" + bytes(28), None), (b"cta", None),
+    (b"Ctai" + bytes(28), None), (b"ctai" + bytes(16) + bytes(range(12)), 32), (b"ctai" * 7, 28),
+    (b"ctai" * 5, 20), (b"ctai" * 5 + b"x", 21), (b"ctai" + bytes(252), 256), (b"ctai" * 76, 256))
+QUERY = VECTORS[6][0]
+LACKS = {  # what makes batches impossible
+    "nothing": "pass", "ctypes": "sys.modules['ctypes'] = None",
+    "recvmmsg": "import ctypes, types\n"
+                "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)"}
+each_loop = pytest.mark.parametrize("lack", LACKS)
+two_loops = pytest.mark.parametrize("lack", list(LACKS)[:2])
+
+
+@contextlib.contextmanager
+def taiclockd(*args, lack="nothing", **env):
+    """A server on a free port -> its process, with its first line as `start`, and its `port`."""
+    command = command_of("taiclockd", "-p", "0", *args)
+    if lack != "nothing":
+        command[2:2] = ["-c", "import runpy, sys\n%s\nsys.argv = sys.argv[1:]\n"
+                        "runpy.run_path(sys.argv[0], run_name='__main__')" % LACKS[lack]]
+    with process(command, env=dict(UTC_ENV, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+        server.start = server.stdout.readline().decode()
+        assert server.start.startswith("start: serving on "), server.stderr.read()
+        server.port = int(re.search(r"port (\d+)", server.start).group(1))
+        yield server
+        server.terminate()  # while it waits for queries
+        assert server.wait(PATIENCE_SEC) == -signal.SIGTERM and server.stderr.read() == b""
+
+
+def client_of(port, host="127.0.0.1"):
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(PATIENCE_SEC)
+    sock.connect((host, port))
+    return sock
+
+
+def check_reply(query, reply, before_ns):
+    """The reply is the query with a label from between then and now."""
+    assert len(reply) == min(len(query), 256) and reply[:4] == b"stai" and reply[20:] == query[20:256]
+    sec, nano, atto = struct.unpack(">QII", reply[4:20])
+    assert before_ns <= (sec - 2**62 - 37) * 10**9 + nano <= time.time_ns() and atto == 0
+
+
+def exchange(sock, datagrams):
+    """Send them all, and a query -> what came back up to that query's reply, which nothing may follow."""
+    marker = b"ctai" + bytes(16) + os.urandom(12)
+    for datagram in datagrams + [marker]:
+        sock.send(datagram)
+    replies = []
+    while not replies or replies[-1][20:] != marker[20:]:
+        replies.append(sock.recv(65536))
+    return replies[:-1]
+
+
+@each_loop
+@pytest.mark.parametrize("host", ("127.0.0.1", "::1"))
+@pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1", "-i", "::1")], ids=["one socket", "two"])
+def test_taiclockd_answers_the_vectors_of_the_specification(lack, args, host):
+    with taiclockd(*args, lack=lack) as server, client_of(server.port, host) as sock:
+        before_ns = time.time_ns()
+        for query, size in VECTORS:
+            replies = exchange(sock, [query])
+            assert list(map(len, replies)) == [size] * (size is not None), query
+            for reply in replies:
+                check_reply(query, reply, before_ns)
+        comm = "/proc/%d/comm" % server.pid
+        assert not os.path.exists(comm) or until(lambda: open(comm).read() == "taiclockd\n")
+
+
+@contextlib.contextmanager
+def stopped(server):
+    """What is sent to it meanwhile comes at once."""
+    server.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
+    yield
+    server.send_signal(signal.SIGCONT)
+
+
+def hostile_datagram(rng):
+    """Mostly near misses: cut, lengthened, altered queries; half are what clients send."""
+    query = b"ctai" + bytes(12) + random_bytes(rng, rng.choice((12, 16)))
+    return rng.choice([query, query, query, query[:rng.randrange(32)], query + bytes(rng.randrange(1, 1400)),
+                       b"s" + query[1:], query[:rng.randrange(4)] + b"\xff" + query[4:], b""])
+
+
+@two_loops
+@pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1", "-i", "::1")], ids=["one socket", "two"])
+def test_taiclockd_gives_each_query_of_a_mix_its_own_reply_and_the_rest_none(lack, args):
+    rng = random.Random(SEED)
+    with taiclockd(*args, lack=lack) as server, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(client_of(server.port, ("127.0.0.1", "::1")[i % 2])) for i in range(20)]
+        for number in (1, 2, 63, 64, 65, 100) * 4:
+            before_ns, sent = time.time_ns(), {sock: [] for sock in socks}
+            with stopped(server):
+                for _ in range(number):
+                    sock, datagram = rng.choice(socks), hostile_datagram(rng)
+                    sock.send(datagram)
+                    sent[sock].append(datagram)
+            for sock, datagrams in sent.items():
+                queries = [each for each in datagrams if len(each) >= 20 and each.startswith(b"ctai")]
+                replies = exchange(sock, [])
+                assert len(replies) == len(queries)
+                for query, reply in zip(queries, replies):
+                    check_reply(query, reply, before_ns)
+
+
+@two_loops
+def test_taiclockd_drops_only_the_reply_that_can_not_be_sent(lack):
+    try:
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
+    except PermissionError:
+        pytest.skip("not root: no raw socket")
+    with raw, taiclockd(lack=lack) as server, client_of(server.port) as sock:
+        for place in (0, 5, 9):
+            with stopped(server):
+                for number in range(10):
+                    if number == place:  # from port 0, to which nothing can be sent
+                        raw.sendto(struct.pack(">4H", 0, server.port, 40, 0) + QUERY, ("127.0.0.1", 0))
+                    sock.send(QUERY)
+            assert len(exchange(sock, [])) == 10
+
+
+def resident_kb(pid):
+    with open("/proc/%d/status" % pid) as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
+
+
+@two_loops
+@pytest.mark.parametrize("sec", [1, pytest.param(60, marks=pytest.mark.long)])
+def test_taiclockd_does_not_grow_under_a_flood_and_term_ends_it(lack, sec):
+    rng = random.Random(SEED)
+    datagrams = [hostile_datagram(rng) for _ in range(1000)]
+    with taiclockd(lack=lack) as server, client_of(server.port) as sock:
+        def flood(sec):
+            deadline_sec = time.monotonic() + sec
+            while time.monotonic() < deadline_sec:
+                for datagram in datagrams:
+                    sock.send(datagram)
+        flood(0.5)
+        before_kb = resident_kb(server.pid)
+        flood(sec)
+        assert resident_kb(server.pid) <= before_kb + 64
+        with stopped(server):
+            flood(0.1)  # so that its queue is full
+            server.terminate()
+
+
+def test_taiclockd_serves_on_the_addresses_given_and_on_ipv4_where_there_is_no_ipv6(monkeypatch):
+    with taiclockd("-i", "127.0.0.1", "-i", "::1") as server, client_of(server.port, "127.0.0.2") as sock:
+        assert server.start == "start: serving on 127.0.0.1 port %d, ::1 port %d\n" % (2 * (server.port,))
+        sock.send(QUERY)
+        with pytest.raises(ConnectionRefusedError):
+            sock.recv(256)
+
+    def without(family, *args, real=socket.socket):
+        if family == socket.AF_INET6:
+            raise OSError(97, "Address family not supported by protocol")
+        return real(family, *args)
+    monkeypatch.setattr(SERVER.socket, "socket", without)
+    sock, = SERVER.open_sockets([], 0, False)
+    assert sock.getsockname()[0] == "0.0.0.0"
+    sock.close()
+    with pytest.raises(OSError, match="not supported"):
+        SERVER.open_sockets(["::1"], 0, False)
+
+
+@pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1"), ("-r",)])
+def test_taiclockd_says_who_has_its_port(args):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        done = run("taiclockd", "-p", port, *args)
+        place = "127.0.0.1" if "-i" in args else "::"
+        assert (done.returncode, done.stdout) == (111, b"")
+        said = "taiclockd: fatal: unable to bind %s port %d: Address already in use" % (place, port)
+        with contextlib.suppress(OSError):
+            with open("/proc/self/comm") as comm, open("/proc/net/udp"):
+                said += " by %s (process %d)" % (comm.read().strip(), os.getpid())
+        assert done.stderr == said + "\n"
+
+
+def test_taiclockds_share_a_port_by_option_and_tell_it():
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(taiclockd("-r"))
+        second = stack.enter_context(taiclockd("-r", "-p", first.port))
+        assert re.search("port %d, shared with .* .process %d.\n" % (first.port, first.pid), second.start)
+        socks = [stack.enter_context(client_of(first.port)) for _ in range(50)]  # of 50 ports
+        with stopped(first):
+            for sock in socks:
+                sock.send(QUERY)
+            until(lambda: select.select(socks, [], [], 0.2)[0])
+            assert 0 < len(select.select(socks, [], [], 0)[0]) < 50
+        for sock in socks:
+            sock.recv(256)
+
+
+def inheriting(fd, count):
+    """The command of a taiclockd with that descriptor as its descriptor 3, as systemd passes a socket."""
+    code = ("import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='%s');"
+            "os.execv(sys.argv[1], sys.argv[1:])" % (fd, count))
+    return [sys.executable, "-c", code] + command_of("taiclockd")
+
+
+def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.setblocking(False)
+        port, fds = sock.getsockname()[1], [sock.fileno()]
+        with process(inheriting(fds[0], 1), pass_fds=fds, stdout=subprocess.PIPE) as server:
+            assert server.stdout.readline().decode() == "start: serving on 127.0.0.1 port %d\n" % port
+            with client_of(port) as client:
+                exchange(client, [])
+    with open(os.devnull) as null, socket.socket() as tcp:
+        for file, count, why in ((null, 1, "Socket operation on non-socket"), (null, "x", "invalid literal"),
+                                 (tcp, 1, "descriptor 3 is not a UDP socket")):
+            done = subprocess.run(inheriting(file.fileno(), count), pass_fds=[file.fileno()],
+                                  stderr=subprocess.PIPE)
+            assert done.returncode == 111 and done.stderr.count(b"\n") == 1
+            assert done.stderr.decode().startswith(
+                "taiclockd: fatal: unable to take the sockets of LISTEN_FDS: " + why)
+
+
+def test_taiclockd_tells_each_reason_of_its_silence(capfd):
+    now_sec, status, release_sec = [0], [0x40], SERVER.RELEASE_SEC
+    clock = SERVER.Clock(True, 37, lambda: now_sec[0] * 10**9 + 5, lambda: {"status": status[0]})
+    unset = "silent: the clock shows a time before this program's release; it was never set\n"
+    unsynchronised = "silent: the kernel says that its clock is not synchronised\n"
+    for now_sec[0], status[0], said, answers in (
+            (10, 0x40, unset, False), (11, 0x40, "", False), (release_sec - 1, 0, "", False),
+            (release_sec, 0x41, unsynchronised, False), (release_sec + 1, 0x40, "", False),
+            (release_sec + 2, 0x2001, "answering: the clock can be trusted now\n", True),
+            (release_sec + 2, 0x40, "", True),  # it is asked once a second
+            (release_sec + 3, 0x40, unsynchronised, False), (10, 0, unset, False)):
+        assert (clock.head() is not None, capfd.readouterr().out) == (answers, said)
+
+
+@pytest.mark.parametrize("kind", (SERVER.Single, SERVER.Batches))
+def test_taiclockd_counts_what_it_does_not_answer(kind):
+    now_sec = [SERVER.RELEASE_SEC]
+    clock = SERVER.Clock(False, 37, lambda: now_sec[0] * 10**9)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        server = kind(sock, False)
+        assert server.serve(clock) == (0, 0, 0)  # nothing there
+        with client_of(sock.getsockname()[1]) as client:
+            for now_sec[0], answered in ((SERVER.RELEASE_SEC, 3), (0, 0)):
+                for datagram in (QUERY, b"x", QUERY, QUERY):
+                    client.send(datagram)
+                rounds = [server.serve(clock) for _ in range(4 if kind is SERVER.Single else 1)]
+                assert tuple(map(sum, zip(*rounds))) == (4, 3, answered)
+            for _ in range(3):
+                client.recv(256)
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                client.recv(256)
+
+
+def test_taiclockd_tells_its_counts_once_an_hour(capfd):
+    now_sec = [0]
+    counts = SERVER.Counts(lambda: now_sec[0])
+    for now_sec[0], counted, said in (
+            (0, (64, 60, 50), ""), (3599, (1, 1, 1), ""),
+            (3600, (1, 1, 1), "count: 52 answered, 4 ignored, 10 refused\n"), (7199, (2, 2, 1), ""),
+            (7200, (1, 0, 0), "count: 1 answered, 1 ignored, 1 refused\n")):
+        counts.add(*counted)
+        assert capfd.readouterr().out == said
+
+
+def test_taiclockd_obeys_clock_serve_and_clock_scale(monkeypatch):
+    with taiclockd(lack="ctypes", CLOCK_SERVE="synced") as server:
+        line = server.stdout.readline()
+        assert line == b"silent: the kernel does not say whether its clock is synchronised\n"
+    for env, said in ((dict(CLOCK_SERVE="sync"), "obey CLOCK_SERVE: it is neither synced nor empty"),
+                      (dict(CLOCK_SCALE="x"), "tell the clock's scale: CLOCK_SCALE is neither utc nor tai")):
+        done = run("taiclockd", "-p", 0, **env)
+        assert (done.returncode, done.stderr) == (111, "taiclockd: fatal: unable to %s\n" % said)
+    for scale, label in (("utc", "400000006b0d07a5"), ("tai", "400000006b0d078a")):
+        monkeypatch.setenv("CLOCK_SCALE", scale)
+        clock = SERVER.Clock(False, SERVER.scale_offset_sec(), lambda: 1796016000 * 10**9 + 5)
+        assert clock.head().hex() == b"stai".hex() + label + "00000005" + "00000000"
+
+
+@pytest.mark.parametrize("args", ["-p 65536", "-p x", "-p -1", "-j 2", "-p", "192.0.2.1"])
+def test_taiclockd_refuses_wrong_arguments(args):
+    done = run("taiclockd", *args.split())
+    assert (done.returncode, done.stderr) == (100, "taiclockd: usage: %s\n" % SERVER.USAGE)
+
+
+def taken_for_a_query(data):
+    assert SERVER.is_query(bytearray(data), 0, len(data)) == (len(data) >= 20 and data.startswith(b"ctai"))
+
+
+DECODERS += [
+    ("taiclockd's query", taken_for_a_query, [b"ctai" + bytes(28), b"ctai" * 5, b"ctai" * 64], ()),
+]
+
+
+# ==== the estimator =================================================================================
+
+# ==== clockspeed: a simulated kernel ================================================================
+
+# ==== clockspeed: the process =======================================================================
+
+# ==== bad days ======================================================================================
+
+# ==== clockctl ======================================================================================
+
+CTL = load("clockctl")
+OWN_ANSWER = ADD.pack(-3200000, 720133918)  # 3.2 ms ahead, 20.13 ms and 0.611 ms of doubt
+BOOT_ID = CTL.take_reading("CLOCK_MONOTONIC").boot_id
+
+
+class Host:
+    """An installation that everybody may look into, with stand-ins for the programs."""
+
+    def __init__(self, path):
+        self.home, self.bin, self.conf = path, os.path.join(path, "bin"), os.path.join(path, "conf")
+        self.adjust, self.asked = os.path.join(path, "adjust"), os.path.join(path, "asked")
+        for name in ("bin", "etc", "mark"):
+            os.mkdir(os.path.join(path, name))
+            os.chmod(os.path.join(path, name), 0o777)
+        os.mkfifo(self.adjust)
+        self.write("asked", "")
+        os.chmod(self.asked, 0o666)
+        self.configure()
+
+    def configure(self, text="CLOCK_IP=192.0.2.1\n"):
+        self.write("conf", "CLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n%s" % (self.home, self.bin, text))
+
+    def write(self, name, text):
+        with open(os.path.join(self.home, name), "w") as file:
+            file.write(text)
+
+    def stand_in(self, name, answer=b"", ours=True, then="exit 0"):
+        """A program that notes its arguments and stdin, and answers; one of ours knows --version."""
+        path = os.path.join(self.bin, name)
+        with open(path + ".answer", "wb") as file:
+            file.write(answer)
+        version = 'if [ "$1" = --version ]; then %s; fi\n' % ("echo %s 2026.11; exit 0" % name if ours else "exit 100")
+        self.write("bin/" + name, '#!/bin/sh\n%secho "%s:$*" >>%s\ncat %s.answer\n%s\n' % (
+            version, name, self.asked, path, then))
+        os.chmod(path, 0o755)
+
+    def lines(self):
+        with open(self.asked) as file:
+            return file.read().splitlines()
+
+    def status(self, **changes):
+        self.write("etc/status", json.dumps(a_status(**changes)))
+
+    def run(self, *args, **env):
+        return run("clockctl", *args, **dict(dict(CLOCKSPEED_CONF=self.conf, LC_ALL="C.UTF-8"), **env))
+
+    def says(self, *args, **env):
+        done = self.run(*args, **env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode()
+
+    def refuses(self, *args, **env):
+        done = self.run(*args, **env)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (111, b"", 1), done.stderr
+        assert done.stderr.startswith("clockctl: fatal: ")
+        return done.stderr[len("clockctl: fatal: "):-1].replace(self.home, "HOME")
+
+
+@pytest.fixture
+def host():
+    with tempfile.TemporaryDirectory() as path:
+        os.chmod(path, 0o755)
+        host = Host(path)
+        host.stand_in("sntpclock", OWN_ANSWER)
+        yield host
+
+
+def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
+    """What clockspeed wrote that long ago, by which this clock is that far behind now."""
+    now = CTL.take_reading("CLOCK_MONOTONIC_RAW")
+    status = {
+        "version": 2, "pid": os.getpid(), "boot_id": now.boot_id, "doing": "steering the clock",
+        "observe_only": False, "counter": "CLOCK_MONOTONIC_RAW", "scale": "utc",
+        "tick_ns": now.tick_ns - age_sec * 10**9, "written_ns": now.clock_ns - age_sec * 10**9,
+        "suspended_ns": now.suspended_ns, "offset_ns": round(clock_off_sec * 1e9), "variance": [1e10, 0, 1e4, 0],
+        "bound": {"earliest_ns": -5 * 10**6, "latest_ns": 4 * 10**6}, "rate_ppm": 0.0, "rate_error_ppm": 0.0123,
+        "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1, "refused": 0},
+        "last_mark": {"tick_ns": now.tick_ns - age_sec * 10**9, "offset_ns": 1234567, "spread_ns": 10**6,
+                      "distance_ns": 10**5, "outcome": "used"},
+        "next": {"wait_sec": 700.0, "exchanges": 4, "settling": False},
+        "kernel": {"freq_ppm": 12.3, "tick": 10000, "maxerror_us": 5000, "esterror_us": 100, "synchronised": True}}
+    return dict(status, **changes)
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("", {}), ("# only a comment, isn't it\n\n  # another", {}), ("CLOCK_IP=192.0.2.1", {"CLOCK_IP": "192.0.2.1"}),
+    ('CLOCK_IP="192.0.2.1 192.0.2.2" # two\r\n', {"CLOCK_IP": "192.0.2.1 192.0.2.2"}),
+    ("CLOCK_TYPE=n't'\"p\"; CLOCK_KEY=1", {"CLOCK_TYPE": "ntp", "CLOCK_KEY": "1"}),
+    ("export CLOCK_KEY=a#b\\ c\nexport CLOCK_KEY CLOCK_IP", {"CLOCK_KEY": "a#b c"}), ("CLOCK_IP=", {"CLOCK_IP": ""}),
+    ("CLOCK_KEY=1\nCLOCK_KEY=';&|<>()'", {"CLOCK_KEY": ";&|<>()"}),
+])
+def test_shell_assignments_are_understood(text, wanted):
+    assert CTL.parse_assignments(text) == wanted
+
+
+@pytest.mark.parametrize("line, said", [(line, "not of the form") for line in (
+    "CLOCK_IP=$HOME", "CLOCK_IP=`id`", "CLOCK_IP=~/a", 'CLOCK_IP="$(id)"', "CLOCK_IP=a b", "CLOCK_IP", "id",
+    "CLOCK_IP = a", "CLOCK_IP=a & id", "CLOCK_IP=a>b", "CLOCK_IP=(a)", "CLOCK_IP=a\0", "1A=b", "A-B=c", "=",
+    "source x", ". x", "unset CLOCK_IP", "if CLOCK_IP=a; then", "CLOCK_IP+=a")] + [
+    ('CLOCK_IP="a', "No closing quotation"), ("CLOCK_IP=a\\", "No escaped character"),
+    ('CLOCK_IP="a # b"', "No closing quotation"), ("CLOCK_ERR=1", "CLOCK_ERR; the nearest known one is CLOCK_ERROR"),
+    ("CLOCK_IPS=a", "no variable CLOCK_IPS; the nearest known one is CLOCK_IP"), ("PATH=/tmp", "no variable PATH"),
+    ("LD_PRELOAD=/tmp/x", "no variable LD_PRELOAD"), ("PYTHONPATH=/tmp", "no variable"), ("IFS=x", "no variable")])
+def test_what_needs_a_shell_or_is_unknown_is_refused_with_its_line(line, said):
+    with pytest.raises(ValueError, match="^line 3: .*" + re.escape(said)):
+        CTL.parse_assignments("\nCLOCK_KEY=1\n" + line)
+
+
+@pytest.mark.parametrize("text, sec", [("0.010", 0.01), ("10ms", 0.01), ("10 us", 1e-5), (".5s", 0.5), ("1e-3", 1e-3),
+                                       ("7ns", 7e-9)] + [(text, None) for text in (
+                                           "", "0", "0ms", "-1", "5x", "nan", "inf", "1e999", "ms", "1 2", "0x1")])
+def test_spans_of_time(text, sec):
+    if sec is None:
+        with pytest.raises(ValueError):
+            CTL.parse_span(text)
+    else:
+        assert CTL.parse_span(text) == pytest.approx(sec)
+
+
+def test_run_gives_a_program_the_configuration_and_nothing_else(host):
+    host.configure("CLOCK_TYPE=tai\nCLOCK_SCALE=tai\n")
+    script = 'echo "$CLOCK_TYPE $CLOCK_IP $CLOCKSPEED_HOME $OTHER $CLOCK_SCALE $*"'
+    assert host.says("run", "sh", "-c", script, "sh", "-u", "--help", CLOCK_IP="environment", OTHER="kept",
+                     CLOCK_SCALE="utc") == "tai environment %s kept tai -u --help\n" % host.home
+    assert host.refuses("run", "/none") == "unable to run /none: No such file or directory"
+    host.configure("LD_PRELOAD=/tmp/x.so\n")
+    assert "line 3: there is no variable LD_PRELOAD" in host.refuses("run", "echo")
+    assert host.refuses("atto", CLOCKSPEED_CONF="/none") == "unable to read /none: No such file or directory"
+
+
+@pytest.mark.parametrize("text, said", [
+    ("CLOCK_IP=' , '", "unable to ask the time: CLOCK_IP is not set in HOME/conf"),
+    ("CLOCK_IP='-f 192.0.2.1'", "unable to ask the time: CLOCK_IP is not an address in HOME/conf"),
+    ("CLOCK_IP=a\nCLOCK_TYPE=gps", "unable to ask the time: CLOCK_TYPE is none of ntp, tai and nts in HOME/conf"),
+    ("CLOCK_IP=a\nCLOCK_KEY=1", "unable to ask the time: of CLOCK_KEYFILE and CLOCK_KEY only one is set in HOME/conf"),
+    ("CLOCK_IP=a\nCLOCK_TYPE=tai", "unable to find taiclock: it is not in HOME/bin"),
+    ("CLOCK_IP=a\nCLOCK_TYPE=nts\nCLOCK_KEYFILE=k\nCLOCK_KEY=1",
+     "unable to ask the time: CLOCK_KEY needs CLOCK_TYPE=ntp and our sntpclock, not HOME/bin/ntsclock"),
+])
+def test_a_configuration_that_can_ask_nobody(host, text, said):
+    host.configure(text)
+    host.stand_in("ntsclock")
+    host.stand_in("clockview")
+    assert host.refuses("view") == said and host.lines() == []
+
+
+FIRST_OF_BOOT = "-l 0 "
+
+
+@pytest.mark.parametrize("text, changes, asked", [
+    ("CLOCK_IP='a,b  c'", None, FIRST_OF_BOOT + "-s HOME/mark a b c"),
+    ("CLOCK_IP=a\nCLOCK_KEYFILE=/k\nCLOCK_KEY=7", {}, "-k /k -K 7 -r 4 -s HOME/mark a"),
+    ("CLOCK_IP=a", {"marks": {"used": 0, "doubted": 0, "refused": 9}}, FIRST_OF_BOOT + "-s HOME/mark a"),
+    ("CLOCK_IP=a", {"boot_id": "other"}, FIRST_OF_BOOT + "-s HOME/mark a"), ("CLOCK_IP=a", {"pid": 2**22 + 1}, "-s HOME/mark a"),
+    ("CLOCK_IP=a", {"next": {"wait_sec": 1, "exchanges": 8, "settling": True}}, "-r 8 -T 30000 -s HOME/mark a"),
+    ("CLOCK_IP=a", {"next": {"wait_sec": None, "exchanges": None, "settling": True}}, "-s HOME/mark a"),
+    ("CLOCK_IP=a", {"next": {"wait_sec": 1, "exchanges": 999, "settling": True}}, "-s HOME/mark a"),
+])
+def test_what_a_mark_asks_of_our_client(host, text, changes, asked):
+    host.configure(text)
+    if changes is not None:
+        host.status(**changes)
+    with open(os.open(host.adjust, os.O_RDWR), "rb", buffering=0) as fifo:
+        servers = asked.rpartition("HOME/mark ")[2]
+        assert host.says("mark") == "mark: offset -0.003200000 s from ntp %s\n" % servers
+        assert os.read(fifo.fileno(), 100) == OWN_ANSWER
+    assert host.lines() == ["sntpclock:" + asked.replace("HOME", host.home)]
+
+
+def test_other_clients_are_given_one_server_and_their_12_bytes_are_taken(host):
+    host.configure("CLOCK_IP='192.0.2.1 192.0.2.2'\nCLOCK_TYPE=tai")
+    host.stand_in("taiclock", OWN_ANSWER[:12], ours=False)
+    with open(os.open(host.adjust, os.O_RDWR), "rb", buffering=0) as fifo:
+        done = host.run("mark")
+        assert os.read(fifo.fileno(), 100) == OWN_ANSWER[:12] + bytes(4)
+    assert host.lines() == ["taiclock:192.0.2.1"] and "asks only the first of CLOCK_IP, 192.0.2.1\n" in done.stderr
+
+
+@pytest.mark.parametrize("answer, then, said", [
+    (b"", "exit 0", "unable to use the answer of HOME/bin/sntpclock: 0 bytes, not 16"),
+    (bytes(17), "exit 0", "unable to use the answer of HOME/bin/sntpclock: 17 bytes, not 16"),
+    (b"\xff" * 16, "exit 0", "unable to use the answer of HOME/bin/sntpclock: not a TAI64NA packet"),
+    (bytes(16), "exit 111", "unable to ask the time: sntpclock failed (exit status 111)"),
+    (bytes(16), "kill -KILL $$", "unable to ask the time: sntpclock failed (signal 9)"),
+])
+def test_an_answer_that_is_none_is_a_line_and_no_mark(host, answer, then, said):
+    host.stand_in("sntpclock", answer, then=then)
+    with open(os.open(host.adjust, os.O_RDWR | os.O_NONBLOCK), "rb", buffering=0) as fifo:
+        assert host.refuses("mark") == said and fifo.read() is None
+
+
+@pytest.mark.parametrize("make, said", [
+    (None, "there is none: clockspeed makes it when it starts"), (os.mkfifo, "no clockspeed is reading it"),
+    (os.mkdir, "Is a directory"), (lambda path: open(path, "w").close(), "it is not a FIFO"),
+    (lambda path: os.symlink("/dev/null", path), "it is a symbolic link"), ("full", "it is full: clockspeed has stopped reading it"),
+])
+def test_a_mark_goes_into_the_fifo_or_nowhere_and_never_waits(host, make, said):
+    reader = None
+    if make == "full":
+        reader = os.open(host.adjust, os.O_RDWR | os.O_NONBLOCK)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(reader, bytes(4096))
+    else:
+        os.unlink(host.adjust)
+        make and make(host.adjust)
+    assert host.refuses("mark") == "unable to write HOME/adjust: " + said
+    assert bool(host.lines()) is (make == "full")  # else nobody was asked for nothing
+    reader and os.close(reader)
+
+
+def test_a_mark_has_patience_with_a_clockspeed_that_starts(host):
+    os.unlink(host.adjust)
+    with process(command_of("clockctl", "mark", "--patience", PATIENCE_SEC), stdout=subprocess.PIPE,
+                 env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf)) as marking:
+        time.sleep(0.3)
+        os.mkfifo(host.adjust)
+        reader = os.open(host.adjust, os.O_RDWR)
+        assert os.read(reader, 100) == OWN_ANSWER and marking.wait(PATIENCE_SEC) == 0
+        os.close(reader)
+
+
+@pytest.mark.parametrize("ns, last, words", [
+    (3200000, 720133918, "3.2 ms behind ntp 192.0.2.1, give or take 20.7 ms"), (-5 * 10**10, 0, "50 s ahead of ntp 192.0.2.1"),
+    (0, 0, "0 s behind ntp 192.0.2.1")])
+def test_view_shows_clockviews_lines_and_one_in_words(host, ns, last, words):
+    host.stand_in("sntpclock", ADD.pack(ns, last))
+    host.stand_in("clockview", b"before: 1\nafter:  2\n", then="cat >%s.stdin" % host.asked)
+    open(host.asked + ".stdin", "w").close()
+    os.chmod(host.asked + ".stdin", 0o666)
+    assert host.says("view") == "before: 1\nafter:  2\nthis clock is %s\n" % words
+    assert open(host.asked + ".stdin", "rb").read() == ADD.pack(ns, last)
+    assert host.lines() == ["sntpclock:192.0.2.1", "clockview:"]
+
+
+def test_set_asks_for_any_offset_and_says_first_that_it_may_not(host, monkeypatch, capfd):
+    host.stand_in("clockadd")
+    done = subprocess.run(without_the_right(command_of("clockctl", "set")), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf))
+    assert (done.returncode, done.stderr, host.lines()) == (
+        111, b"clockctl: fatal: unable to set the clock: this process has no right to; run it as root\n", [])
+    monkeypatch.setattr(CTL, "may_set_clock", lambda: True)
+    monkeypatch.setattr(CTL, "CONF", host.conf)
+    assert CTL.main(["clockctl", "set"]) == 0
+    assert capfd.readouterr().out == "set: clock stepped by -0.003200000 s, as ntp 192.0.2.1 has it\n"
+    assert host.lines() == ["sntpclock:-l 0 192.0.2.1", "clockadd:"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_root_asks_as_clocksd_with_a_small_environment(monkeypatch):
+    nobody = CTL.pwd.getpwnam("nobody")
+    monkeypatch.setattr(CTL.pwd, "getpwnam", lambda name: {"clocksd": nobody}[name])
+    monkeypatch.setenv("SECRET", "1")
+    config = dict(CTL.DEFAULTS, CLOCK_KEY="7")
+    done = CTL.capture(["sh", "-c", "id -u; id -G; grep CapEff /proc/self/status; env"], config)
+    uid, groups, _, capabilities, *env = done.stdout.decode().split()
+    assert (int(uid), int(groups), int(capabilities, 16)) == (nobody.pw_uid, nobody.pw_gid, 0)
+    assert "CLOCK_KEY=7" in env and "SECRET=1" not in env
+    assert CTL.capture(["id", "-u"], config, user="missing").stdout == b"0\n"
+
+
+@pytest.mark.parametrize("packet, said", [
+    (PACKETS[5][0], "0.000000001000050000 s per tick, rate +50.000 ppm"),
+    (PACKETS[2][0], "0.000000000400000000 s per tick, which is not about 1 ns: it was made with another counter"),
+    ("00000000000000000000000100000000"[:24] + "0007a121", "0.000000001000500001 s per tick, which is not about 1 ns: it was "
+     "made with another counter")])
+def test_atto_shows_the_rate(host, packet, said):
+    assert host.says("atto") == "atto: not known yet; clockspeed writes it when it has two marks\n"
+    with open(os.path.join(host.home, "etc/atto"), "wb") as file:
+        file.write(bytes.fromhex(packet))
+    assert host.says("atto") == "atto: %s\n" % said
+
+
+@pytest.mark.parametrize("command, name", [("atto", "etc/atto"), ("status", "etc/status"), ("now", "etc/status"),
+                                           ("sources", "mark/sources")])
+def test_what_others_planted_is_a_line_and_never_waited_for(host, command, name):
+    path = os.path.join(host.home, name)
+
+    def endless(path):
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)
+    for plant, remove, said in (
+            (os.mkfifo, os.unlink, "it is not a regular file"), (os.mkdir, os.rmdir, "Is a directory"),
+            (lambda path: os.symlink("/dev/zero", path), os.unlink, "it is a symbolic link"),
+            (lambda path: os.symlink("/none", path), os.unlink, "it is a symbolic link"),
+            (endless, os.unlink, "it has more than ")):
+        plant(path)
+        assert host.refuses(command).startswith("unable to read HOME/%s: %s" % (name, said))
+        remove(path)
+
+
+def test_output_replaces_files_writes_to_devices_and_follows_no_link(host):
+    host.status()
+    path, link, fifo = (os.path.join(host.home, name) for name in ("out", "link", "fifo"))
+    os.symlink(path, link)
+    os.mkfifo(fifo)
+    for _ in range(2):
+        assert host.says("metrics", "--output", path) == "" and "clockspeed_up 1\n" in open(path).read()
+    assert os.stat(path).st_mode & 0o777 == 0o644 & ~current_umask() and not os.path.lexists(path + ".tmp")
+    assert host.says("metrics", "--output", "/dev/null") == "" and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert host.refuses("metrics", "--output", link) == "unable to write HOME/link: it is a symbolic link"
+    assert host.refuses("metrics", "--output", fifo) == "unable to write HOME/fifo: No such device or address"
+    assert host.refuses("metrics", "--output", host.home + "/none/x").endswith("No such file or directory")
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_metrics_tell_bound_and_deviation_or_just_that_it_is_down(host):
+    host.status()
+    values = dict(line.rsplit(" ", 1) for line in host.says("metrics").splitlines())
+    low, high = (float(values['clockspeed_bound_seconds{side="%s"}' % side]) for side in ("low", "high"))
+    assert low < float(values["clockspeed_offset_seconds"]) < high and high - low == pytest.approx(0.009)
+    assert values['clockspeed_marks_total{outcome="used"}'] == "12" and float(values["clockspeed_error_seconds"]) > 1e-4
+    host.status(pid=2**22 + 1)
+    done = host.run("metrics")
+    assert (done.stdout, done.returncode) == (b"clockspeed_up 0\n", 0) and "does not run any more" in done.stderr
+
+
+PROBLEMS = [({"boot_id": "other"}, "clockspeed has not run since the last boot"),
+            ({"suspended_ns": -10**12}, "clockspeed has written nothing since a suspend"),
+            ({"pid": 2**22 + 1}, "clockspeed does not run any more"), ({"age_sec": 1500}, "clockspeed has written nothing for 25 min"),
+            ({"age_sec": -60}, "clockspeed has not run since the last boot")]
+
+
+@pytest.mark.parametrize("changes, problem", PROBLEMS)
+def test_a_status_that_says_nothing_of_now_says_why(host, changes, problem):
+    host.status(**changes)
+    shown = host.says("status")
+    assert shown.startswith("clock now     not known: %s\n" % problem) and "next mark" not in shown
+    assert host.refuses("now") == "unable to tell the time: " + problem
+    assert host.refuses("until", "1s", "--timeout", "10ms") == (
+        "unable to wait any longer: unable to tell the time: " + problem)
+    assert json.loads(host.says("status", "--json"))["now"]["offset_sec"] is None
+
+
+@pytest.mark.parametrize("off_sec, said", [(3600, "60 min behind real time"), (-3600, "60 min ahead of real time"),
+                                           (0.0032, r"3\.\d+ ms behind real time")])
+def test_status_begins_with_how_far_the_clock_is_off_now(host, off_sec, said):
+    """Whatever the system clock showed when clockspeed wrote it."""
+    written_ns = a_status()["written_ns"]
+    host.status(clock_off_sec=0, written_ns=written_ns + round(off_sec * 1e9))
+    lines = host.says("status").splitlines()
+    assert re.fullmatch(r"clock now     %s, ± \d+ µs" % said, lines[0]), lines[0]
+    assert re.match(r"bound         real time is certainly within \S+ \S+ and \S+ \S+ of the clock$", lines[1])
+    assert re.match(r"deviation     \d+ µs now; without a mark \d+ µs in an hour, .* in a day, .* in a month$", lines[2])
+    assert not [line for line in host.says("status", LC_ALL="C").splitlines() if not line.isascii()]
+
+
+@pytest.mark.parametrize("changes, due, said", [
+    ({}, None, r"wanted in (10|9\.\d+) min"), ({}, 125, r"in 2\.\d+ min"), ({}, -5, "now"),
+    ({"next": {"wait_sec": None, "exchanges": None, "settling": False}}, None, "as clockspeed_adjust has it"),
+    ({"next": {"wait_sec": 90, "exchanges": 1, "settling": True}}, 600, r"in (10|9\.\d+) min, settling: 13 marks so far"),
+])
+def test_status_knows_the_next_mark_from_the_loop_itself(host, changes, due, said):
+    host.status(**changes)
+    host.write("mark/due", "other 1\n")
+    if due is not None:
+        host.write("mark/due", "%s %d\n" % (BOOT_ID, time.clock_gettime(time.CLOCK_BOOTTIME) + due))
+    assert re.search("^next mark     %s$" % said, host.says("status"), re.M)
+
+
+def test_now_tells_the_earliest_and_the_latest(host):
+    host.status(clock_off_sec=0)
+    before, now, after = time.time_ns(), json.loads(host.says("now", "--json")), time.time_ns()
+    assert before - 5 * 10**6 - 10**6 < now["earliest_ns"] < now["latest_ns"] < after + 4 * 10**6 + 10**6
+    assert now["width_ns"] == 9 * 10**6 and now["deviation_ns"] >= 10**5
+    assert now["earliest"].startswith(time.strftime("%Y-%m-%dT%H:%M:", time.gmtime(now["earliest_ns"] // 10**9)))
+    assert re.fullmatch(
+        r"earliest   \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}\nlatest     \S+\nwidth      9 ms\ndeviation  \d+ µs\n", host.says("now"))
+    host.status(clock_off_sec=0, scale="tai")
+    assert abs(json.loads(host.says("now", "--json"))["earliest_ns"] + 27 * 10**9 - time.time_ns()) < 10**10
+    host.status(bound=None)
+    assert host.refuses("now") == "unable to tell the time: there has been no mark yet that tells how good it is"
+
+
+def test_until_waits_for_the_bound(host):
+    host.status()
+    assert host.says("until", "9ms") == ""
+    assert host.refuses("until", "1ms", "--timeout", "10ms").startswith("unable to wait any longer: the clock is certainly within")
+    with process(command_of("clockctl", "until", "1ms"), env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf)) as waiting:
+        host.status(clock_off_sec=0, bound={"earliest_ns": -10**5, "latest_ns": 10**5})
+        assert waiting.wait(PATIENCE_SEC) == 0
+    assert host.run("until", "0").returncode == host.run("until", "5x").returncode == 100
+
+
+SOURCES = "%d ntp 192.0.2.1 -1234567 412000 20000000 210000 2 c0000201 agreed\n%d nts time.example.org - - - - - - %s\n"
+
+
+def test_sources_are_a_table_with_their_ages(host):
+    now = time.time()
+    host.write("mark/sources", SOURCES % (now - 3600, now - 7300, "failed: timed out\x1b[2J"))
+    first, second = host.says("sources").splitlines()[1:]
+    assert first.split("  ")[0] == "ntp 192.0.2.1" and re.search(r" 60 min +-1.23 ms +412 µs +20 ms +210 µs +2 +c0000201 +agreed$", first)
+    assert re.search(r"nts time.example.org +2.03 h +- .* failed: timed out\?\[2J$", second)
+    host.status()
+    assert "\nsource        ntp 192.0.2.1, 60 min ago: agreed\n" in host.says("status")
+    for damaged in ("x\n", "1 2 3\n", SOURCES[:40] % now, "nan" + SOURCES[2:] % (1, "agreed")):
+        host.write("mark/sources", damaged)
+        assert host.refuses("sources") == "unable to read HOME/mark/sources: it is damaged"
+
+
+@pytest.mark.parametrize("changes, args, said", [
+    (None, "541 2617923", 1623), (None, "900000 2617923", 2617923), ({}, "541 2617923", 599), ({}, "541 100", 100),
+    ({"next": {"wait_sec": 10, "exchanges": 1, "settling": True}}, "541 2617923", 64), ({"pid": 2**22 + 1}, "541 2617923", 1623),
+    ({"next": {"wait_sec": None, "exchanges": None, "settling": True}}, "541 2617923", 1623),
+    ("failed: timed out", "--failed 541 2617923", 541), ("failed: kiss-o'-death RATE", "--failed 541 2617923", 1024),
+    ("failed: kiss-o'-death DENY", "--failed 541 2617923", 86400), ("failed: kiss-o'-death RSTR", "--failed 541 600", 600)])
+def test_wait_goes_by_clockspeed_else_triples_and_minds_kisses(host, changes, args, said):
+    if isinstance(changes, str):
+        host.write("mark/sources", SOURCES % (time.time(), time.time(), changes))
+    elif changes is not None:
+        host.status(**changes)
+    assert abs(int(host.says("wait", *args.split())) - said) <= (10 if said == 599 else 0)
+
+
+def test_wait_lets_clockspeed_take_in_the_mark_first(host):
+    host.status(next={"wait_sec": 10, "exchanges": 1, "settling": True})
+    os.utime(os.path.join(host.home, "etc/status"), (1, 1))
+    with process(command_of("clockctl", "wait", 541, 2617923), stdout=subprocess.PIPE,
+                 env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf)) as waiting:
+        time.sleep(0.3)
+        host.status(next={"wait_sec": 9000, "exchanges": 1, "settling": True})
+        assert int(waiting.stdout.read()) > 8000
+
+
+BAD_VALUES = (None, "x", -1, 1e308, 10**400, float("nan"), float("inf"), [], {}, [None], "\x1b[2J", True, [1e308] * 9)
+
+
+def test_a_damaged_status_is_a_line_and_shows_no_escapes(host, monkeypatch, capfd):
+    monkeypatch.setattr(CTL, "CONF", host.conf)
+    good = a_status()
+    for name in [*good, ("last_mark", "offset_ns"), ("next", "wait_sec"), ("kernel", "tick"), ("marks", "used"),
+                 ("bound", "latest_ns"), ("next", "exchanges")]:
+        for value in BAD_VALUES:
+            if isinstance(name, tuple):
+                changes = {name[0]: dict(good[name[0]], **{name[1]: value})}
+            else:
+                changes = {name: value}
+            host.status(**changes)
+            for command in (["status"], ["status", "--json"], ["now"], ["wait", "541", "999"], ["metrics"]):
+                assert CTL.main(["clockctl"] + command) in (0, 111)
+    said = capfd.readouterr()
+    assert "unable to read %s/etc/status: it is damaged\n" % host.home in said.err
+    assert "\x1b" not in said.err + said.out and "unable to write output" not in said.err
+    for text in (b"", b"{", b"[" * 60000, b"\xff", b"null", b"1" * 5000):
+        with open(os.path.join(host.home, "etc/status"), "wb") as file:
+            file.write(text)
+        assert host.refuses("status") == "unable to read HOME/etc/status: it is damaged"
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_mark_and_its_client(host, number, status):
+    host.stand_in("sntpclock", then="echo $$ >>%s; exec sleep 3571" % host.asked)
+    reader = os.open(host.adjust, os.O_RDWR)
+    with process(command_of("clockctl", "mark"), stderr=subprocess.PIPE,
+                 env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf)) as marking:
+        until(lambda: len(host.lines()) == 2)
+        marking.send_signal(number)
+        assert (marking.wait(PATIENCE_SEC), marking.stderr.read()) == (status, b"")
+    os.close(reader)
+    until(lambda: not os.path.exists("/proc/" + host.lines()[1]))
+
+
+def test_every_command_has_its_part_of_the_manual_and_unknown_words_are_named(host):
+    for name in CTL.COMMANDS:
+        text = run("clockctl", "help", name).stdout.decode()
+        assert text.startswith("clockctl " + name) and text.count("\n") > 1
+        assert run("clockctl", name, "--help").stdout.decode() == run("clockctl", name, "-h").stdout.decode() == text
+        if name != "try":
+            done = host.run(name, "--bad")
+            assert (done.returncode, done.stderr) == (100, "clockctl: usage: %s\n" % text.partition("\n")[0])
+    assert run("clockctl", "version").stdout == run("clockctl", "--version").stdout
+    assert run("clockctl", "help").stdout == run("clockctl", "--help").stdout
+    for args in (["statsu"], ["help", "statsu"]):
+        assert run("clockctl", *args).stderr.endswith("; statsu is not one; the nearest known one is status\n")
+
+
+def test_check_and_graph_are_run_from_beside_it(host):
+    path = shutil.copy(path_of("clockctl"), host.bin)
+    os.symlink(path, host.home + "/link")
+    done = subprocess.run([sys.executable, "-IS", path, "check"], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.decode()) == (
+        111, "clockctl: fatal: unable to run {0}-check: there is none: copy clockctl-check there\n".format(os.path.realpath(path)))
+    host.stand_in("clockctl-check", then="exit 2")
+    assert subprocess.run([sys.executable, "-IS", host.home + "/link", "check", "--json", "x"]).returncode == 2
+    assert host.lines() == ["clockctl-check:--json x"]
+
+
+def test_without_modules_that_python3_minimal_lacks_it_does_what_it_can(host):
+    def minimal(*args):
+        code = ("import sys, runpy; sys.modules.update(dict.fromkeys(('json', 'ctypes', 'difflib', 'shlex'))); "
+                "sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+        env = {name: value for name, value in UTC_ENV.items() if name != "CLOCKSPEED_CONF"}
+        return subprocess.run([sys.executable, "-IS", "-c", code, path_of("clockctl")] + list(args), stderr=subprocess.PIPE,
+                              stdout=subprocess.PIPE, env=dict(env, CLOCKSPEED_HOME=host.home, CLOCKSPEED_BIN=host.bin,
+                                                               CLOCK_IP="192.0.2.1"))
+    if os.path.exists("/usr/local/etc/clockspeed.conf"):
+        pytest.skip("this machine has a clockspeed.conf")
+    host.stand_in("clockview", b"shown\n")
+    assert minimal("view").stdout.startswith(b"shown\nthis clock is 3.2 ms ahead of")
+    assert minimal("statsu").returncode == 100 and minimal("atto").returncode == 0
+    host.status()
+    for command in (["status"], ["now"], ["until", "1s"]):
+        assert re.fullmatch(rb"clockctl: fatal: unable to read .*json.*\n", minimal(*command).stderr)
+
+
+TRY_WITH = """#!%s
+import os, shutil, sys
+home = sys.argv[2]
+open("%s", "a").write("%%d\\n" %% os.getpid())
+os.mkdir(home + "/etc")
+os.mkfifo(home + "/adjust")
+fifo = os.open(home + "/adjust", os.O_RDWR)
+while os.read(fifo, 16):
+    shutil.copy("%s/etc/status", home + "/etc/status")
+"""
+
+
+def try_with(host, monkeypatch, answer_sec=0.01):
+    """A clockctl that finds stand-ins, and no programs beside it; its clockspeed takes each mark."""
+    host.status(marks={"used": 1, "doubted": 0, "refused": 0}, rate_ppm=10.0)
+    host.write("bin/clockspeed", TRY_WITH % (sys.executable, host.asked, host.home))
+    os.chmod(host.bin + "/clockspeed", 0o755)
+    monkeypatch.setattr(CTL, "__file__", host.bin + "/clockctl")
+    monkeypatch.setattr(CTL, "CONF", host.conf)
+    monkeypatch.setattr(CTL, "TRY_SEC", answer_sec)
+    monkeypatch.setattr(CTL, "TRY_EVERY_SEC", 0.3)
+
+
+def test_try_shows_what_clockspeed_makes_of_the_answers_and_leaves_nothing(host, monkeypatch, capfd):
+    try_with(host, monkeypatch)
+    monkeypatch.setattr(tempfile, "tempdir", host.home + "/mark")
+    assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 0
+    said = capfd.readouterr().out.replace("±", "+-").splitlines()
+    assert said[0].endswith("1 marks: rate +10.00 +- 0.01 ppm") and "is off by 864 ms a day, +- 1.06 ms" in said[1]
+    assert host.lines()[1:] == ["sntpclock:-r 1 192.0.2.9"] and os.listdir(host.home + "/mark") == []
+    assert not os.path.exists("/proc/" + host.lines()[0])
+
+
+@pytest.mark.parametrize("words", ["unable to find no.such.host: Name or service not known", "kiss-o'-death DENY"])
+def test_try_ends_at_the_first_failure_with_one_line(host, monkeypatch, capfd, words):
+    try_with(host, monkeypatch, answer_sec=60)
+    host.stand_in("sntpclock", then='echo "sntpclock: fatal: %s" >&2; exit 111' % words)
+    assert CTL.main(["clockctl", "try", "ntp:no.such.host"]) == 111
+    assert capfd.readouterr().err == "clockctl: fatal: unable to ask ntp:no.such.host: %s\n" % words
+
+
+def test_try_never_starts_a_clockspeed_in_c(host, monkeypatch, capfd):
+    try_with(host, monkeypatch)
+    shutil.copy("/bin/true", host.bin + "/clockspeed")
+    assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 111 and host.lines() == []
+    assert capfd.readouterr().err.endswith("/clockspeed: a clockspeed in C would set the clock\n")
+    assert CTL.main(["clockctl", "try", "gps:192.0.2.9"]) == CTL.main(["clockctl", "try", "ntp:-f"]) == 100
+
+
+def test_a_signal_ends_a_try_and_what_it_started(host):
+    shutil.copy(path_of("clockctl"), host.bin)
+    host.status()
+    host.write("bin/clockspeed", TRY_WITH % (sys.executable, host.asked, host.home))
+    os.chmod(host.bin + "/clockspeed", 0o755)
+    host.stand_in("sntpclock", then="echo $$ >>%s; exec sleep 3571" % host.asked)
+    with process([sys.executable, "-IS", host.bin + "/clockctl", "try", "ntp:192.0.2.9"], stderr=subprocess.PIPE,
+                 env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf, TMPDIR=host.home + "/mark")) as trying:
+        until(lambda: len(host.lines()) == 3)
+        trying.terminate()
+        assert (trying.wait(PATIENCE_SEC), trying.stderr.read()) == (143, b"")
+    assert os.listdir(host.home + "/mark") == []
+    until(lambda: not any(os.path.exists("/proc/" + line) for line in host.lines() if line.isdecimal()))
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_MONOTONIC_RAW"), reason="no CLOCK_MONOTONIC_RAW")
+def test_try_without_a_server_compares_the_counter_with_the_kernels_clock(monkeypatch, capfd):
+    monkeypatch.setattr(CTL, "TRY_SEC", 2)
+    assert CTL.main(["clockctl", "try"]) == 0
+    first, *shown, last = capfd.readouterr().out.replace("±", "+-").splitlines()
+    assert first.startswith("No server is asked.") and "a server would tell: clockctl try ntp:HOST" in last
+    assert all(re.fullmatch(r" [12] s: the kernel's clock is off by \S+ \+- \S+ ppm", line) for line in shown)
+    assert len(shown) == 2
+
+
+# ==== clockctl-check ================================================================================
+
+CHECK = load("clockctl-check")
+SAID = CHECK.Said(0, b"", "")
+
+
+def failed(text, status=111):
+    return CHECK.Said(status, b"", text)
+
+
+def levels(findings):
+    """(level, topic)… in short, and all the words."""
+    findings = list(findings)
+    return " ".join(each.level for each in findings), "\n".join(each.text + "; " + each.todo for each in findings)
+
+
+def test_one_cause_is_one_failure_and_what_follows_says_so():
+    found = [CHECK.fail("services", "down", "svc -u"), CHECK.fail("clockspeed", "does not run", "start it"),
+             CHECK.fail("marks", "not known", "look"), CHECK.fail("space", "full", "make room"),
+             CHECK.ok("adjust", "is read")]
+    shown = list(CHECK.single_causes(found))
+    assert [each.level for each in shown] == ["fail", "warn", "warn", "fail", "ok"]
+    assert [each.todo for each in shown[1:3]] == ["that follows from services"] * 2
+    assert list(CHECK.single_causes(found[1:3]))[1].todo == "that follows from clockspeed"
+
+
+CONFIG = {"CLOCK_TYPE": "ntp", "CLOCK_IP": "192.0.2.7 192.0.2.8"}
+NO_FIFO = FileNotFoundError(2, "No such file or directory")
+STATUS = {"pid": 7, "doing": "steering", "observe_only": False, "marks": {"used": 9, "doubted": 0, "refused": 1},
+          "tick_ns": 10**12, "last_mark": {"tick_ns": 9 * 10**11, "outcome": "used"}, "next": {"settling": False},
+          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "age_sec": 5, "next_mark_sec": 50}}
+
+
+def status(**fields):
+    """STATUS with other fields, those of `now` included."""
+    return dict(STATUS, now=dict(STATUS["now"], **{k: v for k, v in fields.items() if k in STATUS["now"]}),
+                **{k: v for k, v in fields.items() if k not in STATUS["now"]})
+
+
+def viewed(words, stderr=""):
+    return CHECK.Said(0, b"before: x\nafter:  y\nthis clock is %s\n" % words.encode(), stderr)
+
+
+@pytest.mark.parametrize("probe, arguments, level, words", [
+    ("configuration", (CONFIG, True, SAID, SAID), "ok", "ntp servers: 192.0.2.7 192.0.2.8"),
+    ("configuration", ({}, True, failed("clockctl: fatal: unable to read c: line 1: no\n"), failed("")), "fail",
+     "^unable to read c: line 1: no; correct it"),
+    ("configuration", (CONFIG, True, failed("p: fatal: unable to run c: Permission denied"), SAID), "fail",
+     "^clocksd can't use it: unable to run c: Permission denied; chmod"),
+    ("configuration", (dict(CONFIG, CLOCK_IP="192.0.2.1"), True, SAID, SAID), "fail", "still the example's"),
+    ("configuration", (dict(CONFIG, CLOCK_IP=""), True, SAID, SAID), "fail", "not set"),
+    ("configuration", (CONFIG, False, SAID, SAID), "fail", "there is no .*clockspeed.conf"),
+    ("programs", (HERE, ("clockview", "clockctl")), "ok", "clockview, clockctl in "),
+    ("programs", (HERE, ("clockview", "LICENSE", "none")), "fail", "no executable LICENSE or none"),
+    ("users", ([("a", "-w", "/x")], {"a"}.__contains__, lambda *need: True), "ok", ""),
+    ("users", ([("a", "-w", "/x"), ("b", "-r", "/y")], {"a"}.__contains__, lambda *need: False), "warn fail",
+     "no user b;(.|\n)*a can't write /x; chown a /x"),
+    ("clockspeed", (STATUS, SAID, True), "ok", "process 7, steering"),
+    ("clockspeed", (status(observe_only=True), SAID, True), "warn", "only observes"),
+    ("clockspeed", (status(problem="it died"), SAID, False), "fail", "it died; read its log"),
+    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), False), "fail", "is none; read"),
+    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: No module named 'json'"), True), "warn",
+     "it runs, but tells nothing: unable to read s: No module named 'json'"),
+    ("adjust", ("/adjust", None), "ok", "is read"), ("adjust", ("/adjust", PermissionError()), "warn", "as root"),
+    ("adjust", ("/adjust", ValueError("no clockspeed reads it")), "fail", "^/adjust: no clockspeed reads it; read"),
+    ("marks", (STATUS,), "ok", "^the clock is 3 ms behind, give or take 400 µs, by 10 marks, the next one in 50 s"),
+    ("marks", (status(offset_sec=-3599.9),), "fail", "^the clock is 60 min ahead.*clockctl set.*83.3 days"),
+    ("marks", (status(offset_sec=-3599.9, next={"settling": True}),), "fail", "60 min ahead"),
+    ("marks", (status(next={"settling": True}, next_mark_sec=64),), "ok", "^settling, .*by 10 marks, .*in 64 s"),
+    ("marks", (status(offset_sec=None, last_mark=None, next={"settling": True}),), "ok",
+     "^settling, none in this boot, the next one in 50 s"),
+    ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn", "none in this boot; read the log"),
+    ("marks", (status(next_mark_sec=-601),), "warn", "the next one is late"),
+    ("marks", (status(tick_ns=3 * 10**15, next_mark_sec=None),), "warn", "late"),
+    ("marks", (status(last_mark={"tick_ns": 9 * 10**11, "outcome": "doubted"}),), "warn", "the last one was doubted"),
+    ("marks", (status(problem="it died"),), "fail", "not known"), ("marks", (None,), "fail", "not known"),
+    ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok", "^this clock is 3.2 ms behind"),
+    ("server", (viewed("60 min ahead of ntp x, give or take 1 ms"),), "fail", "60 min ahead.*`clockctl set`"),
+    ("server", (viewed("1 ms behind ntp x", "sntpclock: warning: 192.0.2.8: a falseticker\n"),), "warn ok",
+     "^192.0.2.8: a falseticker; correct CLOCK_IP"),
+    ("server", (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
+     "fail", "^unable to ask x: no usable answer; correct"),
+    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 10**6, 9, 9, 9, 0, 255))), "ok", "3906 MB at /"),
+    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 2000, 9, 9, 9, 0, 255))), "warn", "only 7 MB"),
+    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 10**6, 9, 0, 0, 0, 255))), "fail", "full"),
+    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 10**6, 9, 9, 9, os.ST_RDONLY, 255))), "fail",
+     "read-only"),
+    ("rivals", ([], b"", 0), "ok", ""),
+    ("rivals", ([("ntpd", "7")], b"", 0), "fail", "ntpd sets the clock too, as process 7; stop"),
+    ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 10000), "fail", "another program steers"),
+    ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 20000), "ok", ""),
+    ("scale", ("utc", "utc", None), "ok", ""), ("scale", ("tai", "tai", "utc"), "fail", "set CLOCK_SCALE"),
+    ("scale", ("tai", "utc", "tai"), "warn", "take a right/ zone"),
+    ("counter", ("tsc", None), "ok", "tsc"), ("counter", ("hpet", None), "warn", "slow"),
+    ("counter", ("tsc", "CLOCK_MONOTONIC"), "warn", "others steer"), ("counter", ("jiffies", None), "fail", "ms|milli"),
+])
+def test_a_probe_finds(probe, arguments, level, words):
+    found = list(getattr(CHECK, "check_" + probe)(*arguments))
+    assert {each.topic for each in found} == {probe}
+    assert levels(found)[0] == level and re.search(words, levels(found)[1]), levels(found)
+
+
+@pytest.mark.parametrize("kept, tool, said, age_sec, level, words", [
+    ((), "svstat", "s: up (pid 7) 0 seconds", 500, "ok", "up for 8.33 min"),  # the clock was set back
+    ((), "svstat", "s: up (pid 7) 900 seconds", 1, "warn", "just been started"),
+    ((), "svstat", "s: down 3 seconds, normally up", None, "fail", "down 3 seconds.*svc -u"),
+    (("stat",), "sv", "run: s: (pid 7) 5s; run: log: (pid 8) 5s", 50, "ok", "50 s"),
+    (("stat",), "sv", "down: s: 5s; run: log: (pid 8) 5s", 50, "fail", "down"),
+    (("death_tally",), "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok", "50 s"),
+])
+def test_a_service_is_up_by_the_age_of_its_process(kept, tool, said, age_sec, level, words, tmp_path):
+    for name in ("clockspeed", "clockspeed_adjust"):
+        (tmp_path / name / "supervise").mkdir(parents=True)
+    for name in kept:
+        (tmp_path / "clockspeed" / "supervise" / name).touch()
+        (tmp_path / "clockspeed_adjust" / "supervise" / name).touch()
+
+    def run_tool(command):
+        assert command[0] == tool
+        return CHECK.Said(0, said.encode(), "")
+    found = CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get)
+    assert levels(found)[0] == level + " " + level
+    found = CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get)
+    assert re.search(words, levels(found)[1])
+    assert 0 <= CHECK.age_sec(str(os.getpid())) < 10**5
+    assert levels(CHECK.check_services([str(tmp_path / "none")]))[0] == "warn"
+
+
+@pytest.mark.parametrize("uid, mode, level", [
+    (0, 0o40755, "ok"), (0, 0o41777, "ok"), (0, 0o120777, "ok"), (0, 0o40775, "fail"), (0, 0o100666, "fail"),
+    (1234, 0o40755, "fail"), (77, 0o40755, "ok")])
+def test_who_can_change_what_root_runs(uid, mode, level):
+    def lstat(path):
+        odd = path == "/usr/local/etc"
+        return os.stat_result((mode if odd else 0o40755, 0, 0, 1, uid if odd else 0, 0, 0, 0, 0, 0))
+    found = list(CHECK.check_owners(["/usr/local/etc/clockspeed.conf", "/usr/local/etc/x"], lstat, 77))
+    assert [each.level for each in found] == [level] and (level == "ok" or "/usr/local/etc," in found[0].text)
+
+
+def test_whether_marks_get_through_the_fifo(tmp_path):
+    path = str(tmp_path / "adjust")
+    assert "not there" in str(CHECK.adjust_trouble(path))
+    (tmp_path / "adjust").touch()
+    assert "not a FIFO" in str(CHECK.adjust_trouble(path))
+    os.unlink(path)
+    os.mkfifo(path)
+    assert "no clockspeed reads it" in str(CHECK.adjust_trouble(path))
+    reader = os.open(path, os.O_RDWR)
+    assert CHECK.adjust_trouble(path) is None
+    os.write(reader, bytes(32))
+    assert "32 bytes wait" in str(CHECK.adjust_trouble(path))
+    os.close(reader)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another")
+def test_root_looks_with_the_eyes_of_another(tmp_path):
+    secret = tmp_path / "conf"
+    secret.write_text("x")
+    secret.chmod(0o600)
+    assert CHECK.run(["cat", str(secret)]).stdout == b"x" and not CHECK.may_use("nobody", "-r", str(secret))
+    assert "Permission denied" in CHECK.complaint(CHECK.run([str(secret)], "nobody"))
+    assert CHECK.run(["id", "-G"], "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid).encode()]
+
+
+def test_check_counts_and_its_status_is_the_worst(tmp_path):
+    (tmp_path / "conf").write_text("CLOCK_IP=(x)\n")
+    done = run("clockctl-check", CLOCKSPEED_CONF=tmp_path / "conf")
+    lines = done.stdout.decode().splitlines()
+    assert done.returncode == 2 and lines[0].startswith("fail  configuration: unable to read %s" % tmp_path)
+    assert "line 1" in lines[0] and lines[1:] == ["0 ok, 0 warn, 1 fail"]
+    done = run("clockctl-check", "--json", CLOCKSPEED_CONF=tmp_path / "conf")
+    assert done.returncode == 2 and json.loads(done.stdout)["findings"][0]["topic"] == "configuration"
+    with subprocess.Popen(command_of("clockctl-check"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=dict(UTC_ENV, CLOCKSPEED_CONF=str(tmp_path / "conf"))) as process:
+        process.stdout.close()  # as `check | head -0` has it
+        assert process.stderr.read() == b"" and process.wait() == -signal.SIGPIPE
+
+
+# ==== clockctl-graph ================================================================================
+
+GRAPH = load("clockctl-graph")
+LABEL = "@400000006b49d20a075bcd15 "  # 2027-01-15 08:00:00.123456789
+OLD_MARK = "mark: offset +0.5 s, error 0.25 s, rate -3.5 ppm, rate error 0.5 ppm, used"
+NEW_MARK = ("mark: tick 5 ns, real 1800000001000000000 ns, spread 2 ns, distance - ns, offset -0.5 s, error 0.25 s, "
+            "bound 0.75 s, rate +3.5 ppm, rate error 0.5 ppm, refused")
+
+
+def parse_line(line):
+    """What the graph makes of a line of the log."""
+    marks = [GRAPH.parse_mark(match) for match in GRAPH.MARK_LINE.finditer(line)]
+    return marks[0] if marks else None
+
+
+@pytest.mark.parametrize("line, mark", [
+    (LABEL + OLD_MARK, ("used", 1800000000.123456789, 0.5, 0.25, None, -3.5, 0.5)),
+    (LABEL + NEW_MARK, ("refused", 1800000001, -0.5, 0.25, 0.75, 3.5, 0.5)),
+    (LABEL + NEW_MARK.replace("0.75", "-"), ("refused", 1800000001, -0.5, 0.25, None, 3.5, 0.5)),
+    (OLD_MARK, None), (LABEL + OLD_MARK + "?", None), (LABEL + OLD_MARK.replace("0.25", "nan"), None),
+    (LABEL + OLD_MARK.replace("0.25", "-"), None), (LABEL + OLD_MARK.replace("0.25", "1e300"), None),
+    (LABEL + OLD_MARK.replace("error", "terror"), None), (LABEL + "mark: , used", None),
+    (LABEL + "slew: 0.5 s", None), (LABEL + " " + OLD_MARK, None)])
+def test_a_mark_is_read_off_the_log(line, mark):
+    found = parse_line(line)
+    assert found == mark if mark is None else found == pytest.approx(mark)
+
+
+def write_log(directory, count, offset=lambda number: number * 1e-6, bound="0.000900000"):
+    """Marks ten minutes apart, in two of multilog's files."""
+    lines = ["@%016x00000000 mark: tick 1 ns, offset %+.9f s, error 0.000050000 s, bound %s s, rate +12.%04d ppm, "
+             "rate error 0.0100 ppm, used\n" % (2**62 + 10 + 1800000000 + 600 * number, offset(number), bound, number)
+             for number in range(count)]
+    directory.mkdir(exist_ok=True)
+    (directory / ("@" + "4" * 24 + ".s")).write_text("".join(lines[:count // 2]) + LABEL + "moved: x\nrubbish\n\xff")
+    (directory / "current").write_text("".join(lines[count // 2:]))
+    return str(directory)
+
+
+def test_a_log_is_read_whole_and_nothing_else_is(tmp_path):
+    log = write_log(tmp_path / "log", 9)
+    assert [round(mark.offset_sec * 1e6) for mark in GRAPH.read_marks(log)] == list(range(9))
+    os.rename(log + "/current", log + "/kept")
+    for plant in (lambda path: os.symlink(log + "/kept", path), os.mkfifo):
+        plant(log + "/current")
+        done = run("clockctl-graph", CLOCKSPEED_CONF=conf_of(tmp_path, log))
+        assert done.returncode == 111 and "unable to read the log in " + log in done.stderr
+        os.unlink(log + "/current")
+
+
+def conf_of(tmp_path, log):
+    (tmp_path / "conf").write_text("CLOCKSPEED_LOG=%s\n" % log)
+    return str(tmp_path / "conf")
+
+
+def test_fewer_than_three_marks_are_said_to_be_so_few(tmp_path):
+    done = run("clockctl-graph", CLOCKSPEED_CONF=conf_of(tmp_path, write_log(tmp_path / "log", 2)))
+    assert (done.returncode, done.stdout) == (111, b"")
+    assert "unable to draw the offset: marks to draw so far: 2; a graph needs 3" in done.stderr
+
+
+def test_standard_deviation_and_bound_are_two_things(tmp_path):
+    conf = conf_of(tmp_path, write_log(tmp_path / "log", 200, lambda number: 1e-4 * (number % 20) - 1e-3))
+    shown = run("clockctl-graph", "--ascii", CLOCKSPEED_CONF=conf).stdout.decode("ascii").splitlines()
+    assert shown[0] == "offset, real time minus system clock; marks: 200 used"
+    assert shown[1] == "* offset +900 us,  . standard deviation 50 us,  = bound 900 us"
+    picture = "".join(shown[2:-2])
+    assert all(glyph in picture for glyph in "*.=") and "+1 ms +" in picture
+    assert any("\u2801" <= char <= "\u28ff" for char in run(
+        "clockctl-graph", "error", CLOCKSPEED_CONF=conf, LC_ALL="C.UTF-8").stdout.decode())
+    assert run("clockctl-graph", "rate", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
+    assert run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
+    curves = [each.get("class") for each in xml.etree.ElementTree.parse(tmp_path / "x.svg").iter()
+              if each.tag.endswith("polyline") and each.get("points").count(",") == 200]
+    assert sorted(curves) == ["bound", "bound", "deviation", "deviation", "value"]
+    os.rename(tmp_path / "x.svg", tmp_path / "y.svg")
+    os.symlink(tmp_path / "y.svg", tmp_path / "x.svg")
+    assert "a symbolic link" in run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).stderr
+    table = run("clockctl-graph", "--csv", CLOCKSPEED_CONF=conf).stdout.decode().splitlines()
+    assert len(table) == 201 and table[1] == (
+        "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
+
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 3), (0.3, 0.6), (1.2345, 1.23451), (-7e-9, 1e-9), (0, 1e12), (5, 65)])
+def test_ticks_are_round_some_and_differ(low, high):
+    ticks = GRAPH.round_ticks(low, high)
+    assert 3 <= len(ticks) <= 8 and all(low - 1e-12 <= tick <= high * (1 + 1e-12) for tick in ticks)
+    marks = [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0) for at_sec, value in enumerate((low, high, low))]
+    words = [words for _, words in GRAPH.make_chart("offset", marks).ticks]
+    assert len(set(words)) == len(words) >= 2, words
+
+
+def test_one_value_far_out_does_not_flatten_the_rest():
+    low, high = GRAPH.value_range([3600.0] + [number * 1e-6 for number in range(50)])
+    assert -1e-5 < low <= 0 and 49e-6 <= high < 1e-4
+    marks = [GRAPH.Mark("used", number, 3600 if number == 0 else 1e-6 * number, 1e-6, None, 0, 0) for number in range(50)]
+    assert GRAPH.make_chart("offset", marks).title.endswith("marks: 50 used, 1 beyond the edge")
+
+
+def test_a_curve_has_no_gaps():
+    rng = random.Random(SEED)
+    points = sorted((rng.random(), rng.random()) for _ in range(60))
+    rows = {}
+    for column, top, bottom in GRAPH.strokes(points, 200, 50):
+        low, high = rows.get(column, (top, bottom))
+        rows[column] = min(low, top), max(high, bottom)
+    columns = sorted(rows)
+    assert columns == list(range(columns[0], columns[-1] + 1))
+    for left, right in zip(columns, columns[1:]):
+        assert rows[right][0] <= rows[left][1] + 1 and rows[left][0] <= rows[right][1] + 1
+    assert not list(GRAPH.strokes([(0, -2), (1, -1)], 9, 9)) and not list(GRAPH.strokes([(0, 2), (1, 3)], 9, 9))
+
+
+def text_of(data):
+    return data.decode("ascii", "replace")
+
+
+DECODERS += [
+    ("a mark in the log", lambda data: parse_line(text_of(data)),
+     [(LABEL + mark + "\n").encode() for mark in (OLD_MARK, NEW_MARK)], ()),
+    ("what check reads of clockctl", lambda data: (CHECK.parse_environment(CHECK.Said(0, data, "")),
+                                                   levels(CHECK.check_server(CHECK.Said(0, data, text_of(data)))),
+                                                   levels(CHECK.check_rivals([], data, 0))),
+     [b"CLOCK_IP=192.0.2.1\nCLOCK_TYPE=ntp\n", b"this clock is 3 ms behind\n", b"x: warning: y: fatal: z"], ()),
+]
+
+
+# ==== the services ==================================================================================
+
+SHELLS = [pytest.param(command.split(), id=command) for command in ("dash", "bash", "mksh", "busybox sh")]
+ADJUST = path_of("svc/clockspeed_adjust/clock_adjust.sh")
+# marks fail by the file `failing`; the sleeps are noted, and end at once but for the tenth
+FAKE_CLOCKCTL = """case $1 in
+run) echo %(home)s ;; atto) echo atto ;;
+mark) [ ! -e %(home)s/failing ] ;;
+wait) [ -z "$SAYS" ] && exec %(clockctl)s "$@"; echo "$SAYS" ;;
+esac
+"""
+FAKE_SLEEP = """echo "$1 $(cat %(home)s/mark/due | cut -d' ' -f2)" >>%(home)s/sleeps
+[ $(wc -l <%(home)s/sleeps) -lt ${SLEEPS:-10} ] || exec /bin/sleep 3573
+"""
+
+
+@pytest.fixture
+def loop(host):
+    """Starts the loop in a shell; its clockctl and sleep are stand-ins."""
+    clockctl = "%s -IS %s" % (sys.executable, path_of("clockctl"))
+    for name, text in (("clockctl", FAKE_CLOCKCTL), ("sleep", FAKE_SLEEP)):
+        host.write("bin/" + name, "#!/bin/sh\n" + text % {"home": host.home, "clockctl": clockctl})
+        os.chmod(os.path.join(host.bin, name), 0o755)
+
+    def start(shell, **env):
+        need(shell[0])
+        return process(shell + [ADJUST], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(
+            UTC_ENV, PATH=host.bin + ":" + os.environ["PATH"], CLOCKSPEED_CONF=host.conf, **env))
+
+    def sleeps(count):
+        path = os.path.join(host.home, "sleeps")
+        until(lambda: os.path.exists(path) and open(path).read().count("\n") == count)
+        with open(path) as file:
+            return [tuple(map(int, line.split())) for line in file]
+    host.start, host.sleeps = start, sleeps
+    return host
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_waits_triple_up_to_a_month_and_what_is_due_is_kept(loop, shell):
+    with loop.start(shell) as adjusting:
+        seen = loop.sleeps(10)
+        assert [wait for wait, _ in seen] == [541 * 3**power for power in range(8)] + [2617923] * 2
+        up_sec = time.clock_gettime(time.CLOCK_BOOTTIME)
+        assert all(-PATIENCE_SEC < due - wait - up_sec <= 1 for wait, due in seen)
+        adjusting.terminate()
+        assert adjusting.wait(PATIENCE_SEC) == 0
+        said = adjusting.stdout.read().decode().splitlines()
+    assert said[:3] == ["atto", "===", "Waiting 541 seconds until next adjustment..."]
+    assert not os.path.exists(loop.home + "/mark/due")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_loop_goes_by_clockctl_and_by_what_a_kiss_wants(loop, shell):
+    for env, failing, waits in (({"SAYS": "100"}, False, [100, 100]), ({"SAYS": "garbage"}, False, [541, 1623]),
+                                ({}, "timed out", [541, 541]), ({}, "kiss-o'-death RATE", [1024, 1024])):
+        if failing:
+            loop.write("failing", "")
+            loop.write("mark/sources", SOURCES % (time.time(), time.time(), "failed: " + failing))
+        with loop.start(shell, SLEEPS="2", **env):
+            assert [wait for wait, _ in loop.sleeps(2)] == waits
+        os.unlink(loop.home + "/sleeps")
+        os.unlink(loop.home + "/mark/due")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("due, first", [("%s 300", 300), ("%s -300", 541), ("other 300", 541), ("%s 9999999", 541), ("x", 541)])
+def test_a_restart_asks_no_sooner_than_the_mark_was_due(loop, shell, due, first):
+    words = due.split()
+    if words[1:]:
+        words[1] = "%d" % (time.clock_gettime(time.CLOCK_BOOTTIME) + int(words[1]))
+    loop.write("mark/due", " ".join(words).replace("%s", BOOT_ID) + "\n")
+    with loop.start(shell, SLEEPS="1"):
+        assert first - PATIENCE_SEC < loop.sleeps(1)[0][0] <= first + 1
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell):
+    for name in ("sleep", "clockctl"):
+        loop.write("bin/" + name, "#!/bin/sh\n[ $1 = run ] && echo %s && exit\n[ $1 = wait ] && exit 1\n[ $1 = atto ] && exit\n"
+                   "[ ${0##*/} = clockctl ] && [ -e %s/passing ] && exit\necho $$ >>%s\nexec /bin/sleep 3572\n"
+                   % (loop.home, loop.home, loop.asked))
+    for passing in (False, True):
+        if passing:
+            loop.write("passing", "")
+        with loop.start(shell) as adjusting:
+            until(lambda: len(loop.lines()) == 1 + passing)
+            adjusting.terminate()
+            assert adjusting.wait(PATIENCE_SEC) == 0
+        until(lambda: not os.path.exists("/proc/" + loop.lines()[-1]))
+
+
+# ==== svc/install ===================================================================================
+
+# ==== the README ====================================================================================
+
+# ==== every decoder =================================================================================
+# A row stands in DECODERS for each function that reads what others wrote.
 
 
 def mutants(rng, good, count):
