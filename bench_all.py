@@ -14,7 +14,7 @@ DESCRIPTION
                busy machine.  Needs root, iproute2 and chronyd: it makes two network namespaces
     server     CPU per reply of taiclockd, beside servers in C that are compiled on the spot,
                and those that are installed; for queries of 32 and of 28 bytes
-    nts        CPU and time of NTS's cryptography in ntsclock
+    nts        the error, CPU and memory of ntsclock's marks, beside sntpclock and chronyd -Q with nts
     programs   start-up time and memory of each program, resident size of the daemons, CPU of
                clockspeed for a mark
 
@@ -681,8 +681,82 @@ def bench_server():
 
 
 # ==== nts ===========================================================================================
+NTS_RUNS, NTS_SLOW_RUNS = 60, 6
+NTS_CONF = """local stratum 1
+allow
+user root
+cmdport 0
+bindcmdaddress /
+bindaddress 127.0.0.1
+port %d
+ntsport %d
+ntsntpserver 127.0.0.2
+ntsservercert %s
+ntsserverkey %s
+"""
+NTS_CERTIFICATE = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=bench " \
+                  "-keyout host.key -out host.crt -days 9 -addext subjectAltName=IP:127.0.0.1"
+# Runs a command and writes its s of CPU and the kB it had at most into a file.
+CPU_METER = """
+import os, sys
+pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+usage = os.wait4(pid, 0)[2]
+print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss, file=open(sys.argv[1], "w"))
+"""
+
+
+def spent(command, offset_of, home):
+    """-> (|error| in us, ms of CPU, MB at most) of a command that measures, or None."""
+    done = subprocess.run(["python3", "-IS", "-c", CPU_METER, "usage"] + command, cwd=home, env=ENV,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with open(os.path.join(home, "usage")) as file:
+        cpu_sec, most_kb = map(float, file.read().split())
+    found = offset_of(done)
+    return found and (abs(found[0]) / 1e3, cpu_sec * 1e3, most_kb * 1024 / 1e6)
+
+
 def bench_nts():
-    """NTS's cryptography."""
+    """|error|, CPU and memory of a mark of four exchanges by NTS, beside sntpclock and chronyd -Q with nts."""
+    if not shutil.which("chronyd") or not shutil.which("openssl"):
+        print("needs chronyd and openssl")
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]  # for key establishment by TCP, and for NTP by UDP
+    asks = ["-r", "4", "-c", "host.crt", "-p", str(port), "127.0.0.1"]
+    chronyd = ["chronyd", "-Q", "-x", "-t", "20", "cmdport 0", "user root", "ntstrustedcerts host.crt",
+               "pidfile query.pid", "server 127.0.0.1 iburst nts ntsport %d" % port]
+    rows = [("sntpclock.py", installed("sntpclock.py", "-r", "4", "-p", str(port), "127.0.0.2"), packet_offset),
+            ("ntsclock.py, stored keys", installed("ntsclock.py", "-s", ".", *asks), packet_offset),
+            ("ntsclock.py, new keys", installed("ntsclock.py", *asks), packet_offset),
+            ("chronyd -Q with nts", chronyd, number_after(rb"wrong by ")),
+            ("sntpclock.py --version", installed("sntpclock.py", "--version"), lambda done: (0, None)),
+            ("ntsclock.py --version", installed("ntsclock.py", "--version"), lambda done: (0, None))]
+    with tempfile.TemporaryDirectory() as home:
+        subprocess.run(NTS_CERTIFICATE.split(), cwd=home, check=True, stderr=subprocess.DEVNULL)
+        conf = os.path.join(home, "conf")
+        with open(conf, "w") as file:
+            file.write(NTS_CONF % (port, port, os.path.join(home, "host.crt"), os.path.join(home, "host.key")))
+        # All answers come through the relay, since key establishment says that NTP is asked at 127.0.0.2.
+        with started("chronyd", "-x", "-d", "-f", conf, "pidfile " + os.path.join(home, "server.pid")), \
+                started(sys.executable, __file__, "relay", "127.0.0.2", str(port), str(port)):
+            time.sleep(2)  # for chronyd's start
+            found = {name: [] for name, _, _ in rows}
+            for turn in range(NTS_RUNS):
+                for name, command, offset_of in rows:
+                    if turn < NTS_SLOW_RUNS or not name.startswith("chronyd"):
+                        found[name] += filter(None, [spent(command, offset_of, home)])
+    print("a relay keeps each packet %.1f ms + %.1f ms of jitter\n%-24s %9s %11s %7s %6s %6s" % (
+        RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3, "", "error us", "x sntpclock", "CPU ms", "MB", "marks"))
+    first_us = None
+    for name, marks in found.items():
+        if not marks:
+            print("%-24s no answer" % name)
+            continue
+        error_us, cpu_ms, most_mb = medians(marks)
+        first_us = first_us or error_us
+        print("%-24s %9.2f %11.2f %7.1f %6.1f %6d" % (
+            name, error_us, error_us / first_us, cpu_ms, most_mb, len(marks)))
 
 
 # ==== programs ======================================================================================

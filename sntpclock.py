@@ -171,6 +171,7 @@ LETTERS = "46fe:h:l:p:r:s:t:T:v:"
 LINUX = sys.platform.startswith("linux")
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
+STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
 READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
 QUEUED = 2  # an exchange that took this times the least delay waited in a queue: it tells nothing more
 MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
@@ -291,7 +292,7 @@ def find_servers(hosts, port, settings):
 
 def is_near(address):
     """Is that a loopback, private or link-local address?  Its owner is then the one who asks it."""
-    import ipaddress  # here, where the time that it takes to load is spent beside the first exchange
+    import ipaddress  # here, so that its megabyte is not loaded for a wrong command line
     ip = ipaddress.ip_address(address.partition("%")[0])
     return (getattr(ip, "ipv4_mapped", None) or ip).is_private
 
@@ -432,14 +433,14 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
 def gained(then, now):
     """-> (least, most) that real time can have gained on the clock between two Readings.
 
-    It went at the clock's pace, at the counter's, or at one between.  When those are further apart than a
-    counter can be off, the clock was slewed or set meanwhile, and only the counter tells.
+    It went at the clock's pace, at the counter's, or at one between.  When those are too far apart, the clock
+    was slewed or set meanwhile, and only the counter tells.
     """
     elapsed_ns = now.tick_ns - then.tick_ns
     gain_ns = elapsed_ns - (now.clock_ns - then.clock_ns)
-    doubt_ns = elapsed_ns * COUNTER_PPM // 10**6 + READING_NS
-    if abs(gain_ns) <= doubt_ns:
+    if abs(gain_ns) <= elapsed_ns * STEERED_PPM // 10**6 + READING_NS:
         return min(0, gain_ns), max(0, gain_ns)
+    doubt_ns = elapsed_ns * COUNTER_PPM // 10**6 + READING_NS
     return gain_ns - doubt_ns, gain_ns + doubt_ns
 
 
@@ -605,6 +606,7 @@ def measure(servers, settings, make_query, decode):
 # ==== end shared ====
 
 
+# ==== shared by some: NTP packets ====
 # flags (leap indicator, version, mode), stratum, poll, precision, root delay, root dispersion,
 # reference id, and the stamps reference, originate, receive, transmit; fixed point, 16.16 and 32.32
 NTP = struct.Struct(">BBbbII4sQQQQ")
@@ -612,11 +614,6 @@ ECHO = 24, 40, 8  # the answer's originate stamp is the query's transmit stamp
 NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
 MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
 KISSES = {"RATE": True, "DENY": False, "RSTR": False}  # may what came before be used?
-MAC_BYTES = 20  # of a digest: NTPv4 cuts longer ones, which could be taken for extension fields
-KEY_TYPES = ("MD5", "SHA1", "SHA256", "SHA384", "SHA512")
-LEAST_KEY_BYTES = 16
-
-Key = collections.namedtuple("Key", "ident kind secret")
 
 
 def make_query():
@@ -631,19 +628,14 @@ def stamp_ns(stamp):
     return sec * 10**9 + ((stamp & 0xffffffff) * 10**9 >> 32)
 
 
-def decode_answer(query, packet, ahead_ns=0, key=None):
-    """-> Answer, None when that is no answer to this query; ValueError, Dismissed.
+def answers(query, packet):
+    """Does it repeat the cookie of that query?"""
+    return len(packet) >= NTP.size and NTP.unpack_from(packet)[8] == NTP.unpack_from(query)[-1]
 
-    ahead_ns is what a right clock on our scale is ahead of Unix time.  With a key, its MAC must be right.
-    """
-    if len(packet) < NTP.size:
-        return None
-    (flags, stratum, _, precision, delay, dispersion, reference, _, originate, received,
-     sent) = NTP.unpack_from(packet)
-    if originate != NTP.unpack_from(query)[-1]:
-        return None
-    if key and not is_authentic(packet, key):
-        raise ValueError("answer not authenticated with the key")
+
+def decode_answer(packet, ahead_ns=0):
+    """-> Answer; ValueError, Dismissed.  A right clock on our scale is ahead_ns ahead of Unix time."""
+    flags, stratum, _, precision, delay, dispersion, reference, _, _, received, sent = NTP.unpack_from(packet)
     leap, version, mode = flags >> 6, flags >> 3 & 7, flags & 7
     if mode not in (2, 4) or version == 0:
         raise ValueError("answer of mode %d, version %d" % (mode, version))
@@ -668,6 +660,31 @@ def decode_answer(query, packet, ahead_ns=0, key=None):
         raise ValueError("answer sent before the query came")
     return Answer(received_ns + ahead_ns + coarse_ns, sent_ns + ahead_ns - coarse_ns, distance_ns, stratum,
                   reference.hex())
+# ==== end shared ====
+
+
+MAC_BYTES = 20  # of a digest: NTPv4 cuts longer ones, which could be taken for extension fields
+KEY_TYPES = ("MD5", "SHA1", "SHA256", "SHA384", "SHA512")
+LEAST_KEY_BYTES = 16
+
+Key = collections.namedtuple("Key", "ident kind secret")
+
+
+def parse_key(text, ident):
+    """-> the Key of that number in the text of chrony's key file; ValueError."""
+    words = next((line.split() for line in text.splitlines() if line.split()[:1] == [str(ident)]), None)
+    if words is None:
+        raise ValueError("it is not there")
+    if len(words) != 3 or words[1] not in KEY_TYPES:
+        raise ValueError("its line is not the number, %s, and the key" % " or ".join(KEY_TYPES))
+    form, colon, digits = words[2].partition(":")
+    if colon and form == "HEX":
+        secret = bytes.fromhex(digits)
+    else:
+        secret = (digits if colon and form == "ASCII" else words[2]).encode("latin-1")
+    if len(secret) < LEAST_KEY_BYTES:
+        raise ValueError("it has %d bytes, and %d are the least" % (len(secret), LEAST_KEY_BYTES))
+    return Key(ident, words[1], secret)
 
 
 def read_key(path, ident):
@@ -675,20 +692,7 @@ def read_key(path, ident):
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if os.fstat(file.fileno()).st_mode & 0o007:
             raise ValueError("others can read or write it")
-        lines = file.read(10**6).decode("latin-1").splitlines()
-    words = next((line.split() for line in lines if line.split()[:1] == [str(ident)]), None)
-    if words is None:
-        raise ValueError("it is not there")
-    if len(words) != 3 or words[1] not in KEY_TYPES:
-        raise ValueError("its line is not the number, %s, and the key" % " or ".join(KEY_TYPES))
-    text = words[2]
-    if text.startswith("HEX:"):
-        secret = bytes.fromhex(text[4:])
-    else:
-        secret = text[6 if text.startswith("ASCII:") else 0:].encode("latin-1")
-    if len(secret) < LEAST_KEY_BYTES:
-        raise ValueError("it has %d bytes, and %d are the least" % (len(secret), LEAST_KEY_BYTES))
-    return Key(ident, words[1], secret)
+        return parse_key(file.read(10**6).decode("latin-1"), ident)
 
 
 def mac(key, message):
@@ -727,7 +731,11 @@ def main(argv):
             return query + mac(key, query) if key else query
 
         def decode(server, query, packet):
-            return decode_answer(query, packet, ahead_ns, key)
+            if not answers(query, packet):
+                return None
+            if key and not is_authentic(packet, key):
+                raise ValueError("answer not authenticated with the key")
+            return decode_answer(packet, ahead_ns)
         doing = "find " + ", ".join(settings.hosts)
         servers = find_servers(settings.hosts, settings.port, settings)
         doing = "get the time from " + ", ".join(settings.hosts)

@@ -167,6 +167,7 @@ LETTERS = "46fe:h:l:p:r:s:t:T:v:"
 LINUX = sys.platform.startswith("linux")
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
+STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
 READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
 QUEUED = 2  # an exchange that took this times the least delay waited in a queue: it tells nothing more
 MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
@@ -287,7 +288,7 @@ def find_servers(hosts, port, settings):
 
 def is_near(address):
     """Is that a loopback, private or link-local address?  Its owner is then the one who asks it."""
-    import ipaddress  # here, where the time that it takes to load is spent beside the first exchange
+    import ipaddress  # here, so that its megabyte is not loaded for a wrong command line
     ip = ipaddress.ip_address(address.partition("%")[0])
     return (getattr(ip, "ipv4_mapped", None) or ip).is_private
 
@@ -428,14 +429,14 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
 def gained(then, now):
     """-> (least, most) that real time can have gained on the clock between two Readings.
 
-    It went at the clock's pace, at the counter's, or at one between.  When those are further apart than a
-    counter can be off, the clock was slewed or set meanwhile, and only the counter tells.
+    It went at the clock's pace, at the counter's, or at one between.  When those are too far apart, the clock
+    was slewed or set meanwhile, and only the counter tells.
     """
     elapsed_ns = now.tick_ns - then.tick_ns
     gain_ns = elapsed_ns - (now.clock_ns - then.clock_ns)
-    doubt_ns = elapsed_ns * COUNTER_PPM // 10**6 + READING_NS
-    if abs(gain_ns) <= doubt_ns:
+    if abs(gain_ns) <= elapsed_ns * STEERED_PPM // 10**6 + READING_NS:
         return min(0, gain_ns), max(0, gain_ns)
+    doubt_ns = elapsed_ns * COUNTER_PPM // 10**6 + READING_NS
     return gain_ns - doubt_ns, gain_ns + doubt_ns
 
 

@@ -143,6 +143,7 @@ if __name__ == "__main__":
 # ==== what the tests share =========================================================================
 import contextlib
 import errno
+import getpass
 import importlib.machinery
 import importlib.util
 import io
@@ -400,9 +401,774 @@ def test_adjtimex_reads_this_kernel():
 
 # ==== the exchange: sntpclock, taiclock =============================================================
 
+SNTP, TAI = load("sntpclock"), load("taiclock")
+SECOND_NS = 10**9
+NEAR_NS = 50 * 10**6  # what a busy machine may take from an exchange
+LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernel stamps and filters are Linux's")
+
+
+class Rogue:
+    """A server in a thread: answer(query, n) -> the datagrams to send back for the nth query that it gets."""
+
+    def __init__(self, answer, address="127.0.0.1", port=0):
+        self.answer, self.queries = answer, []
+        self.socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind((address, port))
+        self.port = self.socket.getsockname()[1]
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+
+    def serve(self):
+        while True:
+            query, self.client = self.socket.recvfrom(2048)
+            if not query:
+                return
+            self.queries.append(query)
+            for packet in self.answer(query, len(self.queries)):
+                with contextlib.suppress(OSError):  # it asks no more
+                    self.socket.sendto(packet, self.client)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        with socket.socket(self.socket.family, socket.SOCK_DGRAM) as stop:
+            stop.sendto(b"", self.socket.getsockname())
+        self.thread.join(PATIENCE_SEC)
+        self.socket.close()
+
+
+def ntp_stamp(unix_ns):
+    sec, nano = divmod(unix_ns, 10**9)
+    return (sec + 2208988800) % 2**32 << 32 | (nano << 32) // 10**9
+
+
+def ntp_answer(query, off_ns=0, **fields):
+    """A correct answer, or one with wrong fields."""
+    now = ntp_stamp(time.time_ns() + off_ns)
+    values = dict(flags=4 << 3 | 4, stratum=1, poll=0, precision=-25, delay=0, dispersion=0, refid=b"TEST",
+                  reference=now, originate=struct.unpack(">Q", query[40:48])[0], receive=now, transmit=now)
+    assert set(fields) <= set(values)
+    return SNTP.NTP.pack(*dict(values, **fields).values())
+
+
+def tai_answer(query, off_ns=0):
+    """The same for TAICLOCK."""
+    return b"stai" + TAI.pack(time.time_ns() + off_ns + (2**62 + 37) * 10**9) + query[20:]
+
+
+both = pytest.mark.parametrize("name, answer", [("sntpclock", ntp_answer), ("taiclock", tai_answer)],
+                               ids=["sntpclock", "taiclock"])
+DECODE = {"sntpclock": lambda _, query, packet: SNTP.decode_answer(packet) if SNTP.answers(query, packet) else None,
+          "taiclock": lambda _, query, packet: TAI.decode_answer(query, packet, 37 * 10**9)}
+QUERY = {"sntpclock": lambda server: SNTP.make_query(), "taiclock": TAI.make_query}
+
+
+def ask(name, port, *args, hosts=("127.0.0.1",), **env):
+    return run(name, "-p", port, *args, *hosts, **env)
+
+
+def offset_of(done):
+    """What came out, in ns."""
+    assert done.returncode == 0, done.stderr
+    return SNTP.unpack(done.stdout)[0]
+
+
+def result_of(done):
+    """-> (offset, spread, root distance) in ns as `-v 2` shows them, which is what came out."""
+    shown = re.search(r"info: result: offset (\S+) s, spread (\S+) s, root distance (\S+) s\n", done.stderr).groups()
+    value_ns, spread_ns, distance_ns = (round(float(text) * 1e9) for text in shown)
+    ns, last = SNTP.unpack(done.stdout)
+    assert abs(ns - value_ns) <= 1 and last == SNTP.pack_quality(spread_ns, distance_ns)
+    return value_ns, spread_ns, distance_ns
+
+
+def free_port(address="127.0.0.1"):
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind((address, 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("scale, missing_sec", [("utc", 0), ("tai", 27)])
+@both
+def test_the_result_is_the_servers_offset(name, answer, scale, missing_sec):
+    """On the tai scale this clock, which shows UTC, is 27 s slow."""
+    for off_ns in 0, 123456789, -3 * 3600 * SECOND_NS - 5:
+        with Rogue(lambda query, n: [answer(query, off_ns)]) as server:
+            value_ns, spread_ns, _ = result_of(ask(name, server.port, "-v", 2, CLOCK_SCALE=scale))
+        assert abs(value_ns - off_ns - missing_sec * SECOND_NS) <= spread_ns < NEAR_NS
+        assert len(server.queries) == len(set(server.queries)) == 10, "a cookie came twice"
+
+
+def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
+    for scale, zone, offset_sec in (("utc", "UTC", 37), ("tai", "UTC", 10), ("", "UTC", 37)):
+        monkeypatch.setenv("CLOCK_SCALE", scale)
+        assert TAI.scale_offset_sec() == offset_sec
+    monkeypatch.setattr(TAI.time, "localtime", lambda sec: time.struct_time((1972, 6, 30, 23, 59, 60, 4, 182, 0)))
+    assert TAI.scale_offset_sec() == 10
+    done = ask("taiclock", 1, CLOCK_SCALE="gps")
+    assert done.returncode == 111 and "tell this clock's scale: CLOCK_SCALE is neither utc nor tai" in done.stderr
+
+
+@pytest.mark.parametrize("spread_ns, distance_ns, last", [
+    (20123000, 250000, 720133400), (1, 0, 10000000), (999, 0, 299900000), (10**9, 0, 910000000), (0, 0, 0),
+    (10001, 0, 410010000), (9999001, 0, 710000000), (9999 * 10**6, 0, 999990000), (9999 * 10**6 + 1, 0, 0),
+    (1000, 1, 310000100), (1000, 1179, 310000100), (1000, 1180, 310000200), (1000, 1500 * 10**6, 310008700),
+    (1000, 11787686348, 310009900), (1000, 11787686349, 0)])
+def test_what_a_mark_tells_of_itself_is_rounded_up(spread_ns, distance_ns, last):
+    packed = SNTP.pack_quality(spread_ns, distance_ns)
+    assert packed // 100 == last // 100 and packed % 97 == (1 if last else 0)
+    if packed:
+        told = VIEW.unpack_quality(packed)
+        assert spread_ns <= told[0] <= spread_ns * 1.001 + 1 and distance_ns <= told[1] <= max(distance_ns * 1.18, 1180)
+
+
+@both
+def test_exchanges_pause_and_addresses(name, answer):
+    with Rogue(lambda query, n: [answer(query, SECOND_NS)]) as server:
+        began = time.monotonic()
+        ask(name, server.port, "-r", 3, "-h", 200, hosts=["0"])
+        assert time.monotonic() - began >= 0.4 and len(server.queries) == 3
+        for args, host in (["-4"], "localhost"), (["-46"], "0"):
+            assert abs(offset_of(ask(name, server.port, *args, hosts=[host])) - SECOND_NS) < NEAR_NS
+    with Rogue(lambda query, n: [answer(query, SECOND_NS)], "::1") as server:
+        for args, host in ([], "::1"), (["-6"], "::1%1"):
+            assert abs(offset_of(ask(name, server.port, *args, hosts=[host])) - SECOND_NS) < NEAR_NS
+
+
+@both
+def test_what_fails_often_is_one_line_with_a_count(name, answer):
+    port = free_port()
+    done = ask(name, port, "-r", 4, hosts=["127.0.0.1", "127.0.0.2"])
+    line = "{0}: warning: unable to ask 127.0.0.%d: Connection refused (4 times)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (111, b"", (line % 1 + line % 2 +
+            "{0}: fatal: unable to get the time from 127.0.0.1, 127.0.0.2: no usable answer\n").format(name))
+    assert ask(name, port, "-v", 0, "-r", 1).stderr.count("\n") == 1
+    with Rogue(lambda query, n: [answer(query)] if n != 2 else []) as server:
+        done = ask(name, server.port, "-r", 3, "-t", 200)
+    assert abs(offset_of(done)) < NEAR_NS
+    assert done.stderr == "%s: warning: unable to ask 127.0.0.1: timed out\n" % name
+    done = ask(name, 1, hosts=["no-such-host.invalid", "nor-this.invalid"])
+    assert (done.returncode, done.stderr.count("\n")) == (111, 1)
+    assert done.stderr.startswith("%s: fatal: unable to find no-such-host.invalid, nor-this.invalid: " % name)
+
+
+@both
+def test_silent_servers_cost_their_timeouts_and_no_more_than_the_total(name, answer):
+    with Rogue(lambda query, n: []) as silent:
+        for args, least_sec, queries in (("-r3", "-t100"), 0.3, 3), (("-r9", "-t300", "-T700"), 0.6, 3):
+            del silent.queries[:]
+            began = time.monotonic()
+            done = ask(name, silent.port, *args)
+            assert least_sec <= time.monotonic() - began < least_sec + 3 and len(silent.queries) == queries
+            assert done.stdout == b"" and "timed out (3 times)" in done.stderr
+        del silent.queries[:]
+        with Rogue(lambda query, n: [answer(query)], "127.0.0.2", silent.port):
+            done = ask(name, silent.port, "-t", 500, hosts=["127.0.0.1", "127.0.0.2"])
+            assert abs(offset_of(done)) < NEAR_NS
+            assert len(silent.queries) == 1, "it is silent, and another has told all: one timeout is enough"
+
+
+@both
+def test_the_total_bounds_names_and_pauses_too(name, answer):
+    """getaddrinfo() can't be interrupted, so that a thread waits for it."""
+    program = ("import importlib.machinery as m, socket, sys, time\n"
+               "module = m.SourceFileLoader('client', %r).load_module()\n"
+               "def slow(host, *args, find=socket.getaddrinfo):\n"
+               "    return time.sleep(60) if host == b'slow' else find(host, *args)\n"
+               "module.socket.getaddrinfo = slow\n"
+               "sys.exit(module.main(sys.argv))") % path_of(name)
+
+    def asked(*args):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program] + list(args), stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=LIMIT_SEC, env=UTC_ENV)
+        assert time.monotonic() - began < 10
+        return done.returncode, len(done.stdout), done.stderr.decode()
+    assert asked("-T500", "slow") == (111, 0, "%s: fatal: unable to find slow: timed out\n" % name)
+    with Rogue(lambda query, n: [answer(query)]) as server:
+        assert asked("-p%d" % server.port, "-T3000", "slow", "127.0.0.1") == (
+            0, 16, "%s: warning: unable to ask slow: timed out\n" % name)
+        del server.queries[:]
+        assert asked("-p%d" % server.port, "-T1000", "-h300", "0") == (0, 16, "")
+        assert 2 <= len(server.queries) <= 4
+
+
+@both
+def test_wrong_usage(name, answer):
+    for line in ("", "-r 0 0", "-r x 0", "-r", "-p 65536 0", "-p 0 0", "-e nan 0", "-e -1 0", "-t inf 0", "-T -1 0",
+                 "-l -1 0", "-h -1 0", "-v -1 0", "-x 0", "--force 0", "-h 5"):
+        done = run(name, *line.split())
+        assert done.returncode == 100 and done.stderr.startswith("%s: usage: %s [" % (name, name)), line
+    module = load(name)
+    for words in "-46fr7 a b", "-r7 -f -4 -6 -- a b", "-f -r 7 a b":
+        settings = module.Settings(words.split(), 123)
+        assert (settings.exchanges, settings.force, settings.hosts) == (7, True, ["a", "b"]), words
+        assert settings.family == (socket.AF_INET if words.startswith("-f4") else socket.AF_UNSPEC)
+    settings = module.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
+    assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns, settings.pause_ns, settings.limit_ns,
+            settings.port) == (250000, 10**6, 2 * 10**6, 0, 43200 * 10**9, 9)
+
+
+@pytest.mark.parametrize("days, said", [(2.1, "2.1 days behind"), (-2.1, "2.1 days ahead"), (2192, "6.0 years behind"),
+                                        (999.9, "999.9 days behind")])
+@both
+def test_a_clock_far_away_is_told_so_and_how_to_set_it(name, answer, days, said):
+    off_ns = round(days * 86400) * SECOND_NS
+    with Rogue(lambda query, n: [answer(query, off_ns)]) as server:
+        done = ask(name, server.port)
+        assert (done.returncode, done.stdout) == (111, b"")
+        assert done.stderr.endswith(": this clock is %s; `clockctl set` sets it\n" % said)
+        for args in ["-f"], ["-l", abs(days) + 0.1], ["-l", 0]:
+            assert abs(offset_of(ask(name, server.port, *args)) - off_ns) < NEAR_NS
+
+
+@both
+def test_e_limits_the_spread_and_f_overrides(name, answer):
+    def slow(query, n):
+        time.sleep(0.02)
+        return [answer(query)]
+    with Rogue(slow) as server:
+        done = ask(name, server.port, "-r", 2, "-e", 5)
+        assert (done.returncode, done.stdout) == (111, b"")
+        assert re.search(r": time uncertainty too large, 0\.0\d+ s\n$", done.stderr)
+        for args in ["-e", 5, "-f"], ["-e", 500]:
+            assert abs(offset_of(ask(name, server.port, "-r", 2, *args))) < NEAR_NS
+
+
+@both
+def test_answers_that_are_late_doubled_forged_or_from_elsewhere_do_not_count(name, answer):
+    lie_ns, kept = 3600 * SECOND_NS, []
+    elsewhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    def late(query, n):  # each query is answered, with a lie, only after the next one has come
+        kept.append(query)
+        return [answer(kept[-2], lie_ns)] if n > 1 else []
+
+    def forged(query, n):  # 2000 are more than a socket's queue holds
+        elsewhere.sendto(answer(query, lie_ns), server.client)
+        lies = [answer(os.urandom(len(query)), lie_ns), query, b"", b"x", answer(query)[:31]]
+        return [lies[n % 5] for n in range(2000 if sys.platform.startswith("linux") else 5)] + [
+            answer(query), answer(query, lie_ns)]
+    with Rogue(late) as server:
+        done = ask(name, server.port, "-r", 3, "-t", 100)
+        assert done.returncode == 111 and "timed out (3 times)" in done.stderr
+    with Rogue(forged) as server, elsewhere:
+        done = ask(name, server.port)
+        assert abs(offset_of(done)) < 2 * NEAR_NS and done.stderr == "" and len(server.queries) == 10
+
+
+@LINUX_ONLY
+@both
+def test_the_kernel_drops_what_does_not_repeat_the_cookie(name, answer):
+    module = load(name)
+    for family, address in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"):
+        with socket.socket(family, socket.SOCK_DGRAM) as server, socket.socket(family, socket.SOCK_DGRAM) as client:
+            server.bind((address, 0))
+            client.connect(server.getsockname())
+            client.setblocking(False)
+            at, _, size = module.ECHO
+            for _ in range(2):
+                query = QUERY[name](None)
+                module.admit_only_answers(client, query)
+                client.send(query)
+                right, (_, asker) = answer(query), server.recvfrom(2048)
+                wrong = [right[:at + size - 1], b"", bytes(400)] + [
+                    right[:place] + bytes([right[place] ^ 1 << place % 8]) + right[place + 1:]
+                    for place in range(at, at + size)]
+                for packet in wrong + [right, right + bytes(100)]:
+                    server.sendto(packet, asker)
+                assert [client.recv(2048) for _ in range(2)] == [right, right + bytes(100)]
+                with pytest.raises(BlockingIOError):
+                    client.recv(2048)
+
+
+@both
+def test_several_servers_are_asked_at_once_and_falsetickers_are_named(name, answer):
+    def serve(off_ns):
+        def late(query, n):
+            time.sleep(0.1)
+            return [answer(query, off_ns)]
+        return late
+    one, two, three = hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+    with Rogue(serve(0)) as server, Rogue(serve(SECOND_NS), two, server.port), Rogue(serve(0), three, server.port):
+        began = time.monotonic()
+        done = ask(name, server.port, "-r", 5, hosts=hosts)
+        assert time.monotonic() - began < 1.4, "three servers of 0.5 s each, one after the other"
+        assert abs(offset_of(done)) < 4 * NEAR_NS
+        assert re.fullmatch("%s: warning: 127.0.0.2 is a falseticker: offset .1[.]0.*\n" % name, done.stderr)
+        for hosts in [one, two], [two, one, "0", "localhost"]:  # one asked under three names has one vote
+            done = ask(name, server.port, "-r", 1, "-4", hosts=hosts)
+            assert (done.returncode, done.stdout) == (111, b"")
+            assert done.stderr.endswith(": no majority of the servers agrees\n")
+        done = ask(name, server.port, "-r", 1, hosts=[one, "127.0.0.4"])
+        assert abs(offset_of(done)) < 4 * NEAR_NS and "127.0.0.4" in done.stderr, "who is dead has no vote"
+
+
+@both
+def test_s_keeps_what_each_server_said(name, answer, tmp_path):
+    kind, about = {"sntpclock": ("ntp", "1 54455354"), "taiclock": ("tai", "- -")}[name]
+    (tmp_path / "elsewhere").write_text("before")
+    for planted in "sources", "sources.tmp":
+        (tmp_path / planted).symlink_to("elsewhere")
+    with Rogue(lambda query, n: [answer(query)]) as server, Rogue(
+            lambda query, n: [answer(query, -SECOND_NS)], "127.0.0.2", server.port), Rogue(
+            lambda query, n: [answer(query)], "127.0.0.3", server.port):
+        hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4", "a.invalid"]
+        ask(name, server.port, "-s", tmp_path, hosts=hosts)
+        lines = (tmp_path / "sources").read_text().splitlines()
+        assert ask(name, server.port, "-s", tmp_path / "none").stderr == (
+            "%s: warning: unable to write %s/none/sources: No such file or directory\n" % (name, tmp_path))
+    times = [line.split()[0] for line in lines]
+    assert len(set(times)) == 1 and abs(int(times[0]) - time.time()) < LIMIT_SEC
+    right = r" %s 127.0.0.%s (-?\d+) (\d+) (\d+) 0 %s %s"
+    for line, host, off_ns, verdict in ((lines[0], 1, 0, "agreed"), (lines[1], 2, -SECOND_NS, "falseticker"),
+                                        (lines[2], 3, 0, "agreed")):
+        value_ns, spread_ns, delay_ns = map(int, re.fullmatch(right % (kind, host, about, verdict),
+                                                              line[len(times[0]):]).groups())
+        assert abs(value_ns - off_ns) <= spread_ns <= delay_ns < 2 * NEAR_NS
+    assert lines[3] == "%s %s 127.0.0.4 - - - - - - failed: Connection refused" % (times[0], kind)
+    assert lines[4].startswith("%s %s a.invalid - - - - - - failed: " % (times[0], kind))
+    assert (tmp_path / "elsewhere").read_text() == "before" and sorted(os.listdir(str(tmp_path))) == [
+        "elsewhere", "sources"]
+    assert stat.S_IMODE(os.lstat(str(tmp_path / "sources")).st_mode) == 0o644
+
+
+@both
+def test_signals_end_it_at_once_and_a_terminal_gets_no_raw_bytes(name, answer):
+    for number in signal.SIGINT, signal.SIGTERM:
+        with Rogue(lambda query, n: []) as server, process(
+                command_of(name, "-p", server.port, "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+            until(lambda: server.queries)
+            client.send_signal(number)
+            assert client.communicate(timeout=PATIENCE_SEC) == (b"", b"") and client.returncode == -number
+    ours, theirs = os.openpty()
+    done = subprocess.run(command_of(name, "0"), stdout=theirs, stderr=subprocess.PIPE, timeout=PATIENCE_SEC)
+    assert done.returncode == 100
+    assert done.stderr.decode().startswith("%s: usage: the result is 16 raw bytes: %s [" % (name, name))
+    assert done.stderr.endswith(b" host... | clockview\n")
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_the_range_of_a_server_and_of_all():
+    assert SNTP.server_range([(0, 10), (5, 20), (-5, 8)]) == (5, 8)
+    assert SNTP.server_range([(0, 10), (10, 20)]) == (10, 10)
+    # Empty intersections: the exchanges of up to twice the least delay (10), and all that they allow.
+    assert SNTP.server_range([(0, 10), (20, 40), (1000, 1021)]) == (0, 40)
+    assert SNTP.server_range([(0, 10), (7, 3)]) == (0, 10)  # it took the server longer than the exchange
+    with pytest.raises(ValueError, match="longer than we waited"):
+        SNTP.server_range([(7, 3)])
+    for ranges, wanted in (([(0, 10)], ((0, 10), 1)), ([(0, 10), (5, 20), (50, 60)], ((5, 10), 2)),
+                           ([(0, 10), (20, 30)], ((0, 30), 1)), ([(0, 30), (5, 10), (20, 25)], ((5, 25), 2)),
+                           ([(0, 10), (10, 20)], ((10, 10), 2))):
+        assert SNTP.vote([SNTP.Range(*pair) for pair in ranges]) == wanted
+
+
+def test_what_real_time_can_have_gained_on_the_clock():
+    then = SNTP.Reading(10**18, 5)
+    for clock_ns, tick_ns, wanted in (
+            (10**9, 10**9, (0, 0)), (10**9, 10**9 + 300, (0, 300)), (10**9, 10**9 - 300, (-300, 0)),
+            (10**9, 10**9 + 251000, (0, 251000)), (10**9 + 251000, 10**9, (-251000, 0)),
+            (10**9 + 251001, 10**9, (-752001, 249999)), (0, 10**9, (999499000, 1000501000))):
+        now = SNTP.Reading(then.clock_ns + clock_ns, then.tick_ns + tick_ns)
+        assert SNTP.gained(then, now) == wanted
+
+
+@pytest.mark.parametrize("ppm", [500, -500, 5000, -80000, 0])
+def test_a_slew_during_the_measurement_is_allowed_for(ppm):
+    """Four exchanges of 20 ms, 2 s apart, while the clock is slewed: the range holds at the end."""
+    rng = random.Random(SEED)
+    for _ in range(50):
+        offset_ns, counter_ppm, ranges = rng.randrange(-10**9, 10**9), rng.uniform(-50, 50), []
+
+        def read(real_ns):
+            return SNTP.Reading(10**18 + real_ns - offset_ns + real_ns * ppm // 10**6,
+                                real_ns + round(real_ns * counter_ppm / 10**6))
+        end = read(6100 * 10**6)
+        for start_ns in range(0, 8 * 10**9, 2 * 10**9):
+            there_ns = 10**18 + start_ns + rng.randrange(20 * 10**6)
+            answer = SNTP.Answer(there_ns, there_ns, 0, 1, "-")
+            ranges.append(SNTP.sample_range(answer, (read(start_ns), read(start_ns + 20 * 10**6)), end))
+        least_ns, most_ns = SNTP.server_range(ranges)
+        assert least_ns <= 10**18 + 6100 * 10**6 - end.clock_ns <= most_ns < least_ns + 21 * 10**6
+
+
+def samples_of(name, answer, monkeypatch, clocks=None, exchanges=4):
+    """Exchanges of this process with a server -> (the Server, the Reading at the end)."""
+    module = load(name)
+    if clocks:  # the kernel's stamps would be of the real clock
+        monkeypatch.setattr(module, "enable_kernel_stamps", lambda sock: None)
+    with Rogue(answer) as rogue:
+        settings = module.Settings(["-r%d" % exchanges, "-t100", "0"], rogue.port)
+        servers = module.find_servers(settings.hosts, settings.port, settings)
+        end = module.ask(servers, settings, QUERY[name], DECODE[name], clocks or module.read_clocks)
+    module.weigh(servers[0], settings, end)
+    return servers[0], end
+
+
+@both
+def test_a_step_during_the_measurement_is_allowed_for(name, answer, monkeypatch):
+    """Somebody sets the clock back by a second after the second exchange."""
+    queries = []
+
+    def clocks():
+        clock_ns, tick_ns = SNTP.read_clocks()
+        return SNTP.Reading(clock_ns - SECOND_NS * (len(queries) > 2), tick_ns)
+    server, _ = samples_of(name, lambda query, n: queries.append(n) or [answer(query)], monkeypatch, clocks)
+    assert len(server.samples) == 4 and server.range.least_ns <= SECOND_NS <= server.range.most_ns
+
+
+@LINUX_ONLY
+@both
+def test_kernel_stamps_are_paired_with_their_exchange(name, answer, monkeypatch):
+    server, _ = samples_of(name, lambda query, n: [answer(query)] * 2 if n != 3 else [], monkeypatch, exchanges=6)
+    assert len(server.samples) == 5 and server.failures == {"timed out": 1}
+    for _, own, kernel in server.samples:
+        assert own[0].clock_ns < kernel[0].clock_ns < kernel[1].clock_ns < own[1].clock_ns
+        assert own[0].tick_ns < kernel[0].tick_ns < kernel[1].tick_ns < own[1].tick_ns
+    least_ns = min(t1.clock_ns - t0.clock_ns for _, _, (t0, t1) in server.samples)
+    assert server.delay_ns() in range(least_ns, least_ns + 70)
+
+
+@LINUX_ONLY
+def test_only_the_stamp_of_this_query_counts():
+    class ErrorQueue:
+        waiting = [(b"query", 7), (b"other", 5)]
+
+        def recvmsg(self, size, ancillary_size, flags):
+            if flags != socket.MSG_ERRQUEUE or not self.waiting:
+                raise BlockingIOError
+            query, nano = self.waiting.pop()
+            stamp = SNTP.TIMESPEC.pack(1, nano) + bytes(2 * SNTP.TIMESPEC.size)
+            others = [(socket.IPPROTO_IP, 37, b"?" * 48), (socket.SOL_SOCKET, 11, b"?" * 48)]
+            return b"headers" + query, others + [(socket.SOL_SOCKET, 37, stamp)], 0, None
+    queue = ErrorQueue()
+    assert SNTP.sent_stamp(queue, b"query") == 10**9 + 7 and SNTP.sent_stamp(queue, b"query") is None
+    zero = (socket.SOL_SOCKET, 37, bytes(48))
+    assert SNTP.kernel_stamp([zero]) is None and SNTP.kernel_stamp([]) is None
+    assert SNTP.kernel_stamp([(socket.SOL_SOCKET, 35, SNTP.TIMESPEC.pack(2, 3))]) == 2 * 10**9 + 3
+
+
+def test_a_kernel_stamp_counts_only_between_our_own():
+    own = SNTP.Reading(1000, 50), SNTP.Reading(3000, 2050)
+    for stamps, wanted in (((None, None), own), ((999, 3001), own), ((1000, 3000), own),
+                           ((1500, 2500), ((1500, 550), (2500, 1550))), ((2500, None), ((2500, 1550), own[1]))):
+        assert SNTP.kernel_readings(own, *stamps) == wanted
+
+
+@pytest.mark.parametrize("near, addresses", [
+    (True, "10.1.2.3 127.9.9.9 169.254.1.1 172.16.0.1 172.31.255.255 192.168.7.7 ::1 fc00::1 fdff::1 fe80::1%lo"),
+    (False, "9.9.9.9 172.15.0.1 172.32.0.1 192.167.0.1 169.253.0.1 128.0.0.1 11.0.0.1 2600::1 fec0::1 ::ffff:9.9.9.9")])
+def test_public_addresses_are_spared(near, addresses, monkeypatch):
+    sent, paused = [], []
+
+    def exchange(*args):
+        sent.append(args)
+        raise ValueError("no")
+    monkeypatch.setattr(SNTP, "exchange", exchange)
+    monkeypatch.setattr(SNTP.socket.socket, "connect", lambda sock, address: None)
+    monkeypatch.setattr(SNTP.time, "sleep", paused.append)
+    for address in addresses.split():
+        assert SNTP.is_near(address) is near
+    server = SNTP.Server("a", socket.AF_INET, (address, 1))
+    SNTP.ask([server], SNTP.Settings(["a"], 1), QUERY["sntpclock"], None)
+    assert (len(sent), paused) == ((10, 9 * [0]) if near else (4, 3 * [2]))
+
+
+@both
+def test_a_name_with_many_addresses_is_as_many_servers_up_to_four(name, answer, monkeypatch):
+    module = load(name)
+    found = [(socket.AF_INET6, socket.SOCK_DGRAM, 17, "", ("2001:db8::%d" % n, 123, 0, 0)) for n in (1, 2)] \
+        + [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("192.0.2.%d" % n, 123)) for n in range(1, 5)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: list(found))
+    settings = module.Settings(["pool.example", "again.example"], 123)
+    assert [server.name for server in module.find_servers(settings.hosts, 123, settings)] == [
+        "pool.example/" + address for address in ("2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
+
+
+@pytest.mark.parametrize("to_sec, back_sec", [(0.05, 0), (0, 0.05), (0.02, 0.08)])
+@both
+def test_a_delayer_moves_the_result_by_no_more_than_the_spread(name, answer, to_sec, back_sec):
+    """Somebody on the path holds up each packet, for half of those times to the whole."""
+    rng = random.Random(SEED)
+
+    def late(query, n):
+        time.sleep(to_sec * rng.uniform(0.5, 1))
+        packet = answer(query)
+        time.sleep(back_sec * rng.uniform(0.5, 1))
+        return [packet]
+    with Rogue(late) as server:
+        value_ns, spread_ns, _ = result_of(ask(name, server.port, "-v", 2, "-r", 5))
+    assert abs(value_ns) <= spread_ns and 0.2e9 * (to_sec + back_sec) < spread_ns < 1.05e9 * (to_sec + back_sec)
+
+
+
 # ==== sntpclock =====================================================================================
 
+class Chronyd:
+    """A real one on a free port, which can't touch the clock."""
+
+    def __init__(self, home, *lines):
+        need("chronyd")
+        self.home, self.port, self.lines = home, free_port(), lines or ("local stratum 1",)
+
+    def __enter__(self):
+        conf = self.home / "chrony.conf"
+        conf.write_text("port %d\ncmdport 0\nbindcmdaddress /\nuser %s\nallow\npidfile %s\n%s\n" % (
+            self.port, getpass.getuser(), self.home / "chronyd.pid", "\n".join(self.lines)))
+        self.process = subprocess.Popen(without_the_right(["chronyd", "-x", "-d", "-f", str(conf)]),
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.settimeout(0.1)
+            probe.connect(("127.0.0.1", self.port))
+
+            def answered():
+                assert self.process.poll() is None, self.process.stdout.read().decode()
+                with contextlib.suppress(OSError):
+                    probe.send(SNTP.make_query())
+                    return probe.recv(100)
+            try:
+                until(answered)
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_a_real_chronyd_and_one_that_is_not_synchronised(tmp_path):
+    with Chronyd(tmp_path) as server:
+        for hosts in ["127.0.0.1"], ["::1"], ["127.0.0.1", "::1"]:
+            done = ask("sntpclock", server.port, "-v", 2, hosts=hosts)
+            value_ns, spread_ns, distance_ns = result_of(done)
+            assert abs(value_ns) <= spread_ns < 10**6 and distance_ns == 0
+            assert "root distance 0.000000000 s, stratum 1, reference 7f7f0101\n" in done.stderr
+    with Chronyd(tmp_path, "maxupdateskew 1") as server:
+        done = ask("sntpclock", server.port)
+        assert (done.returncode, done.stdout) == (111, b"") and done.stderr == (
+            "sntpclock: warning: unable to ask 127.0.0.1: the server is not synchronised (10 times)\n"
+            "sntpclock: fatal: unable to get the time from 127.0.0.1: no usable answer\n")
+
+
+def test_every_answer_of_a_coarse_chronyd_counts(tmp_path):
+    """It randomises what is below a millisecond, so that it seems to send before it receives half of the time."""
+    with Chronyd(tmp_path, "local stratum 1", "clockprecision 1e-3") as server:
+        done = ask("sntpclock", server.port, "-r", 20, "-v", 2)
+    value_ns, spread_ns, _ = result_of(done)
+    assert "warning" not in done.stderr and abs(value_ns) <= spread_ns < 2 * 10**6
+
+
+def decoded(ahead_ns=0, **fields):
+    query = SNTP.make_query()
+    packet = ntp_answer(query, **fields)
+    return SNTP.decode_answer(packet, ahead_ns) if SNTP.answers(query, packet) else None
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(flags=0xe4), "the server is not synchronised"), (dict(stratum=16), "the server is not synchronised"),
+    (dict(stratum=0, refid=bytes(4)), "the server is not synchronised"),
+    (dict(stratum=0, refid=b"INIT"), "stratum 0, INIT"), (dict(stratum=0, refid=b"\n\x1b[m"), r"stratum 0, \?\?\[m"),
+    (dict(flags=0x23), "answer of mode 3, version 4"), (dict(flags=0x25), "mode 5"), (dict(flags=4), "version 0"),
+    (dict(receive=0), "answer without time"), (dict(transmit=0), "answer without time"),
+    (dict(receive=ntp_stamp(10**18 + 2000), transmit=ntp_stamp(10**18)), "sent before the query came"),
+    (dict(receive=5 * 2**22 + 2**60, transmit=2**60, precision=-10), "sent before the query came"),
+    (dict(precision=1), "precise to 2 s only"), (dict(precision=127), "precise to"),
+    (dict(delay=3 * 2**16 + 2), "up to 1.5 s off"), (dict(delay=2**16, dispersion=2**16 + 1), "up to 1.5 s off"),
+    (dict(delay=2**32 - 1, dispersion=2**32 - 1), "up to 98304.0 s off")])
+def test_answers_that_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        decoded(**fields)
+
+
+def test_answers_that_are_taken():
+    for fields in (dict(flags=0x1c), dict(flags=0x5c), dict(flags=0x9c), dict(flags=0x0a), dict(stratum=15),
+                   dict(delay=3 * 2**16), dict(precision=0), dict(precision=-128)):
+        assert decoded(**fields)
+    assert decoded(originate=1) is None and not SNTP.answers(SNTP.make_query(), bytes(47))
+    base = 2**64 - 2**40
+    for precision, ahead_ns, early in ((-10, 0, 0), (-10, 27 * 10**9, 2**22), (-32, 0, 0), (-128, 0, 0)):
+        answer = decoded(ahead_ns, precision=precision, receive=base + early, transmit=base, delay=2**16, dispersion=1)
+        at_ns, coarse_ns = SNTP.stamp_ns(base) + ahead_ns, (10**9 >> -precision) + 1
+        early_ns = early * 10**9 >> 32
+        assert answer == (at_ns + early_ns + coarse_ns, at_ns - coarse_ns, 500015258, 1, "54455354")
+
+
+def test_a_kiss_of_death_ends_that_servers_part():
+    for word, usable in ("DENY", False), ("RSTR", False), ("RATE", True):
+        for first in 1, 3:
+            with Rogue(lambda query, n: [ntp_answer(query) if n < first else ntp_answer(
+                    query, stratum=0, refid=word.encode(), flags=0xe4)]) as server:
+                done = ask("sntpclock", server.port)
+            warning, *fatal = done.stderr.splitlines()
+            assert len(server.queries) == first
+            assert warning == "sntpclock: warning: unable to ask 127.0.0.1: kiss-o'-death " + word
+            assert done.returncode == (0 if usable and first == 3 else 111)
+            assert fatal == [] if done.returncode == 0 else fatal == [
+                "sntpclock: fatal: unable to get the time from 127.0.0.1: kiss-o'-death " + word]
+
+
+def test_the_era_is_the_one_that_holds_the_release():
+    for sec in (SNTP.RELEASE_SEC, SNTP.RELEASE_SEC + 1, 2**32 - 2208988800 - 1, 2**32 - 2208988800,
+                SNTP.RELEASE_SEC + 2**32 - 1):
+        assert SNTP.stamp_ns(ntp_stamp(sec * 10**9)) == sec * 10**9
+    assert SNTP.stamp_ns(ntp_stamp(SNTP.RELEASE_SEC * 10**9) - 1) == (SNTP.RELEASE_SEC + 2**32) * 10**9 - 1
+    off_ns = (2**32 - 2208988800 + 10**9) * 10**9 - time.time_ns()
+    with Rogue(lambda query, n: [ntp_answer(query, off_ns)]) as server:
+        assert abs(offset_of(ask("sntpclock", server.port, "-l", 0)) - off_ns) < NEAR_NS
+
+
+def test_ranges_are_widened_by_the_root_distance():
+    """Each server is sure of itself to some us, and 0.3 s from the other: that is within what both admit, or not."""
+    for one_distance, other_distance, agree in (0x4000, 0x4000, True), (0x4000, 0x2000, True), (0x1000, 0x1000, False):
+        with Rogue(lambda query, n: [ntp_answer(query, dispersion=one_distance)]) as server, Rogue(
+                lambda query, n: [ntp_answer(query, 3 * 10**8, dispersion=other_distance)], "127.0.0.2", server.port):
+            done = ask("sntpclock", server.port, "-v", 2, hosts=["127.0.0.1", "127.0.0.2"])
+        if agree:
+            _, spread_ns, distance_ns = result_of(done)
+            value_ns = SNTP.unpack(done.stdout)[0]
+            least_ns, most_ns = 3 * 10**8 - other_distance * 10**9 / 65536, one_distance * 10**9 / 65536
+            assert abs(value_ns - (least_ns + most_ns) / 2) < NEAR_NS
+            assert distance_ns == min(one_distance, other_distance) * 10**9 >> 16
+            assert abs(max((most_ns - least_ns) / 2 - distance_ns, 1) - spread_ns) < NEAR_NS
+        else:
+            assert done.returncode == 111 and "no majority" in done.stderr
+    with Rogue(lambda query, n: [ntp_answer(query, delay=2**15)]) as server:
+        _, spread_ns, distance_ns = result_of(ask("sntpclock", server.port, "-v", 2))
+    assert distance_ns == 250 * 10**6 and spread_ns < NEAR_NS, "of one server too, the two are told apart"
+
+
+HEX_KEY = "HEX:" + bytes(range(16)).hex()
+KEYS = """# keys, as chronyc keygen writes them
+1 MD5 ASCII:sixteen-bytes-16
+2 SHA1 HEX:933F62BE1D604E68A81B557F18CFA200483F5B70
+3 SHA256 chrysanthemum-and-lotus
+4 SHA384 %s
+5 SHA512 %s
+""" % (HEX_KEY, HEX_KEY)
+
+
+@pytest.mark.parametrize("line, said", [
+    ("7 SHA256 HEX:", "it has 0 bytes, and 16 are the least"), ("7 SHA256 ASCII:", "0 bytes"),
+    ("7 SHA1 fifteen-bytes-1", "15 bytes"), ("7 SHA1 ASCII:fifteen-bytes-1", "15 bytes"),
+    ("7 SHA1 HEX:" + 15 * "00", "15 bytes"), ("7 SHA1 HEX:0g", "non-hexadecimal"), ("7 SHA256", "its line is not"),
+    ("7 chrysanthemum-and-lotus", "its line is not the number, MD5 or SHA1 or SHA256 or SHA384 or SHA512, and the"),
+    ("7 AES128 " + HEX_KEY, "its line is not"), ("7 SHA256 %s x" % HEX_KEY, "its line is not"),
+    ("7", "its line is not"), ("#7 SHA256 " + HEX_KEY, "it is not there"), ("77 MD5 " + HEX_KEY, "it is not there")])
+def test_keys_that_are_refused(line, said):
+    with pytest.raises(ValueError, match=said):
+        SNTP.parse_key(KEYS + line + "\n", 7)
+
+
+def test_authentication_with_a_real_chronyd(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(KEYS)
+    keys.chmod(0o640)
+    (tmp_path / "others").write_text(KEYS.replace("933F", "933E"))
+    (tmp_path / "others").chmod(0o600)
+    with Chronyd(tmp_path, "local stratum 1", "keyfile %s" % keys) as server:
+        for ident in range(1, 6):
+            done = ask("sntpclock", server.port, "-k", keys, "-K", ident)
+            assert abs(offset_of(done)) < NEAR_NS and done.stderr == "", ident
+        done = ask("sntpclock", server.port, "-k", tmp_path / "others", "-K", 2, "-r", 1, "-t", 300)
+        assert (done.returncode, done.stdout) == (111, b"")
+    for mode, ident, said in ((0o604, 1, "take key 1 from %s: others can read or write it"),
+                              (0o602, 1, "take key 1 from %s: others can"), (0o600, 9, "take key 9 from %s: it is not")):
+        keys.chmod(mode)
+        done = ask("sntpclock", 1, "-k", keys, "-K", ident)
+        assert done.returncode == 111 and said % keys in done.stderr
+    for args in ("-k", keys), ("-K", 1), ("-k", keys, "-K", 0), ("-k", keys, "-K", "1x"), ("-k", keys, "-K", 2**32):
+        assert ask("sntpclock", 1, *args).returncode == 100
+    os.mkfifo(str(tmp_path / "fifo"), 0o600)
+    assert "it is not there" in ask("sntpclock", 1, "-k", tmp_path / "fifo", "-K", 1).stderr
+
+
+def test_only_what_is_authenticated_counts(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(KEYS)
+    keys.chmod(0o600)
+    key, other = SNTP.read_key(str(keys), 2), SNTP.read_key(str(keys), 1)
+    for tamper in (lambda answer: answer, lambda answer: answer + bytes(4),
+                   lambda answer: answer + SNTP.mac(key, answer)[:-1] + b"?",
+                   lambda answer: answer + SNTP.mac(other, answer), lambda answer: answer + SNTP.mac(key, answer) + b"?",
+                   lambda answer: answer + SNTP.mac(key, answer[:-1] + b"?")):
+        with Rogue(lambda query, n: [tamper(ntp_answer(query))]) as server:
+            done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 1)
+        assert done.returncode == 111 and "answer not authenticated with the key" in done.stderr
+    with Rogue(lambda query, n: [ntp_answer(query, stratum=0, refid=b"DENY")]) as server:
+        done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 2)
+        assert "DENY" not in done.stderr and [len(query) for query in server.queries] == [72, 72]
+
+
 # ==== taiclock ======================================================================================
+
+def test_the_query_has_zeros_where_the_label_will_be():
+    one, two = TAI.make_query(None), TAI.make_query(None)
+    assert len(one) == 32 and one[:20] == two[:20] == b"ctai" + bytes(16) and one[20:] != two[20:]
+
+
+def test_labels_that_are_taken():
+    """The label of Unix second 1483228800, the first after the last leap second, is 2^62 and 37 s more."""
+    query = TAI.make_query(None)
+    for label, tai_minus_clock_sec, wanted in (
+            ("40000000586846a5" + "00000005" + "00000000", 37, (5, 5)),
+            ("40000000586846a5" + "00000005" + "00000001", 37, (6, 5)),  # an attosecond must not make it a lie
+            ("40000000586846a5" + "00000005" + "3b9ac9ff", 10, (27 * 10**9 + 6, 27 * 10**9 + 5))):
+        answer = TAI.decode_answer(query, b"stai" + bytes.fromhex(label) + query[20:], tai_minus_clock_sec * 10**9)
+        received_ns, sent_ns = (1483228800 * 10**9 + ns for ns in wanted)
+        assert answer == (received_ns, sent_ns, 0, "-", "-")
+
+
+def test_what_is_no_answer_is_ignored_and_what_is_no_label_refused():
+    query = TAI.make_query(None)
+    right = tai_answer(query)
+    for packet in (query, right[:-1], right + b"?", b"Stai" + right[4:], b"stbi" + right[4:], b"", bytes(32)) + tuple(
+            right[:place] + bytes([right[place] ^ 1]) + right[place + 1:] for place in (20, 31)):
+        assert TAI.decode_answer(query, packet) is None
+    for label in bytes(8) + b"\xff" * 8, b"\x80" + bytes(15), bytes(8) + bytes.fromhex("000000003b9aca00"):
+        with pytest.raises(ValueError, match="not a TAI64NA"):
+            TAI.decode_answer(query, b"stai" + label + query[20:])
+    for label in bytes(16), b"\x7f" + b"\xff" * 7 + bytes(8):  # true labels of absurd times
+        with Rogue(lambda query, n: [b"stai" + label + query[20:]]) as server:
+            assert "years" in ask("taiclock", server.port, "-r", 1).stderr
+
+
+def test_an_s6_taiclockd_writes_12_bytes_of_the_label():
+    with Rogue(lambda query, n: [tai_answer(query)[:16] + query[16:]]) as server:
+        done = ask("taiclock", server.port, "-r", 20)
+    assert abs(offset_of(done)) < NEAR_NS and done.stderr == ""
+
+
+def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
+    def result(*samples):
+        server = TAI.Server("a")
+        server.samples = [TAI.Sample(TAI.Answer(t2, t2, 0, "-", "-"), *[
+            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in (own, kernel)]) for t2, own, kernel in samples]
+        end = TAI.Reading(300, 300)
+        server.range = server.certain = TAI.server_range([
+            TAI.sample_range(sample.answer, sample.kernel, end) for sample in server.samples])
+        return TAI.Result(server.range, 0, [server], end)
+    # It stamps 40 ns after the query came, and we learn of its answer as late: 0 is the truth.
+    balanced = result((150, (100, 200), (105, 160)))
+    assert balanced.range == (-10, 45) and TAI.balanced_value_ns(balanced) == 0
+    packet = TAI.pack_mark(balanced, 0, TAI.Settings(["a"], 1))
+    assert TAI.unpack(packet) == (0, TAI.pack_quality(45, 0))
+    for own, value_ns in ((0, 200), 45), ((100, 300), -10):  # the kernel's range is proven
+        assert TAI.balanced_value_ns(result((150, own, (105, 160)))) == value_ns
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_taiclock_asks_taiclockd(address):
+    port = free_port(address)
+    with process(command_of("taiclockd", "-i", address, "-p", port), env=UTC_ENV, stdout=subprocess.DEVNULL):
+        done = until(lambda: [done for done in [ask("taiclock", port, "-v", 2, hosts=[address])]
+                              if done.returncode == 0])[0]
+    value_ns, spread_ns, _ = result_of(done)
+    assert abs(value_ns) <= spread_ns < 10**6
+
 
 # ==== ntsclock ======================================================================================
 
