@@ -336,12 +336,12 @@ class Batches:
         head = clock.head()
         usual = (self.sizes[:received] == self.sizes_before[:received]
                  and self.marks[:received] == self.query_marks[:received])
-        runs = [(0, received)] if usual else self.runs(received)
-        queries = sum(end - first for first, end in runs)
-        if not head:
-            return received, queries, 0
-        self.head[:] = head
-        return received, queries, sum(self.send(first, end) for first, end in runs)
+        self.head[:] = head or self.head
+        queries = sent = 0
+        for first, end in [(0, received)] if usual else self.runs(received):
+            queries += end - first
+            sent += self.send(first, end) if head else 0
+        return received, queries, sent
 
     def runs(self, received):
         """Prepare the replies to the queries among the datagrams -> (first slot, end) of each run of them."""
