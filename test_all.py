@@ -493,7 +493,7 @@ def test_taiclockd_gives_each_query_of_a_mix_its_own_reply_and_the_rest_none(lac
     rng = random.Random(SEED)
     with taiclockd(*args, lack=lack) as server, contextlib.ExitStack() as stack:
         socks = [stack.enter_context(client_of(server.port, ("127.0.0.1", "::1")[i % 2])) for i in range(20)]
-        with stopped(server):  # the second 64 lie where the first left the mark of a query
+        with stopped(server):  # the second 64 come to lie where the first left a query's mark
             for datagram in [b"ctai"] * 64 + [b""] * 64:
                 socks[0].send(datagram)
         assert exchange(socks[0], []) == []
