@@ -186,12 +186,12 @@ QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel, whose own limi
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
 COUNT_SEC = 3600  # between two lines of counts
 
-# A slot: a datagram, its sender's address, and three of C's struct iovec (address, size): one to receive it,
-# one for the head of its reply, one for what follows the head.
-SLOT = struct.Struct("@256s32sPNPNPN")
-NAME_AT, QUERY_IOVEC_AT, REPLY_IOVECS_AT = 256, 288, struct.calcsize("@256s32sPN")
+# A slot: a datagram, its sender's address, and two of C's struct iovec (address, size): one to receive it, one to
+# send the reply from the same place.
+SLOT = struct.Struct("@256s32sPNPN")
+NAME_AT, QUERY_IOVEC_AT, REPLY_IOVEC_AT = 256, 288, struct.calcsize("@256s32sPN")
 NAME_SIZES = {socket.AF_INET: 16, socket.AF_INET6: 28}  # of struct sockaddr_in and sockaddr_in6
-SIZE_T = struct.calcsize("@N")
+REPLY_SIZE_AT = SLOT.size - (struct.calcsize("@N") if sys.byteorder == "little" else 4)  # its low 32 bits
 # C's struct mmsghdr: name, its size; iovecs, their number; control data, its size; flags; the size received.
 MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
 RECEIVED_AT = struct.calcsize("@PIPNPNi0P")
@@ -292,9 +292,8 @@ class Single:
 class Batches:
     """A socket whose datagrams are answered up to SLOTS at a time, by recvmmsg(2) and sendmmsg(2).
 
-    Each datagram is received into a slot of its own.  Each reply is sent from two pieces: the head, which all
-    share, and what follows it in the slot.  So nothing is copied, and Python does nothing for the single
-    datagram while all are queries of the sizes that were in these slots before.
+    Each datagram is received into a slot of its own and becomes the reply there.  Only the head has to be
+    written for each; what else there is to do is done for all of them at once, if all are queries.
 
     OSError, ImportError, AttributeError where the system can't do that.
     """
@@ -308,24 +307,24 @@ class Batches:
         self.fd, self.flags = sock.fileno(), MSG_WAITFORONE if wait else MSG_DONTWAIT
         if self.recvmmsg(self.fd, None, 0, MSG_DONTWAIT, None) != 0:  # of no datagrams: does it exist?
             raise OSError(errno.ENOSYS, "no recvmmsg")
-        self.head, self.slots = bytearray(QUERY_MIN), bytearray(SLOTS * SLOT.size)
+        self.slots = bytearray(SLOTS * SLOT.size)
         self.headers = queries, replies = bytearray(SLOTS * MMSGHDR.size), bytearray(SLOTS * MMSGHDR.size)
-        head_at, slots_at, queries_at, replies_at = (ctypes.addressof(ctypes.c_char.from_buffer(data))
-                                                     for data in (self.head, self.slots, queries, replies))
+        slots_at, queries_at, replies_at = (ctypes.addressof(ctypes.c_char.from_buffer(data))
+                                            for data in (self.slots, queries, replies))
         for slot in range(SLOTS):
-            at = slots_at + slot * SLOT.size
-            SLOT.pack_into(self.slots, slot * SLOT.size, b"", b"",
-                           at, QUERY_MAX, head_at, QUERY_MIN, at + QUERY_MIN, 0)
+            at, header = slots_at + slot * SLOT.size, slot * MMSGHDR.size
             name = at + NAME_AT, NAME_SIZES[sock.family]
-            MMSGHDR.pack_into(queries, slot * MMSGHDR.size, *name, at + QUERY_IOVEC_AT, 1, 0, 0, 0, 0)
-            MMSGHDR.pack_into(replies, slot * MMSGHDR.size, *name, at + REPLY_IOVECS_AT, 2, 0, 0, 0, 0)
+            SLOT.pack_into(self.slots, slot * SLOT.size, b"", b"", at, QUERY_MAX, at, 0)
+            MMSGHDR.pack_into(queries, header, *name, at + QUERY_IOVEC_AT, 1, 0, 0, 0, 0)
+            MMSGHDR.pack_into(replies, header, *name, at + REPLY_IOVEC_AT, 1, 0, 0, 0, 0)
         self.queries = ctypes.c_void_p(queries_at)
         self.replies = [ctypes.c_void_p(replies_at + slot * MMSGHDR.size) for slot in range(SLOTS)]
+        words = memoryview(self.slots).cast("I")
+        self.marks, self.reply_sizes = words[::SLOT.size // 4], words[REPLY_SIZE_AT // 4::SLOT.size // 4]
         self.sizes = memoryview(queries).cast("I")[RECEIVED_AT // 4::MMSGHDR.size // 4]
-        self.rest_sizes = memoryview(self.slots).cast("N")[SLOT.size // SIZE_T - 1::SLOT.size // SIZE_T]
-        self.sizes_before = memoryview(bytearray(b"\xff" * 4 * SLOTS)).cast("I")  # those that rest_sizes fit
-        self.marks = memoryview(self.slots).cast("I")[::SLOT.size // 4]
         self.query_marks = memoryview(b"ctai" * SLOTS).cast("I")
+        self.heads = [memoryview(self.slots)[at:at + QUERY_MIN]
+                      for at in range(0, len(self.slots), SLOT.size)]
 
     def serve(self, clock):
         """Answer what is there -> the numbers of datagrams, of queries among them, and of replies sent."""
@@ -334,24 +333,23 @@ class Batches:
             time.sleep(PAUSE_SEC)
             return 0, 0, 0
         head = clock.head()
-        usual = (self.sizes[:received] == self.sizes_before[:received]
-                 and self.marks[:received] == self.query_marks[:received])
+        self.reply_sizes[:] = self.sizes
+        usual = (self.marks[:received] == self.query_marks[:received]
+                 and min(self.sizes[:received]) >= QUERY_MIN)
         runs = [(0, received)] if usual else self.runs(received)
-        queries = sum(end - first for first, end in runs)
-        if not head:
-            return received, queries, 0
-        self.head[:] = head
-        return received, queries, sum(self.send(first, end) for first, end in runs)
+        for place in self.heads[:received] if head else ():
+            place[:] = head
+        queries = sent = 0
+        for first, end in runs:
+            queries += end - first
+            sent += self.send(first, end) if head else 0
+        return received, queries, sent
 
     def runs(self, received):
-        """Prepare the replies to the queries among the datagrams -> (first slot, end) of each run of them."""
+        """(first slot, end) of each run of queries among the datagrams."""
         runs, first = [], 0
         for slot in range(received):
-            size = self.sizes[slot]
-            if is_query(self.slots, slot * SLOT.size, size):
-                self.sizes_before[slot] = size
-                self.rest_sizes[slot] = size - QUERY_MIN
-            else:
+            if not is_query(self.slots, slot * SLOT.size, self.sizes[slot]):
                 runs.append((first, slot))
                 first = slot + 1
         return runs + [(first, received)]
