@@ -186,8 +186,8 @@ QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel, whose own limi
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
 COUNT_SEC = 3600  # between two lines of counts
 
-# A slot: a datagram, its sender's address, and two of C's struct iovec (address, size): one to receive it, one to
-# send the reply from the same place.
+# A slot: a datagram, its sender's address, and two of C's struct iovec (address, size): to receive it and
+# to send the reply from the same place.
 SLOT = struct.Struct("@256s32sPNPN")
 NAME_AT, QUERY_IOVEC_AT, REPLY_IOVEC_AT = 256, 288, struct.calcsize("@256s32sPN")
 NAME_SIZES = {socket.AF_INET: 16, socket.AF_INET6: 28}  # of struct sockaddr_in and sockaddr_in6
