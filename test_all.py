@@ -3149,95 +3149,103 @@ def test_a_year_of_restarts_reboots_lost_and_wild_marks(simulate, monkeypatch):
 # ==== clockctl ======================================================================================
 
 CTL = load("clockctl")
-OWN_ANSWER = ADD.pack(-3200000, 720133918)  # 3.2 ms ahead, 20.13 ms and 0.611 ms of doubt
+MARK = ADD.pack(-3200000, 720133918)  # 3.2 ms ahead, give or take 20.13 ms and 0.61 ms
 BOOT_ID = CTL.take_reading("CLOCK_MONOTONIC").boot_id
+DEAD = {"pid": 2**22 + 1}
+NO_PLAN = {"wait_sec": None, "exchanges": None, "settling": True}
 
 
 class Host:
     """An installation that everybody may look into, with stand-ins for the programs."""
 
-    def __init__(self, path):
-        self.home, self.bin, self.conf = path, os.path.join(path, "bin"), os.path.join(path, "conf")
-        self.adjust, self.asked = os.path.join(path, "adjust"), os.path.join(path, "asked")
+    def __init__(self, home):
+        self.home, self.bin, self.conf = home, home + "/bin", home + "/conf"
+        self.adjust, self.asked = home + "/adjust", home + "/asked"
+        os.chmod(home, 0o755)
         for name in ("bin", "etc", "mark"):
-            os.mkdir(os.path.join(path, name))
-            os.chmod(os.path.join(path, name), 0o777)
+            os.mkdir(os.path.join(home, name))
+            os.chmod(os.path.join(home, name), 0o777)
         os.mkfifo(self.adjust)
-        self.write("asked", "")
-        os.chmod(self.asked, 0o666)
-        self.configure()
+        self.write("asked", "", 0o666)
+        self.configure("CLOCK_IP=192.0.2.1\n")
+        self.stand_in("sntpclock", MARK)
+        self.stand_in("clockview", b"before: 1\nafter:  2\n")
+        self.env = dict(UTC_ENV, CLOCKSPEED_CONF=self.conf, LC_ALL="C.UTF-8")
 
-    def configure(self, text="CLOCK_IP=192.0.2.1\n"):
-        self.write("conf", "CLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n%s" % (self.home, self.bin, text))
-
-    def write(self, name, text):
+    def write(self, name, text, mode=0o644):
         with open(os.path.join(self.home, name), "w") as file:
             file.write(text)
+        os.chmod(os.path.join(self.home, name), mode)
+
+    def configure(self, text):
+        self.write("conf", "CLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n%s" % (self.home, self.bin, text))
 
     def stand_in(self, name, answer=b"", ours=True, then="exit 0"):
-        """A program that notes its arguments and stdin, and answers; one of ours knows --version."""
-        path = os.path.join(self.bin, name)
-        with open(path + ".answer", "wb") as file:
+        """A program that notes its arguments and answers; one of ours knows --version."""
+        with open(os.path.join(self.bin, name + ".answer"), "wb") as file:
             file.write(answer)
-        version = 'if [ "$1" = --version ]; then %s; fi\n' % ("echo %s 2026.11; exit 0" % name if ours else "exit 100")
-        self.write("bin/" + name, '#!/bin/sh\n%secho "%s:$*" >>%s\ncat %s.answer\n%s\n' % (
-            version, name, self.asked, path, then))
-        os.chmod(path, 0o755)
+        version = "echo %s 2026.11; exit" % name if ours else "exit 100"
+        self.write("bin/" + name, '#!/bin/sh\n[ "$1" = --version ] && { %s; }\necho "%s:$*" >>%s\n'
+                   "cat $0.answer\n%s\n" % (version, name, self.asked, then), 0o755)
 
     def lines(self):
         with open(self.asked) as file:
-            return file.read().splitlines()
+            return file.read().replace(self.home, "HOME").splitlines()
 
     def status(self, **changes):
         self.write("etc/status", json.dumps(a_status(**changes)))
 
     def run(self, *args, **env):
-        return run("clockctl", *args, **dict(dict(CLOCKSPEED_CONF=self.conf, LC_ALL="C.UTF-8"), **env))
+        return run("clockctl", *args, **dict(self.env, **env))
+
+    def start(self, *args, **options):
+        return process(command_of("clockctl", *args), env=self.env, **options)
 
     def says(self, *args, **env):
         done = self.run(*args, **env)
-        assert done.returncode == 0, done.stderr
+        assert (done.returncode, done.stderr) == (0, "")
         return done.stdout.decode()
 
     def refuses(self, *args, **env):
         done = self.run(*args, **env)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (111, b"", 1), done.stderr
-        assert done.stderr.startswith("clockctl: fatal: ")
-        return done.stderr[len("clockctl: fatal: "):-1].replace(self.home, "HOME")
+        return re.sub("^clockctl: fatal: unable to ", "", done.stderr.rstrip()).replace(self.home, "HOME")
 
 
 @pytest.fixture
 def host():
     with tempfile.TemporaryDirectory() as path:
-        os.chmod(path, 0o755)
-        host = Host(path)
-        host.stand_in("sntpclock", OWN_ANSWER)
-        yield host
+        yield Host(path)
 
 
 def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
     """What clockspeed wrote that long ago, by which this clock is that far behind now."""
     now = CTL.take_reading("CLOCK_MONOTONIC_RAW")
+    tick_ns = now.tick_ns - age_sec * 10**9
     status = {
         "version": 2, "pid": os.getpid(), "boot_id": now.boot_id, "doing": "steering the clock",
-        "observe_only": False, "counter": "CLOCK_MONOTONIC_RAW", "scale": "utc",
-        "tick_ns": now.tick_ns - age_sec * 10**9, "written_ns": now.clock_ns - age_sec * 10**9,
-        "suspended_ns": now.suspended_ns, "offset_ns": round(clock_off_sec * 1e9), "variance": [1e10, 0, 1e4, 0],
-        "bound": {"earliest_ns": -5 * 10**6, "latest_ns": 4 * 10**6}, "rate_ppm": 0.0, "rate_error_ppm": 0.0123,
+        "observe_only": False, "counter": "CLOCK_MONOTONIC_RAW", "scale": "utc", "tick_ns": tick_ns,
+        "written_ns": now.clock_ns - age_sec * 10**9, "suspended_ns": now.suspended_ns,
+        "offset_ns": round(clock_off_sec * 1e9),
+        "variance": [1e10, 0, 1e4, 0], "bound": A_BOUND, "rate_ppm": 0.0, "rate_error_ppm": 0.0123,
         "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1, "refused": 0},
-        "last_mark": {"tick_ns": now.tick_ns - age_sec * 10**9, "offset_ns": 1234567, "spread_ns": 10**6,
-                      "distance_ns": 10**5, "outcome": "used"},
+        "last_mark": {"tick_ns": tick_ns, "offset_ns": 1234567, "spread_ns": 10**6, "distance_ns": 10**5,
+                      "outcome": "used"},
         "next": {"wait_sec": 700.0, "exchanges": 4, "settling": False},
-        "kernel": {"freq_ppm": 12.3, "tick": 10000, "maxerror_us": 5000, "esterror_us": 100, "synchronised": True}}
+        "kernel": {"freq_ppm": 12.3, "tick": 10000, "maxerror_us": 5000, "esterror_us": 100,
+                   "synchronised": True}}
     return dict(status, **changes)
 
 
+A_BOUND = {"earliest_ns": -5 * 10**6, "latest_ns": 4 * 10**6}
+
+
 @pytest.mark.parametrize("text, wanted", [
-    ("", {}), ("# only a comment, isn't it\n\n  # another", {}), ("CLOCK_IP=192.0.2.1", {"CLOCK_IP": "192.0.2.1"}),
+    ("# only a comment, isn't it\n\n  # another", {}), ("CLOCK_IP=192.0.2.1", {"CLOCK_IP": "192.0.2.1"}),
     ('CLOCK_IP="192.0.2.1 192.0.2.2" # two\r\n', {"CLOCK_IP": "192.0.2.1 192.0.2.2"}),
     ("CLOCK_TYPE=n't'\"p\"; CLOCK_KEY=1", {"CLOCK_TYPE": "ntp", "CLOCK_KEY": "1"}),
-    ("export CLOCK_KEY=a#b\\ c\nexport CLOCK_KEY CLOCK_IP", {"CLOCK_KEY": "a#b c"}), ("CLOCK_IP=", {"CLOCK_IP": ""}),
-    ("CLOCK_KEY=1\nCLOCK_KEY=';&|<>()'", {"CLOCK_KEY": ";&|<>()"}),
+    ("export CLOCK_KEY=a#b\\ c\nexport CLOCK_KEY CLOCK_IP", {"CLOCK_KEY": "a#b c"}),
+    ("CLOCK_KEY=1\nCLOCK_KEY=';&|<>()'\nCLOCK_IP=", {"CLOCK_KEY": ";&|<>()", "CLOCK_IP": ""}),
 ])
 def test_shell_assignments_are_understood(text, wanted):
     assert CTL.parse_assignments(text) == wanted
@@ -3246,25 +3254,23 @@ def test_shell_assignments_are_understood(text, wanted):
 @pytest.mark.parametrize("line, said", [(line, "not of the form") for line in (
     "CLOCK_IP=$HOME", "CLOCK_IP=`id`", "CLOCK_IP=~/a", 'CLOCK_IP="$(id)"', "CLOCK_IP=a b", "CLOCK_IP", "id",
     "CLOCK_IP = a", "CLOCK_IP=a & id", "CLOCK_IP=a>b", "CLOCK_IP=(a)", "CLOCK_IP=a\0", "1A=b", "A-B=c", "=",
-    "source x", ". x", "unset CLOCK_IP", "if CLOCK_IP=a; then", "CLOCK_IP+=a")] + [
+    ". x", "if CLOCK_IP=a; then", "CLOCK_IP+=a")] + [
     ('CLOCK_IP="a', "No closing quotation"), ("CLOCK_IP=a\\", "No escaped character"),
-    ('CLOCK_IP="a # b"', "No closing quotation"), ("CLOCK_ERR=1", "CLOCK_ERR; the nearest known one is CLOCK_ERROR"),
-    ("CLOCK_IPS=a", "no variable CLOCK_IPS; the nearest known one is CLOCK_IP"), ("PATH=/tmp", "no variable PATH"),
-    ("LD_PRELOAD=/tmp/x", "no variable LD_PRELOAD"), ("PYTHONPATH=/tmp", "no variable"), ("IFS=x", "no variable")])
+    ('CLOCK_IP="a # b"', "No closing quotation"), ("LD_PRELOAD=/tmp/x", "there is no variable LD_PRELOAD"),
+    ("PATH=/tmp", "no variable PATH"), ("PYTHONPATH=/tmp", "no variable"), ("IFS=x", "no variable IFS"),
+    ("CLOCK_ERR=1", "no variable CLOCK_ERR; the nearest known one is CLOCK_ERROR"),
+    ("CLOCK_IPS=a", "no variable CLOCK_IPS; the nearest known one is CLOCK_IP")])
 def test_what_needs_a_shell_or_is_unknown_is_refused_with_its_line(line, said):
     with pytest.raises(ValueError, match="^line 3: .*" + re.escape(said)):
         CTL.parse_assignments("\nCLOCK_KEY=1\n" + line)
 
 
-@pytest.mark.parametrize("text, sec", [("0.010", 0.01), ("10ms", 0.01), ("10 us", 1e-5), (".5s", 0.5), ("1e-3", 1e-3),
-                                       ("7ns", 7e-9)] + [(text, None) for text in (
-                                           "", "0", "0ms", "-1", "5x", "nan", "inf", "1e999", "ms", "1 2", "0x1")])
-def test_spans_of_time(text, sec):
-    if sec is None:
+def test_spans_of_time():
+    for text, sec in (("0.010", 0.01), ("10ms", 0.01), ("10 us", 1e-5), (".5s", 0.5), ("1e-3", 1e-3)):
+        assert CTL.parse_span(text) == pytest.approx(sec)
+    for text in ("", "0", "0ms", "-1", "5x", "nan", "inf", "1e999", "ms", "1 2", "0x1"):
         with pytest.raises(ValueError):
             CTL.parse_span(text)
-    else:
-        assert CTL.parse_span(text) == pytest.approx(sec)
 
 
 def test_run_gives_a_program_the_configuration_and_nothing_else(host):
@@ -3272,121 +3278,107 @@ def test_run_gives_a_program_the_configuration_and_nothing_else(host):
     script = 'echo "$CLOCK_TYPE $CLOCK_IP $CLOCKSPEED_HOME $OTHER $CLOCK_SCALE $*"'
     assert host.says("run", "sh", "-c", script, "sh", "-u", "--help", CLOCK_IP="environment", OTHER="kept",
                      CLOCK_SCALE="utc") == "tai environment %s kept tai -u --help\n" % host.home
-    assert host.refuses("run", "/none") == "unable to run /none: No such file or directory"
-    host.configure("LD_PRELOAD=/tmp/x.so\n")
-    assert "line 3: there is no variable LD_PRELOAD" in host.refuses("run", "echo")
-    assert host.refuses("atto", CLOCKSPEED_CONF="/none") == "unable to read /none: No such file or directory"
+    assert host.refuses("run", "/none") == "run /none: No such file or directory"
+    assert host.refuses("atto", CLOCKSPEED_CONF="/none") == "read /none: No such file or directory"
 
 
-@pytest.mark.parametrize("text, said", [
-    ("CLOCK_IP=' , '", "unable to ask the time: CLOCK_IP is not set in HOME/conf"),
-    ("CLOCK_IP='-f 192.0.2.1'", "unable to ask the time: CLOCK_IP is not an address in HOME/conf"),
-    ("CLOCK_IP=a\nCLOCK_TYPE=gps", "unable to ask the time: CLOCK_TYPE is none of ntp, tai and nts in HOME/conf"),
-    ("CLOCK_IP=a\nCLOCK_KEY=1", "unable to ask the time: of CLOCK_KEYFILE and CLOCK_KEY only one is set in HOME/conf"),
-    ("CLOCK_IP=a\nCLOCK_TYPE=tai", "unable to find taiclock: it is not in HOME/bin"),
-    ("CLOCK_IP=a\nCLOCK_TYPE=nts\nCLOCK_KEYFILE=k\nCLOCK_KEY=1",
-     "unable to ask the time: CLOCK_KEY needs CLOCK_TYPE=ntp and our sntpclock, not HOME/bin/ntsclock"),
-])
-def test_a_configuration_that_can_ask_nobody(host, text, said):
-    host.configure(text)
-    host.stand_in("ntsclock")
-    host.stand_in("clockview")
-    assert host.refuses("view") == said and host.lines() == []
-
-
-FIRST_OF_BOOT = "-l 0 "
+@contextlib.contextmanager
+def reading(path):
+    fifo = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    yield lambda: os.read(fifo, 100)
+    os.close(fifo)
 
 
 @pytest.mark.parametrize("text, changes, asked", [
-    ("CLOCK_IP='a,b  c'", None, FIRST_OF_BOOT + "-s HOME/mark a b c"),
+    ("CLOCK_IP='a,b  c'", None, "-l 0 -s HOME/mark a b c"),
     ("CLOCK_IP=a\nCLOCK_KEYFILE=/k\nCLOCK_KEY=7", {}, "-k /k -K 7 -r 4 -s HOME/mark a"),
-    ("CLOCK_IP=a", {"marks": {"used": 0, "doubted": 0, "refused": 9}}, FIRST_OF_BOOT + "-s HOME/mark a"),
-    ("CLOCK_IP=a", {"boot_id": "other"}, FIRST_OF_BOOT + "-s HOME/mark a"), ("CLOCK_IP=a", {"pid": 2**22 + 1}, "-s HOME/mark a"),
-    ("CLOCK_IP=a", {"next": {"wait_sec": 1, "exchanges": 8, "settling": True}}, "-r 8 -T 30000 -s HOME/mark a"),
-    ("CLOCK_IP=a", {"next": {"wait_sec": None, "exchanges": None, "settling": True}}, "-s HOME/mark a"),
-    ("CLOCK_IP=a", {"next": {"wait_sec": 1, "exchanges": 999, "settling": True}}, "-s HOME/mark a"),
+    ("CLOCK_IP=a", {"marks": {"used": 0, "doubted": 0, "refused": 9}}, "-l 0 -s HOME/mark a"),
+    ("CLOCK_IP=a", {"boot_id": "other"}, "-l 0 -s HOME/mark a"), ("CLOCK_IP=a", DEAD, "-s HOME/mark a"),
+    ("CLOCK_IP=a", {"next": dict(NO_PLAN, exchanges=8)}, "-r 8 -T 30000 -s HOME/mark a"),
+    ("CLOCK_IP=a", {"next": NO_PLAN}, "-s HOME/mark a"),
+    ("CLOCK_IP=a", {"next": dict(NO_PLAN, exchanges=999)}, "-s HOME/mark a"),
 ])
 def test_what_a_mark_asks_of_our_client(host, text, changes, asked):
     host.configure(text)
-    if changes is not None:
-        host.status(**changes)
-    with open(os.open(host.adjust, os.O_RDWR), "rb", buffering=0) as fifo:
-        servers = asked.rpartition("HOME/mark ")[2]
-        assert host.says("mark") == "mark: offset -0.003200000 s from ntp %s\n" % servers
-        assert os.read(fifo.fileno(), 100) == OWN_ANSWER
-    assert host.lines() == ["sntpclock:" + asked.replace("HOME", host.home)]
+    changes is None or host.status(**changes)
+    with reading(host.adjust) as read:
+        assert host.says("mark") == "mark: offset -0.003200000 s from ntp %s\n" % asked.rpartition("mark ")[2]
+        assert read() == MARK and host.lines() == ["sntpclock:" + asked]
 
 
 def test_other_clients_are_given_one_server_and_their_12_bytes_are_taken(host):
     host.configure("CLOCK_IP='192.0.2.1 192.0.2.2'\nCLOCK_TYPE=tai")
-    host.stand_in("taiclock", OWN_ANSWER[:12], ours=False)
-    with open(os.open(host.adjust, os.O_RDWR), "rb", buffering=0) as fifo:
+    host.stand_in("taiclock", MARK[:12], ours=False)
+    with reading(host.adjust) as read:
         done = host.run("mark")
-        assert os.read(fifo.fileno(), 100) == OWN_ANSWER[:12] + bytes(4)
-    assert host.lines() == ["taiclock:192.0.2.1"] and "asks only the first of CLOCK_IP, 192.0.2.1\n" in done.stderr
+        assert read() == MARK[:12] + bytes(4) and host.lines() == ["taiclock:192.0.2.1"]
+    assert re.fullmatch("clockctl: warning: .* asks only the first of CLOCK_IP, 192.0.2.1\n", done.stderr)
 
 
-@pytest.mark.parametrize("answer, then, said", [
-    (b"", "exit 0", "unable to use the answer of HOME/bin/sntpclock: 0 bytes, not 16"),
-    (bytes(17), "exit 0", "unable to use the answer of HOME/bin/sntpclock: 17 bytes, not 16"),
-    (b"\xff" * 16, "exit 0", "unable to use the answer of HOME/bin/sntpclock: not a TAI64NA packet"),
-    (bytes(16), "exit 111", "unable to ask the time: sntpclock failed (exit status 111)"),
-    (bytes(16), "kill -KILL $$", "unable to ask the time: sntpclock failed (signal 9)"),
+@pytest.mark.parametrize("text, answer, then, said", [
+    ("CLOCK_IP=' , '", MARK, "", "ask the time: CLOCK_IP is not set in HOME/conf"),
+    ("CLOCK_IP='-f a'", MARK, "", "ask the time: CLOCK_IP is not an address in HOME/conf"),
+    ("CLOCK_TYPE=gps", MARK, "", "ask the time: CLOCK_TYPE is none of ntp, tai and nts in HOME/conf"),
+    ("CLOCK_KEY=1", MARK, "", "ask the time: of CLOCK_KEYFILE and CLOCK_KEY only one is set in HOME/conf"),
+    ("CLOCK_TYPE=tai\nCLOCK_KEYFILE=k\nCLOCK_KEY=1", MARK, "",
+     "ask the time: CLOCK_KEY needs CLOCK_TYPE=ntp and our sntpclock, not HOME/bin/taiclock"),
+    ("CLOCK_TYPE=nts", MARK, "", "find ntsclock: it is not in HOME/bin"),
+    ("", b"", "", "use the answer of HOME/bin/sntpclock: 0 bytes, not 16"),
+    ("", bytes(17), "", "use the answer of HOME/bin/sntpclock: 17 bytes, not 16"),
+    ("", b"\xff" * 16, "", "use the answer of HOME/bin/sntpclock: not a TAI64NA packet"),
+    ("", MARK, "exit 111", "ask the time: sntpclock failed (exit status 111)"),
+    ("", MARK, "kill -KILL $$", "ask the time: sntpclock failed (signal 9)"),
 ])
-def test_an_answer_that_is_none_is_a_line_and_no_mark(host, answer, then, said):
+def test_no_answer_is_a_line_and_no_mark(host, text, answer, then, said):
+    host.configure("CLOCK_IP=192.0.2.1\n" + text)
     host.stand_in("sntpclock", answer, then=then)
-    with open(os.open(host.adjust, os.O_RDWR | os.O_NONBLOCK), "rb", buffering=0) as fifo:
-        assert host.refuses("mark") == said and fifo.read() is None
+    host.stand_in("taiclock")
+    with reading(host.adjust) as read:
+        assert host.refuses("mark") == said
+        with pytest.raises(BlockingIOError):
+            read()
+
+
+def endless(path):
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
 
 
 @pytest.mark.parametrize("make, said", [
     (None, "there is none: clockspeed makes it when it starts"), (os.mkfifo, "no clockspeed is reading it"),
-    (os.mkdir, "Is a directory"), (lambda path: open(path, "w").close(), "it is not a FIFO"),
-    (lambda path: os.symlink("/dev/null", path), "it is a symbolic link"), ("full", "it is full: clockspeed has stopped reading it"),
-])
-def test_a_mark_goes_into_the_fifo_or_nowhere_and_never_waits(host, make, said):
-    reader = None
-    if make == "full":
-        reader = os.open(host.adjust, os.O_RDWR | os.O_NONBLOCK)
-        with pytest.raises(BlockingIOError):
-            while True:
-                os.write(reader, bytes(4096))
-    else:
-        os.unlink(host.adjust)
-        make and make(host.adjust)
-    assert host.refuses("mark") == "unable to write HOME/adjust: " + said
-    assert bool(host.lines()) is (make == "full")  # else nobody was asked for nothing
-    reader and os.close(reader)
-
-
-def test_a_mark_has_patience_with_a_clockspeed_that_starts(host):
+    (os.mkdir, "Is a directory"), (endless, "it is not a FIFO"),
+    (lambda path: os.symlink("/dev/null", path), "it is a symbolic link")])
+def test_nobody_is_asked_for_a_mark_that_nobody_would_take(host, make, said):
     os.unlink(host.adjust)
-    with process(command_of("clockctl", "mark", "--patience", PATIENCE_SEC), stdout=subprocess.PIPE,
-                 env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf)) as marking:
+    make and make(host.adjust)
+    assert host.refuses("mark") == "write HOME/adjust: " + said and host.lines() == []
+
+
+def test_a_mark_waits_for_no_full_fifo_but_for_a_clockspeed_that_starts(host):
+    with reading(host.adjust), open(os.open(host.adjust, os.O_RDWR | os.O_NONBLOCK), "wb", 0) as fifo:
+        while fifo.write(bytes(4096)):
+            pass
+        assert host.refuses("mark") == "write HOME/adjust: it is full: clockspeed has stopped reading it"
+    with host.start("mark", "--patience", PATIENCE_SEC, stdout=subprocess.DEVNULL) as marking:
         time.sleep(0.3)
-        os.mkfifo(host.adjust)
-        reader = os.open(host.adjust, os.O_RDWR)
-        assert os.read(reader, 100) == OWN_ANSWER and marking.wait(PATIENCE_SEC) == 0
-        os.close(reader)
+        with reading(host.adjust) as read:
+            assert marking.wait(PATIENCE_SEC) == 0 and read() == MARK
 
 
 @pytest.mark.parametrize("ns, last, words", [
-    (3200000, 720133918, "3.2 ms behind ntp 192.0.2.1, give or take 20.7 ms"), (-5 * 10**10, 0, "50 s ahead of ntp 192.0.2.1"),
-    (0, 0, "0 s behind ntp 192.0.2.1")])
+    (3200000, 720133918, "3.2 ms behind ntp 192.0.2.1, give or take 20.7 ms"),
+    (-5 * 10**10, 0, "50 s ahead of ntp 192.0.2.1"), (0, 0, "0 s behind ntp 192.0.2.1")])
 def test_view_shows_clockviews_lines_and_one_in_words(host, ns, last, words):
     host.stand_in("sntpclock", ADD.pack(ns, last))
-    host.stand_in("clockview", b"before: 1\nafter:  2\n", then="cat >%s.stdin" % host.asked)
-    open(host.asked + ".stdin", "w").close()
-    os.chmod(host.asked + ".stdin", 0o666)
-    assert host.says("view") == "before: 1\nafter:  2\nthis clock is %s\n" % words
-    assert open(host.asked + ".stdin", "rb").read() == ADD.pack(ns, last)
-    assert host.lines() == ["sntpclock:192.0.2.1", "clockview:"]
+    host.stand_in("clockview", b"shown\n", then="od -An -v -tx1 | tr -d ' \\n' >>%s" % host.asked)
+    assert host.says("view") == "shown\nthis clock is %s\n" % words
+    assert host.lines() == ["sntpclock:192.0.2.1", "clockview:", ADD.pack(ns, last).hex()]
 
 
 def test_set_asks_for_any_offset_and_says_first_that_it_may_not(host, monkeypatch, capfd):
     host.stand_in("clockadd")
-    done = subprocess.run(without_the_right(command_of("clockctl", "set")), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf))
+    command = without_the_right(command_of("clockctl", "set"))
+    done = subprocess.run(command, stderr=subprocess.PIPE, env=host.env)
     assert (done.returncode, done.stderr, host.lines()) == (
         111, b"clockctl: fatal: unable to set the clock: this process has no right to; run it as root\n", [])
     monkeypatch.setattr(CTL, "may_set_clock", lambda: True)
@@ -3409,54 +3401,40 @@ def test_root_asks_as_clocksd_with_a_small_environment(monkeypatch):
     assert CTL.capture(["id", "-u"], config, user="missing").stdout == b"0\n"
 
 
-@pytest.mark.parametrize("packet, said", [
-    (PACKETS[5][0], "0.000000001000050000 s per tick, rate +50.000 ppm"),
-    (PACKETS[2][0], "0.000000000400000000 s per tick, which is not about 1 ns: it was made with another counter"),
-    ("00000000000000000000000100000000"[:24] + "0007a121", "0.000000001000500001 s per tick, which is not about 1 ns: it was "
-     "made with another counter")])
-def test_atto_shows_the_rate(host, packet, said):
+@pytest.mark.parametrize("tick_ns, last, said", [
+    (1, 50000, "0.000000001000050000 s per tick, rate +50.000 ppm"),
+    (0, 4 * 10**8, "0.000000000400000000 s per tick, which is not about 1 ns: "),
+    (1, 500001, "0.000000001000500001 s per tick, which is not about 1 ns: ")])
+def test_atto_shows_the_rate(host, tick_ns, last, said):
     assert host.says("atto") == "atto: not known yet; clockspeed writes it when it has two marks\n"
-    with open(os.path.join(host.home, "etc/atto"), "wb") as file:
-        file.write(bytes.fromhex(packet))
-    assert host.says("atto") == "atto: %s\n" % said
+    with open(host.home + "/etc/atto", "wb") as file:
+        file.write(ADD.pack(tick_ns, last))
+    assert host.says("atto").startswith("atto: %s" % said)
 
 
-@pytest.mark.parametrize("command, name", [("atto", "etc/atto"), ("status", "etc/status"), ("now", "etc/status"),
-                                           ("sources", "mark/sources")])
+@pytest.mark.parametrize("command, name", [
+    ("atto", "etc/atto"), ("status", "etc/status"), ("now", "etc/status"), ("sources", "mark/sources")])
 def test_what_others_planted_is_a_line_and_never_waited_for(host, command, name):
     path = os.path.join(host.home, name)
-
-    def endless(path):
-        with open(path, "wb") as file:
-            file.truncate(1 << 40)
-    for plant, remove, said in (
-            (os.mkfifo, os.unlink, "it is not a regular file"), (os.mkdir, os.rmdir, "Is a directory"),
-            (lambda path: os.symlink("/dev/zero", path), os.unlink, "it is a symbolic link"),
-            (lambda path: os.symlink("/none", path), os.unlink, "it is a symbolic link"),
-            (endless, os.unlink, "it has more than ")):
+    for plant, said in (
+            (os.mkfifo, "it is not a regular file"), (os.mkdir, "Is a directory"),
+            (endless, "it has more than "),
+            (lambda path: os.symlink("/dev/zero", path), "it is a symbolic link")):
         plant(path)
-        assert host.refuses(command).startswith("unable to read HOME/%s: %s" % (name, said))
-        remove(path)
+        assert host.refuses(command).startswith("read HOME/%s: %s" % (name, said))
+        os.rmdir(path) if plant == os.mkdir else os.unlink(path)
 
 
 def test_output_replaces_files_writes_to_devices_and_follows_no_link(host):
     host.status()
-    path, link, fifo = (os.path.join(host.home, name) for name in ("out", "link", "fifo"))
-    os.symlink(path, link)
-    os.mkfifo(fifo)
+    path, link = host.home + "/out", host.home + "/link"
     for _ in range(2):
         assert host.says("metrics", "--output", path) == "" and "clockspeed_up 1\n" in open(path).read()
-    assert os.stat(path).st_mode & 0o777 == 0o644 & ~current_umask() and not os.path.lexists(path + ".tmp")
+    assert not os.path.exists(path + ".tmp")
     assert host.says("metrics", "--output", "/dev/null") == "" and stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    assert host.refuses("metrics", "--output", link) == "unable to write HOME/link: it is a symbolic link"
-    assert host.refuses("metrics", "--output", fifo) == "unable to write HOME/fifo: No such device or address"
-    assert host.refuses("metrics", "--output", host.home + "/none/x").endswith("No such file or directory")
-
-
-def current_umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    os.symlink(path, link)
+    assert host.refuses("metrics", "--output", link) == "write HOME/link: it is a symbolic link"
+    assert host.refuses("metrics", "--output", host.adjust) == "write HOME/adjust: No such device or address"
 
 
 def test_metrics_tell_bound_and_deviation_or_just_that_it_is_down(host):
@@ -3464,101 +3442,96 @@ def test_metrics_tell_bound_and_deviation_or_just_that_it_is_down(host):
     values = dict(line.rsplit(" ", 1) for line in host.says("metrics").splitlines())
     low, high = (float(values['clockspeed_bound_seconds{side="%s"}' % side]) for side in ("low", "high"))
     assert low < float(values["clockspeed_offset_seconds"]) < high and high - low == pytest.approx(0.009)
-    assert values['clockspeed_marks_total{outcome="used"}'] == "12" and float(values["clockspeed_error_seconds"]) > 1e-4
-    host.status(pid=2**22 + 1)
+    assert values['clockspeed_marks_total{outcome="used"}'] == "12"
+    host.status(**DEAD)
     done = host.run("metrics")
-    assert (done.stdout, done.returncode) == (b"clockspeed_up 0\n", 0) and "does not run any more" in done.stderr
+    assert (done.stdout, done.returncode) == (b"clockspeed_up 0\n", 0) and "does not run" in done.stderr
 
 
-PROBLEMS = [({"boot_id": "other"}, "clockspeed has not run since the last boot"),
-            ({"suspended_ns": -10**12}, "clockspeed has written nothing since a suspend"),
-            ({"pid": 2**22 + 1}, "clockspeed does not run any more"), ({"age_sec": 1500}, "clockspeed has written nothing for 25 min"),
-            ({"age_sec": -60}, "clockspeed has not run since the last boot")]
-
-
-@pytest.mark.parametrize("changes, problem", PROBLEMS)
+@pytest.mark.parametrize("changes, problem", [
+    ({"boot_id": "other"}, "clockspeed has not run since the last boot"),
+    ({"age_sec": -60}, "clockspeed has not run since the last boot"),
+    ({"suspended_ns": -10**12}, "clockspeed has written nothing since a suspend"),
+    ({"age_sec": 1500}, "clockspeed has written nothing for 25 min"),
+    (DEAD, "clockspeed does not run any more")])
 def test_a_status_that_says_nothing_of_now_says_why(host, changes, problem):
     host.status(**changes)
     shown = host.says("status")
     assert shown.startswith("clock now     not known: %s\n" % problem) and "next mark" not in shown
-    assert host.refuses("now") == "unable to tell the time: " + problem
-    assert host.refuses("until", "1s", "--timeout", "10ms") == (
-        "unable to wait any longer: unable to tell the time: " + problem)
+    assert host.refuses("now") == "tell the time: " + problem
+    assert host.refuses("until", "1s", "--timeout", "10ms").endswith("unable to tell the time: " + problem)
     assert json.loads(host.says("status", "--json"))["now"]["offset_sec"] is None
 
 
-@pytest.mark.parametrize("off_sec, said", [(3600, "60 min behind real time"), (-3600, "60 min ahead of real time"),
-                                           (0.0032, r"3\.\d+ ms behind real time")])
+@pytest.mark.parametrize("off_sec, said", [
+    (3600, "60 min behind"), (-3600, "60 min ahead of"), (0.0032, r"3\.\d+ ms behind")])
 def test_status_begins_with_how_far_the_clock_is_off_now(host, off_sec, said):
     """Whatever the system clock showed when clockspeed wrote it."""
-    written_ns = a_status()["written_ns"]
-    host.status(clock_off_sec=0, written_ns=written_ns + round(off_sec * 1e9))
-    lines = host.says("status").splitlines()
-    assert re.fullmatch(r"clock now     %s, ± \d+ µs" % said, lines[0]), lines[0]
-    assert re.match(r"bound         real time is certainly within \S+ \S+ and \S+ \S+ of the clock$", lines[1])
-    assert re.match(r"deviation     \d+ µs now; without a mark \d+ µs in an hour, .* in a day, .* in a month$", lines[2])
-    assert not [line for line in host.says("status", LC_ALL="C").splitlines() if not line.isascii()]
+    host.status(clock_off_sec=0, written_ns=a_status()["written_ns"] + round(off_sec * 1e9))
+    assert re.match(r"clock now     %s real time, ± \d+ µs\n"
+                    r"bound         real time is certainly within \S+ \S+ and \S+ \S+ of the clock\n"
+                    r"deviation     \d+ µs now; without a mark \d+ µs in an hour, .* in a day, " % said,
+                    host.says("status"))
+    assert not [line for line in host.says("status", LC_ALL="C") if not line.isascii()]
 
 
 @pytest.mark.parametrize("changes, due, said", [
     ({}, None, r"wanted in (10|9\.\d+) min"), ({}, 125, r"in 2\.\d+ min"), ({}, -5, "now"),
-    ({"next": {"wait_sec": None, "exchanges": None, "settling": False}}, None, "as clockspeed_adjust has it"),
-    ({"next": {"wait_sec": 90, "exchanges": 1, "settling": True}}, 600, r"in (10|9\.\d+) min, settling: 13 marks so far"),
-])
+    ({"next": NO_PLAN}, None, "as clockspeed_adjust has it, settling: 13 marks so far")])
 def test_status_knows_the_next_mark_from_the_loop_itself(host, changes, due, said):
     host.status(**changes)
-    host.write("mark/due", "other 1\n")
-    if due is not None:
-        host.write("mark/due", "%s %d\n" % (BOOT_ID, time.clock_gettime(time.CLOCK_BOOTTIME) + due))
+    due_sec = time.clock_gettime(time.CLOCK_BOOTTIME) + (due or 0)
+    host.write("mark/due", "%s %d\n" % ("other" if due is None else BOOT_ID, due_sec))
     assert re.search("^next mark     %s$" % said, host.says("status"), re.M)
 
 
 def test_now_tells_the_earliest_and_the_latest(host):
     host.status(clock_off_sec=0)
-    before, now, after = time.time_ns(), json.loads(host.says("now", "--json")), time.time_ns()
-    assert before - 5 * 10**6 - 10**6 < now["earliest_ns"] < now["latest_ns"] < after + 4 * 10**6 + 10**6
+    before_ns, now, after_ns = time.time_ns(), json.loads(host.says("now", "--json")), time.time_ns()
+    assert before_ns - 6 * 10**6 < now["earliest_ns"] < now["latest_ns"] < after_ns + 5 * 10**6
     assert now["width_ns"] == 9 * 10**6 and now["deviation_ns"] >= 10**5
-    assert now["earliest"].startswith(time.strftime("%Y-%m-%dT%H:%M:", time.gmtime(now["earliest_ns"] // 10**9)))
-    assert re.fullmatch(
-        r"earliest   \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}\nlatest     \S+\nwidth      9 ms\ndeviation  \d+ µs\n", host.says("now"))
+    latest = time.gmtime(now["latest_ns"] // 10**9)
+    assert now["latest"].startswith(time.strftime("%Y-%m-%dT%H:%M:%S.", latest))
+    assert re.fullmatch(r"earliest   \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}\nlatest     \S+\nwidth      9 ms\n"
+                        r"deviation  \d+ µs\n", host.says("now"))
     host.status(clock_off_sec=0, scale="tai")
     assert abs(json.loads(host.says("now", "--json"))["earliest_ns"] + 27 * 10**9 - time.time_ns()) < 10**10
     host.status(bound=None)
-    assert host.refuses("now") == "unable to tell the time: there has been no mark yet that tells how good it is"
+    assert host.refuses("now") == "tell the time: there has been no mark yet that tells how good it is"
 
 
 def test_until_waits_for_the_bound(host):
     host.status()
-    assert host.says("until", "9ms") == ""
-    assert host.refuses("until", "1ms", "--timeout", "10ms").startswith("unable to wait any longer: the clock is certainly within")
-    with process(command_of("clockctl", "until", "1ms"), env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf)) as waiting:
+    assert host.says("until", "9ms", "--timeout", "20s") == ""
+    assert "the clock is certainly within" in host.refuses("until", "1ms", "--timeout", "10ms")
+    with host.start("until", "1ms") as waiting:
         host.status(clock_off_sec=0, bound={"earliest_ns": -10**5, "latest_ns": 10**5})
         assert waiting.wait(PATIENCE_SEC) == 0
-    assert host.run("until", "0").returncode == host.run("until", "5x").returncode == 100
+    assert host.run("until", "0").returncode == host.run("until", "1s", "--timeout", "x").returncode == 100
 
 
-SOURCES = "%d ntp 192.0.2.1 -1234567 412000 20000000 210000 2 c0000201 agreed\n%d nts time.example.org - - - - - - %s\n"
+SOURCES = """%d ntp 192.0.2.1 -1234567 412000 20000000 210000 2 c0000201 agreed
+%d nts b.example - - - - - - %s
+"""
 
 
 def test_sources_are_a_table_with_their_ages(host):
-    now = time.time()
-    host.write("mark/sources", SOURCES % (now - 3600, now - 7300, "failed: timed out\x1b[2J"))
-    first, second = host.says("sources").splitlines()[1:]
-    assert first.split("  ")[0] == "ntp 192.0.2.1" and re.search(r" 60 min +-1.23 ms +412 µs +20 ms +210 µs +2 +c0000201 +agreed$", first)
-    assert re.search(r"nts time.example.org +2.03 h +- .* failed: timed out\?\[2J$", second)
+    host.write("mark/sources", SOURCES % (time.time() - 3600, time.time() - 7300, "failed: timed out\x1b[2J"))
+    _, first, second = [re.sub("  +", "|", line) for line in host.says("sources").splitlines()]
+    assert first == "ntp 192.0.2.1|60 min|-1.23 ms|412 µs|20 ms|210 µs|2|c0000201|agreed"
+    assert second == "nts b.example|2.03 h|-|-|-|-|-|-|failed: timed out?[2J"
     host.status()
     assert "\nsource        ntp 192.0.2.1, 60 min ago: agreed\n" in host.says("status")
-    for damaged in ("x\n", "1 2 3\n", SOURCES[:40] % now, "nan" + SOURCES[2:] % (1, "agreed")):
-        host.write("mark/sources", damaged)
-        assert host.refuses("sources") == "unable to read HOME/mark/sources: it is damaged"
 
 
 @pytest.mark.parametrize("changes, args, said", [
-    (None, "541 2617923", 1623), (None, "900000 2617923", 2617923), ({}, "541 2617923", 599), ({}, "541 100", 100),
-    ({"next": {"wait_sec": 10, "exchanges": 1, "settling": True}}, "541 2617923", 64), ({"pid": 2**22 + 1}, "541 2617923", 1623),
-    ({"next": {"wait_sec": None, "exchanges": None, "settling": True}}, "541 2617923", 1623),
-    ("failed: timed out", "--failed 541 2617923", 541), ("failed: kiss-o'-death RATE", "--failed 541 2617923", 1024),
-    ("failed: kiss-o'-death DENY", "--failed 541 2617923", 86400), ("failed: kiss-o'-death RSTR", "--failed 541 600", 600)])
+    (None, "541 2617923", 1623), (None, "900000 2617923", 2617923), ({}, "541 2617923", 599),
+    ({"next": dict(NO_PLAN, wait_sec=10)}, "541 2617923", 64), (DEAD, "541 2617923", 1623),
+    ({"next": NO_PLAN}, "541 2617923", 1623), ({}, "541 100", 100),
+    ("failed: timed out", "--failed 541 2617923", 541),
+    ("failed: kiss-o'-death RATE", "--failed 541 2617923", 1024),
+    ("failed: kiss-o'-death DENY", "--failed 541 2617923", 86400),
+    ("failed: kiss-o'-death RSTR", "--failed 541 600", 600)])
 def test_wait_goes_by_clockspeed_else_triples_and_minds_kisses(host, changes, args, said):
     if isinstance(changes, str):
         host.write("mark/sources", SOURCES % (time.time(), time.time(), changes))
@@ -3568,50 +3541,38 @@ def test_wait_goes_by_clockspeed_else_triples_and_minds_kisses(host, changes, ar
 
 
 def test_wait_lets_clockspeed_take_in_the_mark_first(host):
-    host.status(next={"wait_sec": 10, "exchanges": 1, "settling": True})
-    os.utime(os.path.join(host.home, "etc/status"), (1, 1))
-    with process(command_of("clockctl", "wait", 541, 2617923), stdout=subprocess.PIPE,
-                 env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf)) as waiting:
+    host.status(next=dict(NO_PLAN, wait_sec=10))
+    os.utime(host.home + "/etc/status", (1, 1))
+    with host.start("wait", 541, 2617923, stdout=subprocess.PIPE) as waiting:
         time.sleep(0.3)
-        host.status(next={"wait_sec": 9000, "exchanges": 1, "settling": True})
+        host.status(next=dict(NO_PLAN, wait_sec=9000))
         assert int(waiting.stdout.read()) > 8000
 
 
-BAD_VALUES = (None, "x", -1, 1e308, 10**400, float("nan"), float("inf"), [], {}, [None], "\x1b[2J", True, [1e308] * 9)
+BAD_VALUES = (None, "x", -1, 1e308, 10**400, float("nan"), float("inf"), [], {}, "\x1b[2J", [1e308] * 9)
 
 
 def test_a_damaged_status_is_a_line_and_shows_no_escapes(host, monkeypatch, capfd):
     monkeypatch.setattr(CTL, "CONF", host.conf)
     good = a_status()
-    for name in [*good, ("last_mark", "offset_ns"), ("next", "wait_sec"), ("kernel", "tick"), ("marks", "used"),
-                 ("bound", "latest_ns"), ("next", "exchanges")]:
+    inner = [(name, key) for name in ("last_mark", "next", "kernel", "marks", "bound") for key in good[name]]
+    for name, key in [(name, None) for name in good] + inner:
         for value in BAD_VALUES:
-            if isinstance(name, tuple):
-                changes = {name[0]: dict(good[name[0]], **{name[1]: value})}
-            else:
-                changes = {name: value}
-            host.status(**changes)
+            host.status(**{name: dict(good[name], **{key: value}) if key else value})
             for command in (["status"], ["status", "--json"], ["now"], ["wait", "541", "999"], ["metrics"]):
                 assert CTL.main(["clockctl"] + command) in (0, 111)
     said = capfd.readouterr()
     assert "unable to read %s/etc/status: it is damaged\n" % host.home in said.err
     assert "\x1b" not in said.err + said.out and "unable to write output" not in said.err
-    for text in (b"", b"{", b"[" * 60000, b"\xff", b"null", b"1" * 5000):
-        with open(os.path.join(host.home, "etc/status"), "wb") as file:
-            file.write(text)
-        assert host.refuses("status") == "unable to read HOME/etc/status: it is damaged"
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_ends_a_mark_and_its_client(host, number, status):
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+def test_a_signal_ends_a_mark_and_its_client(host, number):
     host.stand_in("sntpclock", then="echo $$ >>%s; exec sleep 3571" % host.asked)
-    reader = os.open(host.adjust, os.O_RDWR)
-    with process(command_of("clockctl", "mark"), stderr=subprocess.PIPE,
-                 env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf)) as marking:
+    with reading(host.adjust), host.start("mark", stderr=subprocess.PIPE) as marking:
         until(lambda: len(host.lines()) == 2)
         marking.send_signal(number)
-        assert (marking.wait(PATIENCE_SEC), marking.stderr.read()) == (status, b"")
-    os.close(reader)
+        assert (marking.wait(PATIENCE_SEC), marking.stderr.read()) == (128 + number, b"")
     until(lambda: not os.path.exists("/proc/" + host.lines()[1]))
 
 
@@ -3619,46 +3580,40 @@ def test_every_command_has_its_part_of_the_manual_and_unknown_words_are_named(ho
     for name in CTL.COMMANDS:
         text = run("clockctl", "help", name).stdout.decode()
         assert text.startswith("clockctl " + name) and text.count("\n") > 1
-        assert run("clockctl", name, "--help").stdout.decode() == run("clockctl", name, "-h").stdout.decode() == text
-        if name != "try":
-            done = host.run(name, "--bad")
-            assert (done.returncode, done.stderr) == (100, "clockctl: usage: %s\n" % text.partition("\n")[0])
-    assert run("clockctl", "version").stdout == run("clockctl", "--version").stdout
-    assert run("clockctl", "help").stdout == run("clockctl", "--help").stdout
+        assert all(run("clockctl", name, option).stdout.decode() == text for option in ("-h", "--help"))
+        done = host.run(name, "--bad")
+        assert (done.returncode, done.stderr) == (100, "clockctl: usage: %s\n" % text.partition("\n")[0])
+    for word in ("version", "help"):
+        assert run("clockctl", word).stdout == run("clockctl", "--" + word).stdout
     for args in (["statsu"], ["help", "statsu"]):
-        assert run("clockctl", *args).stderr.endswith("; statsu is not one; the nearest known one is status\n")
+        assert "; statsu is not one; the nearest known one is status\n" in run("clockctl", *args).stderr
 
 
 def test_check_and_graph_are_run_from_beside_it(host):
     path = shutil.copy(path_of("clockctl"), host.bin)
     os.symlink(path, host.home + "/link")
     done = subprocess.run([sys.executable, "-IS", path, "check"], stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr.decode()) == (
-        111, "clockctl: fatal: unable to run {0}-check: there is none: copy clockctl-check there\n".format(os.path.realpath(path)))
+    assert done.returncode == 111 and done.stderr.endswith(b"there is none: copy clockctl-check there\n")
     host.stand_in("clockctl-check", then="exit 2")
-    assert subprocess.run([sys.executable, "-IS", host.home + "/link", "check", "--json", "x"]).returncode == 2
+    done = subprocess.run([sys.executable, "-IS", host.home + "/link", "check", "--json", "x"])
+    assert done.returncode == 2
     assert host.lines() == ["clockctl-check:--json x"]
 
 
+@pytest.mark.skipif(os.path.exists("/usr/local/etc/clockspeed.conf"), reason="there is a configuration here")
 def test_without_modules_that_python3_minimal_lacks_it_does_what_it_can(host):
-    def minimal(*args):
-        code = ("import sys, runpy; sys.modules.update(dict.fromkeys(('json', 'ctypes', 'difflib', 'shlex'))); "
-                "sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
-        env = {name: value for name, value in UTC_ENV.items() if name != "CLOCKSPEED_CONF"}
-        return subprocess.run([sys.executable, "-IS", "-c", code, path_of("clockctl")] + list(args), stderr=subprocess.PIPE,
-                              stdout=subprocess.PIPE, env=dict(env, CLOCKSPEED_HOME=host.home, CLOCKSPEED_BIN=host.bin,
-                                                               CLOCK_IP="192.0.2.1"))
-    if os.path.exists("/usr/local/etc/clockspeed.conf"):
-        pytest.skip("this machine has a clockspeed.conf")
-    host.stand_in("clockview", b"shown\n")
-    assert minimal("view").stdout.startswith(b"shown\nthis clock is 3.2 ms ahead of")
-    assert minimal("statsu").returncode == 100 and minimal("atto").returncode == 0
+    code = ("import sys, runpy; sys.modules.update(dict.fromkeys(('json', 'ctypes', 'difflib', 'shlex'))); "
+            "sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    env = dict(UTC_ENV, CLOCKSPEED_HOME=host.home, CLOCKSPEED_BIN=host.bin, CLOCK_IP="192.0.2.1")
     host.status()
-    for command in (["status"], ["now"], ["until", "1s"]):
-        assert re.fullmatch(rb"clockctl: fatal: unable to read .*json.*\n", minimal(*command).stderr)
+    for args, status, said in ((["view"], 0, ""), (["statsu"], 100, "usage: .*"), (["atto"], 0, ""),
+                               (["status"], 111, ".*json.*"), (["until", "1s"], 111, ".*json.*")):
+        done = subprocess.run([sys.executable, "-IS", "-c", code, path_of("clockctl")] + args, env=env,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode == status and re.fullmatch("(clockctl: %s\n)?" % said, done.stderr.decode())
 
 
-TRY_WITH = """#!%s
+TRIED = """#!%s
 import os, shutil, sys
 home = sys.argv[2]
 open("%s", "a").write("%%d\\n" %% os.getpid())
@@ -3670,56 +3625,48 @@ while os.read(fifo, 16):
 """
 
 
-def try_with(host, monkeypatch, answer_sec=0.01):
-    """A clockctl that finds stand-ins, and no programs beside it; its clockspeed takes each mark."""
-    host.status(marks={"used": 1, "doubted": 0, "refused": 0}, rate_ppm=10.0)
-    host.write("bin/clockspeed", TRY_WITH % (sys.executable, host.asked, host.home))
-    os.chmod(host.bin + "/clockspeed", 0o755)
-    monkeypatch.setattr(CTL, "__file__", host.bin + "/clockctl")
-    monkeypatch.setattr(CTL, "CONF", host.conf)
-    monkeypatch.setattr(CTL, "TRY_SEC", answer_sec)
-    monkeypatch.setattr(CTL, "TRY_EVERY_SEC", 0.3)
-
-
-def test_try_shows_what_clockspeed_makes_of_the_answers_and_leaves_nothing(host, monkeypatch, capfd):
-    try_with(host, monkeypatch)
+@pytest.fixture
+def trying(host, monkeypatch):
+    """A host whose clockctl finds stand-ins only; its clockspeed takes each mark for the same."""
+    host.status(rate_ppm=10.0)
+    host.write("bin/clockspeed", TRIED % (sys.executable, host.asked, host.home), 0o755)
+    for name, value in (("__file__", host.bin + "/clockctl"), ("CONF", host.conf), ("TRY_SEC", 0.1),
+                        ("TRY_EVERY_SEC", 0.5)):
+        monkeypatch.setattr(CTL, name, value)
     monkeypatch.setattr(tempfile, "tempdir", host.home + "/mark")
+    yield host
+    assert os.listdir(host.home + "/mark") == []
+    until(lambda: not any(os.path.exists("/proc/" + line) for line in host.lines() if line.isdecimal()))
+
+
+def test_try_shows_what_clockspeed_makes_of_the_answers(trying, capfd):
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 0
     said = capfd.readouterr().out.replace("±", "+-").splitlines()
-    assert said[0].endswith("1 marks: rate +10.00 +- 0.01 ppm") and "is off by 864 ms a day, +- 1.06 ms" in said[1]
-    assert host.lines()[1:] == ["sntpclock:-r 1 192.0.2.9"] and os.listdir(host.home + "/mark") == []
-    assert not os.path.exists("/proc/" + host.lines()[0])
+    assert said[0].endswith("13 marks: rate +10.00 +- 0.01 ppm")
+    assert said[1].endswith("is off by 864 ms a day, +- 1.06 ms.")
+    assert trying.lines()[1:] == ["sntpclock:-r 1 192.0.2.9"]
 
 
-@pytest.mark.parametrize("words", ["unable to find no.such.host: Name or service not known", "kiss-o'-death DENY"])
-def test_try_ends_at_the_first_failure_with_one_line(host, monkeypatch, capfd, words):
-    try_with(host, monkeypatch, answer_sec=60)
-    host.stand_in("sntpclock", then='echo "sntpclock: fatal: %s" >&2; exit 111' % words)
-    assert CTL.main(["clockctl", "try", "ntp:no.such.host"]) == 111
-    assert capfd.readouterr().err == "clockctl: fatal: unable to ask ntp:no.such.host: %s\n" % words
-
-
-def test_try_never_starts_a_clockspeed_in_c(host, monkeypatch, capfd):
-    try_with(host, monkeypatch)
-    shutil.copy("/bin/true", host.bin + "/clockspeed")
-    assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 111 and host.lines() == []
+def test_try_ends_at_a_failure_that_time_will_not_mend_with_one_line(trying, capfd):
+    for words in ("unable to find no.such.host: Name or service not known", "kiss-o'-death DENY"):
+        trying.stand_in("sntpclock", then='echo "sntpclock: fatal: %s" >&2; exit 111' % words)
+        assert CTL.main(["clockctl", "try", "ntp:no.such.host"]) == 111
+        assert capfd.readouterr().err == "clockctl: fatal: unable to ask ntp:no.such.host: %s\n" % words
+    shutil.copy("/bin/true", trying.bin + "/clockspeed")
+    assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 111
     assert capfd.readouterr().err.endswith("/clockspeed: a clockspeed in C would set the clock\n")
     assert CTL.main(["clockctl", "try", "gps:192.0.2.9"]) == CTL.main(["clockctl", "try", "ntp:-f"]) == 100
 
 
-def test_a_signal_ends_a_try_and_what_it_started(host):
-    shutil.copy(path_of("clockctl"), host.bin)
-    host.status()
-    host.write("bin/clockspeed", TRY_WITH % (sys.executable, host.asked, host.home))
-    os.chmod(host.bin + "/clockspeed", 0o755)
-    host.stand_in("sntpclock", then="echo $$ >>%s; exec sleep 3571" % host.asked)
-    with process([sys.executable, "-IS", host.bin + "/clockctl", "try", "ntp:192.0.2.9"], stderr=subprocess.PIPE,
-                 env=dict(UTC_ENV, CLOCKSPEED_CONF=host.conf, TMPDIR=host.home + "/mark")) as trying:
-        until(lambda: len(host.lines()) == 3)
-        trying.terminate()
-        assert (trying.wait(PATIENCE_SEC), trying.stderr.read()) == (143, b"")
-    assert os.listdir(host.home + "/mark") == []
-    until(lambda: not any(os.path.exists("/proc/" + line) for line in host.lines() if line.isdecimal()))
+def test_a_signal_ends_a_try_and_all_that_it_started(trying):
+    shutil.copy(path_of("clockctl"), trying.bin)
+    trying.stand_in("sntpclock", then="echo $$ >>%s; exec sleep 3571" % trying.asked)
+    command = [sys.executable, "-IS", trying.bin + "/clockctl", "try", "ntp:192.0.2.9"]
+    env = dict(trying.env, TMPDIR=trying.home + "/mark")
+    with process(command, stderr=subprocess.PIPE, env=env) as running:
+        until(lambda: len(trying.lines()) == 3)
+        running.terminate()
+        assert (running.wait(PATIENCE_SEC), running.stderr.read()) == (143, b"")
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_MONOTONIC_RAW"), reason="no CLOCK_MONOTONIC_RAW")
@@ -3728,8 +3675,36 @@ def test_try_without_a_server_compares_the_counter_with_the_kernels_clock(monkey
     assert CTL.main(["clockctl", "try"]) == 0
     first, *shown, last = capfd.readouterr().out.replace("±", "+-").splitlines()
     assert first.startswith("No server is asked.") and "a server would tell: clockctl try ntp:HOST" in last
-    assert all(re.fullmatch(r" [12] s: the kernel's clock is off by \S+ \+- \S+ ppm", line) for line in shown)
-    assert len(shown) == 2
+    for second, line in enumerate(shown, 1):
+        assert re.fullmatch(r" %d s: the kernel's clock is off by \S+ \+- \S+ ppm" % second, line)
+
+
+def test_real_programs_from_the_server_to_the_status(host):
+    """An observing clockspeed, a taiclockd on loopback, and what clockctl does with them."""
+    address = "127.%d.%d.1" % divmod(os.getpid() % 65000 + 256, 256)
+    for name in ("taiclock", "clockview"):
+        shutil.copy(path_of(name), host.bin + "/" + name)
+    host.configure("CLOCK_TYPE=tai\nCLOCK_IP=%s\nCLOCK_ERROR=10ms\n" % address)
+    os.unlink(host.adjust)
+    env = dict(host.env, CLOCK_ERROR="10ms")
+    with process(command_of("taiclockd", "-i", address), env=env, stdout=subprocess.DEVNULL), process(
+            command_of("clockspeed", "-n", host.home), env=env, stdout=subprocess.DEVNULL):
+        for _ in range(3):
+            assert host.says("mark", "--patience", PATIENCE_SEC).endswith(" s from tai %s\n" % address)
+        assert 64 <= int(host.says("wait", 541, 2617923)) < 10**5
+        assert host.says("until", "1s", "--timeout", "20s") == ""
+        assert host.says("now").startswith("earliest   20")
+        shown = host.says("status")
+        assert "\nmarks         3 used, " in shown and "\nsource        tai %s, " % address in shown
+        assert " agreed\n" in host.says("sources") and "this clock is " in host.says("view")
+
+
+DECODERS += [
+    ("clockctl's configuration", lambda data: CTL.parse_assignments(os.fsdecode(data)),
+     [b"CLOCK_IP=a # b\n", b"export CLOCK_KEY='7' CLOCK_TYPE=\"ntp\"; CLOCK_IP=\n"], ValueError),
+    ("clockctl's status", CTL.parse_status, [json.dumps(a_status()).encode()], CTL.DAMAGES),
+    ("clockctl's sources", CTL.parse_sources, [(SOURCES % (1, 2, "failed: timed out")).encode()], CTL.DAMAGES),
+]
 
 
 # ==== clockctl-check ================================================================================
@@ -4058,8 +4033,7 @@ def loop(host):
     """Starts the loop in a shell; its clockctl and sleep are stand-ins."""
     clockctl = "%s -IS %s" % (sys.executable, path_of("clockctl"))
     for name, text in (("clockctl", FAKE_CLOCKCTL), ("sleep", FAKE_SLEEP)):
-        host.write("bin/" + name, "#!/bin/sh\n" + text % {"home": host.home, "clockctl": clockctl})
-        os.chmod(os.path.join(host.bin, name), 0o755)
+        host.write("bin/" + name, "#!/bin/sh\n" + text % {"home": host.home, "clockctl": clockctl}, 0o755)
 
     def start(shell, **env):
         need(shell[0])
@@ -4091,8 +4065,9 @@ def test_the_waits_triple_up_to_a_month_and_what_is_due_is_kept(loop, shell):
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_loop_goes_by_clockctl_and_by_what_a_kiss_wants(loop, shell):
-    for env, failing, waits in (({"SAYS": "100"}, False, [100, 100]), ({"SAYS": "garbage"}, False, [541, 1623]),
-                                ({}, "timed out", [541, 541]), ({}, "kiss-o'-death RATE", [1024, 1024])):
+    for env, failing, waits in (
+            ({"SAYS": "100"}, False, [100, 100]), ({"SAYS": "garbage"}, False, [541, 1623]),
+            ({}, "timed out", [541, 541]), ({}, "kiss-o'-death RATE", [1024, 1024])):
         if failing:
             loop.write("failing", "")
             loop.write("mark/sources", SOURCES % (time.time(), time.time(), "failed: " + failing))
@@ -4103,7 +4078,8 @@ def test_the_loop_goes_by_clockctl_and_by_what_a_kiss_wants(loop, shell):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-@pytest.mark.parametrize("due, first", [("%s 300", 300), ("%s -300", 541), ("other 300", 541), ("%s 9999999", 541), ("x", 541)])
+@pytest.mark.parametrize("due, first", [
+    ("%s 300", 300), ("%s -300", 541), ("other 300", 541), ("%s 9999999", 541), ("x", 541)])
 def test_a_restart_asks_no_sooner_than_the_mark_was_due(loop, shell, due, first):
     words = due.split()
     if words[1:]:
@@ -4115,10 +4091,10 @@ def test_a_restart_asks_no_sooner_than_the_mark_was_due(loop, shell, due, first)
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell):
-    for name in ("sleep", "clockctl"):
-        loop.write("bin/" + name, "#!/bin/sh\n[ $1 = run ] && echo %s && exit\n[ $1 = wait ] && exit 1\n[ $1 = atto ] && exit\n"
-                   "[ ${0##*/} = clockctl ] && [ -e %s/passing ] && exit\necho $$ >>%s\nexec /bin/sleep 3572\n"
-                   % (loop.home, loop.home, loop.asked))
+    noted = "echo $$ >>%s\nexec /bin/sleep 3572\n" % loop.asked
+    loop.write("bin/sleep", "#!/bin/sh\n" + noted, 0o755)
+    loop.write("bin/clockctl", "#!/bin/sh\n[ $1 != mark ] && exit\n[ -e %s/passing ] && exit\n%s" % (
+        loop.home, noted), 0o755)
     for passing in (False, True):
         if passing:
             loop.write("passing", "")
