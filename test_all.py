@@ -3734,7 +3734,6 @@ def test_one_cause_is_one_failure_and_what_follows_says_so():
 
 
 CONFIG = {"CLOCK_TYPE": "ntp", "CLOCK_IP": "192.0.2.7 192.0.2.8"}
-NO_FIFO = FileNotFoundError(2, "No such file or directory")
 STATUS = {"pid": 7, "doing": "steering", "observe_only": False, "marks": {"used": 9, "doubted": 0, "refused": 1},
           "tick_ns": 10**12, "last_mark": {"tick_ns": 9 * 10**11, "outcome": "used"}, "next": {"settling": False},
           "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "age_sec": 5, "next_mark_sec": 50}}
@@ -3744,6 +3743,10 @@ def status(**fields):
     """STATUS with other fields, those of `now` included."""
     return dict(STATUS, now=dict(STATUS["now"], **{k: v for k, v in fields.items() if k in STATUS["now"]}),
                 **{k: v for k, v in fields.items() if k not in STATUS["now"]})
+
+
+def disk(blocks, files=9, flags=0):
+    return ["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, blocks, 9, files, files, flags, 255))
 
 
 def viewed(words, stderr=""):
@@ -3771,6 +3774,7 @@ def viewed(words, stderr=""):
     ("clockspeed", (None, failed("clockctl: fatal: unable to read s: No module named 'json'"), True), "warn",
      "it runs, but tells nothing: unable to read s: No module named 'json'"),
     ("adjust", ("/adjust", None), "ok", "is read"), ("adjust", ("/adjust", PermissionError()), "warn", "as root"),
+    ("adjust", ("/adjust", ImportError("No module named 'termios'")), "warn", "unable to see .*'termios'"),
     ("adjust", ("/adjust", ValueError("no clockspeed reads it")), "fail", "^/adjust: no clockspeed reads it; read"),
     ("marks", (STATUS,), "ok", "^the clock is 3 ms behind, give or take 400 µs, by 10 marks, the next one in 50 s"),
     ("marks", (status(offset_sec=-3599.9),), "fail", "^the clock is 60 min ahead.*clockctl set.*83.3 days"),
@@ -3781,21 +3785,20 @@ def viewed(words, stderr=""):
     ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn", "none in this boot; read the log"),
     ("marks", (status(next_mark_sec=-601),), "warn", "the next one is late"),
     ("marks", (status(tick_ns=3 * 10**15, next_mark_sec=None),), "warn", "late"),
-    ("marks", (status(last_mark={"tick_ns": 9 * 10**11, "outcome": "doubted"}),), "warn", "the last one was doubted"),
+    ("marks", (status(last_mark={"tick_ns": 9 * 10**11, "outcome": "doubted"}),), "warn", "one was doubted"),
     ("marks", (status(problem="it died"),), "fail", "not known"), ("marks", (None,), "fail", "not known"),
     ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok", "^this clock is 3.2 ms behind"),
     ("server", (viewed("60 min ahead of ntp x, give or take 1 ms"),), "fail", "60 min ahead.*`clockctl set`"),
     ("server", (viewed("1 ms behind ntp x", "sntpclock: warning: 192.0.2.8: a falseticker\n"),), "warn ok",
      "^192.0.2.8: a falseticker; correct CLOCK_IP"),
+    ("server", (failed("sntpclock: fatal: this clock is 6 years off; see `clockctl set`"),), "fail",
+     "^this clock is 6 years off; see `clockctl set`; $"),
     ("server", (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
      "fail", "^unable to ask x: no usable answer; correct"),
-    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 10**6, 9, 9, 9, 0, 255))), "ok", "3906 MB at /"),
-    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 2000, 9, 9, 9, 0, 255))), "warn", "only 7 MB"),
-    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 10**6, 9, 0, 0, 0, 255))), "fail", "full"),
-    ("space", (["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, 10**6, 9, 9, 9, os.ST_RDONLY, 255))), "fail",
-     "read-only"),
-    ("rivals", ([], b"", 0), "ok", ""),
-    ("rivals", ([("ntpd", "7")], b"", 0), "fail", "ntpd sets the clock too, as process 7; stop"),
+    ("space", disk(10**6), "ok", "3906 MB at /"), ("space", disk(2000), "warn", "only 7 MB"),
+    ("space", disk(10**6, files=0), "fail", "full"), ("space", disk(200), "fail", "full"),
+    ("space", disk(10**6, flags=os.ST_RDONLY), "fail", "read-only"),
+    ("rivals", ([], b"", 0), "ok", ""), ("rivals", ([("ntpd", "7")], b"", 0), "fail", "ntpd sets .* process 7; stop"),
     ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 10000), "fail", "another program steers"),
     ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 20000), "ok", ""),
     ("scale", ("utc", "utc", None), "ok", ""), ("scale", ("tai", "tai", "utc"), "fail", "set CLOCK_SCALE"),
@@ -3818,20 +3821,17 @@ def test_a_probe_finds(probe, arguments, level, words):
     (("death_tally",), "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok", "50 s"),
 ])
 def test_a_service_is_up_by_the_age_of_its_process(kept, tool, said, age_sec, level, words, tmp_path):
-    for name in ("clockspeed", "clockspeed_adjust"):
-        (tmp_path / name / "supervise").mkdir(parents=True)
-    for name in kept:
-        (tmp_path / "clockspeed" / "supervise" / name).touch()
-        (tmp_path / "clockspeed_adjust" / "supervise" / name).touch()
+    for service in ("clockspeed", "clockspeed_adjust"):
+        (tmp_path / service / "supervise").mkdir(parents=True)
+        for name in kept:
+            (tmp_path / service / "supervise" / name).touch()
 
     def run_tool(command):
         assert command[0] == tool
         return CHECK.Said(0, said.encode(), "")
-    found = CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get)
-    assert levels(found)[0] == level + " " + level
-    found = CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get)
-    assert re.search(words, levels(found)[1])
-    assert 0 <= CHECK.age_sec(str(os.getpid())) < 10**5
+    found = levels(CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get))
+    assert found[0] == level + " " + level and re.search(words, found[1])
+    assert 0 <= CHECK.age_sec(str(os.getpid())) < 10**5 and CHECK.age_sec("0") == 0
     assert levels(CHECK.check_services([str(tmp_path / "none")]))[0] == "warn"
 
 
@@ -3842,8 +3842,10 @@ def test_who_can_change_what_root_runs(uid, mode, level):
     def lstat(path):
         odd = path == "/usr/local/etc"
         return os.stat_result((mode if odd else 0o40755, 0, 0, 1, uid if odd else 0, 0, 0, 0, 0, 0))
-    found = list(CHECK.check_owners(["/usr/local/etc/clockspeed.conf", "/usr/local/etc/x"], lstat, 77))
-    assert [each.level for each in found] == [level] and (level == "ok" or "/usr/local/etc," in found[0].text)
+    found = list(CHECK.check_owners(["/usr/local/etc/clockspeed.conf", "/usr/local/etc/x"], [], lstat, 77))
+    assert [each.level for each in found] == [level] and (level == "ok" or "/usr/local/etc" in found[0].text)
+    private = levels(CHECK.check_owners([], ["/usr/local/etc"], lstat, 77))
+    assert private[0] == ("fail" if mode == 0o100666 else "ok")
 
 
 def test_whether_marks_get_through_the_fifo(tmp_path):
@@ -3868,7 +3870,27 @@ def test_root_looks_with_the_eyes_of_another(tmp_path):
     secret.chmod(0o600)
     assert CHECK.run(["cat", str(secret)]).stdout == b"x" and not CHECK.may_use("nobody", "-r", str(secret))
     assert "Permission denied" in CHECK.complaint(CHECK.run([str(secret)], "nobody"))
+    assert CHECK.may_use("nobody", "-r", str(tmp_path / "none")) and CHECK.may_use("nobody", "-r", "/")
     assert CHECK.run(["id", "-G"], "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid).encode()]
+
+
+def test_who_sets_the_clock_is_known_by_name(tmp_path):
+    for pid, (name, words) in enumerate([("chronyd", "chronyd"), ("chronyd", "chronyd -x"), ("sh", "-x"), ("ntpd", "a")]):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "comm").write_text(name + "\n")
+        (tmp_path / str(pid) / "cmdline").write_text(words.replace(" ", "\0") + "\0")
+    assert sorted(CHECK.find_rivals(str(tmp_path))) == [("chronyd", "0"), ("ntpd", "3")]
+
+
+def test_check_looks_at_every_topic_once_where_nothing_is_installed(tmp_path):
+    (tmp_path / "conf").write_text("CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n" % (tmp_path, HERE))
+    done = run("clockctl-check", "--json", CLOCKSPEED_CONF=tmp_path / "conf")
+    found = {each["topic"]: each for each in json.loads(done.stdout)["findings"]}
+    assert set(found) | {"space", "users"} == {
+        "configuration", "programs", "owners", "users", "services", "clockspeed", "adjust", "marks", "server", "space",
+        "rivals", "scale", "counter"}
+    assert [found[topic]["level"] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
+    assert [found[topic]["level"] for topic in ("adjust", "marks")] == ["warn"] * 2  # clockspeed is their cause
 
 
 def test_check_counts_and_its_status_is_the_worst(tmp_path):
@@ -3951,6 +3973,7 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     shown = run("clockctl-graph", "--ascii", CLOCKSPEED_CONF=conf).stdout.decode("ascii").splitlines()
     assert shown[0] == "offset, real time minus system clock; marks: 200 used"
     assert shown[1] == "* offset +900 us,  . standard deviation 50 us,  = bound 900 us"
+    assert re.fullmatch(r" +01-15 08:00 +01-15 19:\d\d +01-16 06:\d\d +01-16 17:10", shown[-1])
     picture = "".join(shown[2:-2])
     assert all(glyph in picture for glyph in "*.=") and "+1 ms +" in picture
     assert any("\u2801" <= char <= "\u28ff" for char in run(
@@ -3962,7 +3985,7 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     assert sorted(curves) == ["bound", "bound", "deviation", "deviation", "value"]
     os.rename(tmp_path / "x.svg", tmp_path / "y.svg")
     os.symlink(tmp_path / "y.svg", tmp_path / "x.svg")
-    assert "a symbolic link" in run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).stderr
+    assert "symbolic link" in run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).stderr
     table = run("clockctl-graph", "--csv", CLOCKSPEED_CONF=conf).stdout.decode().splitlines()
     assert len(table) == 201 and table[1] == (
         "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
@@ -3996,6 +4019,12 @@ def test_a_curve_has_no_gaps():
     for left, right in zip(columns, columns[1:]):
         assert rows[right][0] <= rows[left][1] + 1 and rows[left][0] <= rows[right][1] + 1
     assert not list(GRAPH.strokes([(0, -2), (1, -1)], 9, 9)) and not list(GRAPH.strokes([(0, 2), (1, 3)], 9, 9))
+    assert all(0 <= top <= bottom <= 8 for _, top, bottom in GRAPH.strokes([(0, -2), (0.5, 3), (1, -2)], 9, 9))
+
+
+@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--ascii"], ["--svg"]))
+def test_graph_words_that_make_no_sense_are_usage(words):
+    assert run("clockctl-graph", *words).returncode == 100
 
 
 def text_of(data):
