@@ -4136,7 +4136,317 @@ def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell):
 
 # ==== svc/install ===================================================================================
 
+INSTALL = path_of("svc/install")
+INSTALL_SHELLS = [pytest.param(command.split(), id=command)
+                  for command in ("dash", "bash", "mksh", "busybox sh")]
+PROGRAMS = ("clockspeed", "sntpclock", "taiclock", "ntsclock", "taiclockd", "clockadd", "clockview")
+SERVICES = ("clockspeed", "clockspeed_adjust", "taiclockd")
+BIN, CONF = "usr/local/clockspeed/bin/", "usr/local/etc/clockspeed.conf"
+
+
+class Image:
+    """A directory into which svc/install installs."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def install(self, *args, shell=("sh",), script=INSTALL, umask=None, status=0, root=True, stdout=None):
+        words = list(shell) + [script] + ["--root", self.path] * root + list(args)
+        env = {key: value for key, value in UTC_ENV.items() if not key.startswith("CLOCKSPEED_")}
+        done = subprocess.run(words, stdout=stdout or subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+                              timeout=60, preexec_fn=umask and (lambda: os.umask(umask)))
+        lines = ((done.stdout or b"") + done.stderr).decode().splitlines()
+        assert done.returncode == status, lines
+        return [line for line in lines if not line.startswith("left to you: ")]
+
+    def __call__(self, name):
+        return os.path.join(self.path, name)
+
+    def read(self, name):
+        with open(self(name)) as file:
+            return file.read()
+
+    def write(self, name, text):
+        os.makedirs(os.path.dirname(self(name)), exist_ok=True)
+        with open(self(name), "w") as file:
+            file.write(text)
+
+    def tree(self):
+        """-> name: mode, of all that is in it."""
+        names = [os.path.relpath(os.path.join(place, name), self.path)
+                 for place, directories, files in os.walk(self.path) for name in directories + files]
+        return {name: oct(os.lstat(self(name)).st_mode)[-4:] for name in names}
+
+
+@pytest.fixture
+def image(tmp_path):
+    (tmp_path / "image").mkdir()
+    return Image(tmp_path / "image")
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of this project, to make a next version of -> its svc/install."""
+    for name in SCRIPTS:
+        (tmp_path / "project").mkdir(exist_ok=True)
+        shutil.copy(path_of(name), str(tmp_path / "project"))
+    shutil.copytree(path_of("svc"), str(tmp_path / "project" / "svc"))
+    return str(tmp_path / "project" / "svc" / "install")
+
+
+@pytest.mark.parametrize("shell", INSTALL_SHELLS)
+def test_every_shell_installs_the_same_and_then_finds_nothing_to_do(image, shell):
+    need(shell[0])
+    args, umask = ("--server", "ntp:192.0.2.7,2001:db8::1"), 0o002 if shell == ["dash"] else 0o077
+    assert image.install("--dry-run", *args, shell=shell)[-1] == "write /var/svc.d/.clockspeed-installed"
+    assert not image.tree()
+    image.install(*args, shell=shell, umask=umask)
+    tree = image.tree()
+    assert {BIN + name + ".py" for name in PROGRAMS} | {BIN + name for name in PROGRAMS} <= set(tree)
+    for name in [BIN + program for program in PROGRAMS] + ["usr/local/bin/clockctl"]:
+        source = read_script(os.path.basename(name))
+        assert image.read(name) == source.replace("#!/usr/bin/env python3\n", "#!/usr/bin/python3 -IS\n", 1)
+        assert os.access(image(name), os.X_OK)
+    for service in SERVICES:
+        for script in (service + "/run", service + "/log/run"):
+            assert image.read("var/svc.d/" + script) == read_script("svc/" + script)
+    assert tree["usr/local/clockspeed/adjust"] == "0600" and tree["usr/local/clockspeed/mark"] == "0700"
+    plain = {mode for name, mode in tree.items() if not name.endswith(("adjust", "/mark"))}
+    assert plain == {"0755", "0644", "0777"}, "directories and programs, files, links"
+    assert '\nCLOCK_TYPE="ntp"\n' in image.read(CONF)
+    assert '\nCLOCK_IP="192.0.2.7 2001:db8::1"\n' in image.read(CONF)
+    for again in (args, ()):
+        assert image.install(*again, shell=shell) == ["nothing to do"]
+    assert image.tree() == tree
+    assert image.install("--remove", "--purge", shell=shell)[0] == "remove /usr/local/clockspeed/adjust"
+    assert set(image.tree()) == {"usr", "usr/local", "usr/local/bin", "usr/local/etc", "var"}
+    assert image.install("--remove", "--purge", shell=shell) == ["nothing to do"]
+
+
+@pytest.mark.parametrize("args, status, said", [
+    (["--server", "192.0.2.1"], 100,
+     "usage: --server 192.0.2.1: the type is missing: ntp:192.0.2.1, or tai: or nts:"),
+    (["--server", "ntp:"], 100, "usage: --server ntp:: that is no list of hosts"),
+    (["--server=tai:a,,b"], 100, "usage: --server tai:a,,b: that is no list of hosts"),
+    (["--server", 'nts:a"; reboot'], 100, "usage: --server nts:a\"; reboot: that is no list of hosts"),
+    (["--server"], 100, "usage: --server needs a value"),
+    (["--purge"], 100, "usage: --purge goes with --remove"),
+    (["--supervisor", "upstart"], 100, "usage: --supervisor upstart: daemontools, runit or s6"),
+    (["--remove", "--start"], 100, "usage: --remove goes with --purge, --root and --dry-run"),
+    (["--no-such"], 100, r"usage: install \[.* \(--no-such is unknown\)"),
+    (["here"], 100, r"usage: install \[.* \(here is unknown\)"),
+    (["--root", "/no/such"], 111, "fatal: unable to use /no/such: it is no directory"),
+])
+def test_what_is_wrong_is_one_line_and_changes_nothing(image, args, status, said):
+    line, = image.install(*args, status=status)
+    assert re.fullmatch("install: " + said, line) and not image.tree()
+
+
+def test_its_manual_and_version(image):
+    manual = image.install("--help", root=False)
+    assert manual == image.install("-h", root=False)
+    assert manual[0].startswith("install - ") and {"SYNOPSIS", "OPTIONS", "EXIT STATUS"} < set(manual)
+    assert image.install("--version", root=False) == ["install " + load("clockview").RELEASE]
+    with open("/dev/full", "wb") as full:
+        assert image.install(status=111, stdout=full) == ["install: fatal: unable to write output"]
+
+
+@pytest.mark.parametrize("supervisor, become, log", [
+    ("runit", "exec chpst -u clocksd ", "exec chpst -u multilog svlogd -t /"),
+    ("s6", "exec s6-setuidgid clocksd ", "exec s6-setuidgid multilog s6-log t /"),
+])
+def test_scripts_are_written_for_the_supervisor_which_is_remembered(image, supervisor, become, log):
+    image.install("--supervisor", supervisor)
+    assert become in image.read("var/svc.d/clockspeed_adjust/run")
+    assert log in image.read("var/svc.d/taiclockd/log/run")
+    assert image.install() == ["nothing to do"]
+    assert "write /var/svc.d/taiclockd/run" in image.install("--supervisor", "daemontools")
+    assert image.read("var/svc.d/taiclockd/run") == read_script("svc/taiclockd/run")
+
+
+def test_another_home_is_the_configurations(image):
+    image.write(CONF, 'CLOCKSPEED_HOME="/srv/clock"\nCLOCKSPEED_BIN=/opt/bin  # ours\nCLOCK_IP="192.0.2.7"\n')
+    image.install()
+    assert image.read("var/svc.d/clockspeed/run").endswith(
+        "/opt/bin/clockspeed -u clockspeed -w clocksd /srv/clock\n")
+    assert "/opt/bin/taiclockd\n" in image.read("var/svc.d/taiclockd/run")
+    assert {"opt/bin/sntpclock", "srv/clock/adjust", "srv/clock/etc"} <= set(image.tree())
+    image.write(CONF, 'CLOCKSPEED_HOME="/srv/$(reboot)"\n')
+    assert image.install(status=111) == [
+        "install: fatal: unable to use CLOCKSPEED_HOME: it is not a plain absolute path"]
+
+
+def test_the_next_version_replaces_what_was_not_edited(image, project):
+    image.install("--server", "tai:192.0.2.7")
+    image.write("var/svc.d/clockspeed/run", "#!/bin/sh\n# edited\n")
+    for name in ("clockview.py", "svc/clockspeed/run"):
+        with open(os.path.join(os.path.dirname(os.path.dirname(project)), name), "a") as file:
+            file.write("# the next version\n")
+    with open(project) as file:
+        text = file.read()
+    with open(project, "w") as file:  # which has no clockctl-graph
+        file.write(text.replace("clockctl clockctl-check clockctl-graph", "clockctl clockctl-check"))
+    assert image.install(script=project) == [
+        "write /usr/local/clockspeed/bin/clockview.py", "write /var/svc.d/clockspeed/run.new, since "
+        "/var/svc.d/clockspeed/run was edited", "remove /usr/local/bin/clockctl-graph",
+        "write /var/svc.d/.clockspeed-installed"]
+    assert image.install(script=project) == ["nothing to do"]
+    os.rename(image("var/svc.d/clockspeed/run.new"), image("var/svc.d/clockspeed/run"))
+    assert image.install(script=project) == ["write /var/svc.d/.clockspeed-installed"]
+    assert image.install(script=project) == ["nothing to do"]
+
+
+def test_other_servers_change_two_lines_of_the_configuration(image):
+    image.install("--server", "tai:192.0.2.7")
+    assert image.install("--server", "nts:a.example.org")[0] == "write /usr/local/etc/clockspeed.conf"
+    mine = image.read(CONF) + "CLOCK_KEY=1\n"
+    image.write(CONF, mine)
+    assert image.install() == ["nothing to do"]
+    image.install("--server", "ntp:192.0.2.8")
+    assert image.read(CONF) == mine and 'CLOCK_IP="192.0.2.8"\n' in image.read(CONF + ".new")
+    assert image.read(CONF + ".new").endswith("CLOCK_KEY=1\n")
+
+
+def test_removal_leaves_what_was_edited_or_learned_and_follows_no_link(image, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("")
+    image.install("--server", "ntp:192.0.2.7")
+    image.write("var/svc.d/clockspeed/run", "edited")
+    image.write("usr/local/clockspeed/etc/state", "")
+    for name in ("var/multilog/clockspeed/current", "var/multilog/clockspeed/deep" + "/deep" * 300 + "/file"):
+        image.write(name, "")
+    os.symlink(str(tmp_path / "theirs"), image("var/multilog/taiclockd/link"))
+    image.install("--remove")
+    kept = {"var/svc.d/clockspeed/run", "usr/local/clockspeed/etc/state", "var/multilog/clockspeed/current",
+            CONF}
+    assert kept < set(image.tree()) and not os.path.exists(image(BIN))
+    image.install("--remove", "--purge")
+    left = set(image.tree())
+    assert not kept & left - {"var/svc.d/clockspeed/run"} and "var/multilog/clockspeed/deep" in left
+    assert "var/multilog/taiclockd" not in left and os.path.exists(str(tmp_path / "theirs" / "file"))
+
+
+def test_links_are_made_only_where_something_scans(image):
+    assert not any("service" in name for name in image.tree())
+    image.install("--start", "--server", "ntp:192.0.2.7")
+    assert not any("service" in name for name in image.tree()), "no supervisor is there"
+    image.write("usr/bin/svscan", "")
+    os.chmod(image("usr/bin/svscan"), 0o755)
+    os.makedirs(image("etc/service"))
+    image.install("--start")
+    assert os.listdir(image("etc/service")) and sorted(os.listdir(image("etc/service"))) == list(SERVICES[:2])
+    assert os.readlink(image("etc/service/clockspeed")) == "/var/svc.d/clockspeed"
+
+
+def test_a_file_where_the_fifo_should_be_is_refused(image):
+    image.write("usr/local/clockspeed/adjust", "")
+    assert image.install(status=111)[-1] == (
+        "install: fatal: unable to use /usr/local/clockspeed/adjust: it is no FIFO; remove it")
+
+
+@pytest.mark.parametrize("modes, trusted", [((0o755, 0o755), True), ((0o775, 0o755), False),
+                                            ((0o1777, 0o755), False), ((0o755, 0o757), False)])
+def test_what_others_than_root_can_write_is_no_scan_directory(modes, trusted):
+    """By the function alone: the whole is tried in a clean root, with real scanners."""
+    if os.getuid():
+        pytest.skip("not root")
+    with contextlib.ExitStack() as stack:
+        top = "/run/clockspeed-test-%d" % os.getpid()
+        stack.callback(shutil.rmtree, top)
+        os.makedirs(top + "/service")
+        os.chmod(top, modes[0])
+        os.chmod(top + "/service", modes[1])
+        function = re.search(r"^only_root\(\) \{\n.*?^\}\n", read_script("svc/install"), re.M | re.S).group()
+        done = subprocess.run(["sh", "-c", function + "only_root " + top + "/service"])
+        assert (done.returncode == 0) == trusted
+
+
 # ==== the README ====================================================================================
+
+# The README's blocks: sh install and sh host are followed in a virtual machine (.ci/vm), sh client and
+# sh also are for other hosts and cases, conf and text are no commands, sh and sh tests need no root.
+README, NOTES = read_script("README.md"), read_script("NOTES.md")
+BLOCKS = re.findall(r"^```(.*)\n((?:.*\n)*?)```$", README, re.M)
+
+
+def blocks(*kinds):
+    return [text for kind, text in BLOCKS if kind in kinds]
+
+
+def test_the_readme_is_short_and_its_blocks_are_of_known_kinds():
+    assert len(README.encode()) <= 16 * 1024
+    assert {kind for kind, _ in BLOCKS} == {"conf", "text", "sh", "sh tests", "sh install", "sh host",
+                                            "sh client", "sh also"}
+    assert len(BLOCKS) * 2 == README.count("\n```")
+
+
+@pytest.mark.parametrize("shell", INSTALL_SHELLS)
+def test_every_shell_understands_its_blocks(shell):
+    need(shell[0])
+    text = "\n".join(text for kind, text in BLOCKS if kind.startswith("sh"))
+    subprocess.run(shell + ["-n"], input=text.encode(), check=True)
+
+
+def test_by_hand_the_programs_are_as_installed(tmp_path):
+    home, system = str(tmp_path / "home"), str(tmp_path / "system")
+    text = blocks("sh host")[0].replace("/usr/local/clockspeed", home).replace("/usr/local", system)
+    subprocess.run(["sh", "-ec", "umask 077\n" + text], cwd=HERE, check=True)
+    for name in PROGRAMS:
+        with open(os.path.join(home, "bin", name)) as file:
+            first, _, rest = file.read().partition("\n")
+        assert re.fullmatch("#!/.*python3 -IS", first) and rest == read_script(name).partition("\n")[2]
+        assert os.stat(os.path.join(home, "bin", name)).st_mode & 0o777 == 0o755
+    done = subprocess.run([os.path.join(system, "bin", "clockctl"), "version"], stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stdout
+
+
+@pytest.mark.parametrize("supervisor, word", (("runit", "chpst"), ("s6", "s6-setuidgid")))
+def test_by_hand_the_scripts_for_other_supervisors_are_as_installed(supervisor, word, image, tmp_path):
+    image.install("--supervisor", supervisor)
+    text, = [text for text in blocks("sh also") if word in text]
+    for service in SERVICES:
+        shutil.copytree(path_of("svc/" + service), str(tmp_path / "svc.d" / service))
+    subprocess.run(["sh", "-ec", text.replace("/var/svc.d", str(tmp_path / "svc.d"))], check=True,
+                   stderr=subprocess.DEVNULL)
+    for script in ("/run", "/log/run"):
+        for service in SERVICES:
+            name = "svc.d/" + service + script
+            assert (tmp_path / name).read_text() == image.read("var/" + name)
+
+
+@pytest.mark.parametrize("text", blocks("conf"))
+def test_clockctl_understands_its_configurations(text, tmp_path):
+    (tmp_path / "conf").write_text(read_script("svc/clockspeed.conf") + text)
+    said = run("clockctl", "run", "env", CLOCKSPEED_CONF=str(tmp_path / "conf")).stdout.decode()
+    assert set(text.replace('"', "").splitlines()) <= set(said.splitlines())
+
+
+def test_what_it_names_exists():
+    manual = run("clockctl", "--help").stdout.decode() + "check graph help"
+    code = "".join(text for _, text in BLOCKS) + "".join(re.findall("`.*?`", README))
+    for command in re.findall(r"clockctl ([a-z]+)", code):
+        assert re.search(r"\b%s\b" % command, manual), command
+    options = subprocess.run(["sh", INSTALL, "--help"], stdout=subprocess.PIPE).stdout.decode()
+    for option in re.findall(r"--[a-z][-a-z]+", " ".join(re.findall(r"svc/install.*", README))):
+        assert option in options, option
+    for name in re.findall(r"\b(?:CLOCK|CLOCKSPEED)_[A-Z]+", README):
+        assert name in manual, name
+    for text in (README, NOTES):
+        anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+                   for title in re.findall("(?m)^#+ (.*)", text)}
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            assert link[1:] in anchors if link.startswith("#") else os.path.exists(path_of(link)), link
+
+
+def test_notes_tell_of_the_bad_days_what_their_tests_do():
+    table = NOTES.partition("## Bad days")[2].partition("\n## ")[0]
+    cells = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
+    rows = {row[1].strip(): row[3] for row in cells}
+    for event, _, said, _ in BAD_DAYS:
+        assert event in rows, event
+        for text in said:
+            assert "`%s`" % text in rows[event], text
+
 
 # ==== every decoder =================================================================================
 # A row stands in DECODERS for each function that reads what others wrote.

@@ -125,11 +125,9 @@ def until(condition, seconds):
 
 
 def tell(guest_ip, value):
-    """Send a value to another guest, which hears it by hear()."""
+    """Send a value to another guest, which hears it if it is in hear() then."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for _ in range(5):
-            sock.sendto(json.dumps(value).encode(), (guest_ip, 7000))
-            time.sleep(0.2)
+        sock.sendto(json.dumps(value).encode(), (guest_ip, 7000))
 
 
 def hear(seconds):
