@@ -108,7 +108,6 @@ import fcntl
 import getopt
 import math
 import os
-import re
 import select
 import stat
 import struct
@@ -638,7 +637,8 @@ class Estimator:
     def assume_rate(self, rate_ppm, rate_error_ppm):
         """Another program has measured the rate; what is known of wander and noise stays."""
         self.forget_phase(0.0)
-        self.models = [(w, 0.0, rate_ppm * 1e3, *known[2:8], (rate_error_ppm * 1e3) ** 2, 0.0, 0.0, *known[11:])
+        rate, var = rate_ppm * 1e3, (rate_error_ppm * 1e3) ** 2
+        self.models = [(w, 0.0, rate, *known[2:8], var, 0.0, 0.0, *known[11:])
                        for w, *known in self.models]
         self._sum_up(self.models)
 
@@ -728,43 +728,30 @@ class Bound:
 
 # ==== the counter and the clock ====
 
-def reads(clock_id):
-    """A function that reads a clock in nanoseconds; None where the system hasn't got it."""
-    try:
-        clock = getattr(time, clock_id)
-        time.clock_gettime_ns(clock)
-    except (AttributeError, OSError):
-        return None
-    return lambda: time.clock_gettime_ns(clock)
-
-
 class Clock:
     """The counter and the system clock, observed only.
 
     What steers a system clock derives from this.  A clock's `steer` is told at each wake-up how it
     should run, and answers in how many seconds it wants to be told again.
     """
-    doing = "observing"
-    steers = False
-
-    def __init__(self):
-        self.counter = "CLOCK_MONOTONIC_RAW" if reads("CLOCK_MONOTONIC_RAW") else "CLOCK_MONOTONIC"
-        self.ticks = reads(self.counter)
-        self.bias_ppm = 0.0  # of the kernel's clock, see KernelClock.learn_bias
-        self.foreign = False  # somebody else has set the frequency since
+    doing, steers = "observing", False
+    counter = "CLOCK_MONOTONIC_RAW" if hasattr(time, "CLOCK_MONOTONIC_RAW") else "CLOCK_MONOTONIC"
+    bias_ppm = 0.0  # of the kernel's clock, see KernelClock.learn_bias
+    foreign = False  # somebody else has set the frequency since
 
     def read(self):
         """-> (tick_ns, clock_ns) at one moment: of 5 readings the one with the least time around it."""
-        def once():
-            before, clock_ns = self.ticks(), time.time_ns()
-            after = self.ticks()
+        def once(counter=getattr(time, self.counter)):
+            before, clock_ns = time.clock_gettime_ns(counter), time.time_ns()
+            after = time.clock_gettime_ns(counter)
             return after - before, (before + after) // 2, clock_ns
         return min(once() for _ in range(5))[1:]
 
     def suspended_ns(self):
         """The time that this boot slept, during which the counter stood still."""
-        boottime = reads("CLOCK_BOOTTIME")
-        return boottime() - time.monotonic_ns() if boottime else 0
+        if not hasattr(time, "CLOCK_BOOTTIME"):
+            return 0
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
 
     def boot_id(self):
         """What tells this boot from every other; empty where the system doesn't say."""
@@ -778,7 +765,7 @@ class Clock:
         return SETTLED_SEC
 
     def step(self, delta_ns):
-        """Add delta_ns to the system clock; OSError, OverflowError, struct.error where it can't hold the sum."""
+        """Add delta_ns to the system clock; OSError, OverflowError, struct.error."""
 
     def forget(self):
         """The counter is not what it was: what was seen of the clock by it says nothing any more."""
@@ -792,11 +779,9 @@ class Clock:
 
 class AdjtimeClock(Clock):
     """adjtime(), as every Unix has it: no rate, so the clock is nudged every 3 seconds."""
-    doing = "nudging the system clock with adjtime"
-    steers = True
+    doing, steers = "nudging the system clock with adjtime", True
 
     def __init__(self):
-        super().__init__()
         import ctypes
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.adjtime(0)  # fails here and now without the privilege
@@ -822,8 +807,7 @@ class KernelClock(Clock):
     The kernel applies a single shot second by second, 500 us in each; until it is through, and the
     second it is in is over, what the clock is off by can't be told from what is on its way.
     """
-    doing = "steering the system clock with adjtimex"
-    steers = True
+    doing, steers = "steering the system clock with adjtimex", True
     SECOND_NS = 1100000000  # from a request to the end of the second it came in, and some
     BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
     MOST_US = 10**9  # of a single shot; it takes 23 days, and 32-bit kernels can't count much more
@@ -835,7 +819,6 @@ class KernelClock(Clock):
     ASTRAY_US = 2 * SLEW_PPM
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
-        super().__init__()
         self.adjtimex, self.nominal_tick = adjtimex, nominal_tick
         now = adjtimex()
         adjtimex(modes=ADJ_FREQUENCY, freq=now["freq"])  # fails here and now without the privilege
@@ -940,21 +923,20 @@ class KernelClock(Clock):
 # ==== files ====
 
 class Etc:
-    """The directory `etc` in home.  Where it can't be made or opened, each use of it fails with the reason."""
+    """The directory `etc` in home.  If it can't be made or opened, each use of it fails with the reason."""
     OURS = {"atto", "state", "status", "lock", "leap", "kisses"}  # the last two: an earlier version's
 
     def __init__(self, home_fd):
         """OSError when there is something that is no directory."""
-        self.fd, self.made, self.why = None, False, None
+        self.fd, self.made = None, False
         try:
             os.mkdir("etc", 0o755, dir_fd=home_fd)
             self.made = True
-        except FileExistsError:
-            pass
         except OSError as err:
             self.why = err
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self.fd = os.open("etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home_fd)
+            self.fd = os.open("etc", flags, dir_fd=home_fd)
         except FileNotFoundError:
             pass  # why says it
         except PermissionError as err:
@@ -975,16 +957,16 @@ class Etc:
         """Let the user have it, unless it holds what is not ours; ValueError, OSError."""
         if self.fd is None or os.fstat(self.fd).st_uid == uid:
             return
-        others = sorted({name[:-4] if name.endswith(".tmp") else name for name in os.listdir(self.fd)} - self.OURS)
+        others = {name.replace(".tmp", "") for name in os.listdir(self.fd)} - self.OURS
         if others and not self.made:
-            raise ValueError("it holds %s, so it is not clockspeed's own" % ascii(others[0]))
+            raise ValueError("it holds %s, so it is not clockspeed's own" % ascii(min(others)))
         os.fchown(self.fd, uid, -1)
 
     def read(self, name):
         """The bytes of a file; OSError."""
         fd = self.open(name, os.O_RDONLY)
         try:
-            return os.read(fd, STATE_BYTES)
+            return os.read(fd, min(os.fstat(fd).st_size, STATE_BYTES))
         finally:
             os.close(fd)
 
@@ -1078,7 +1060,7 @@ class Log:
     def __call__(self, text):
         if self.lost:
             text = "lost: %d lines\n%s" % (self.lost, text)
-        data = text.encode(errors="replace")[:select.PIPE_BUF - 1] + b"\n"  # a pipe that is ready takes so much
+        data = text.encode(errors="replace")[:select.PIPE_BUF - 1] + b"\n"  # a ready pipe takes so much
         try:
             if select.select([], [self.fd], [], 0)[1]:
                 os.write(self.fd, data)
@@ -1091,8 +1073,8 @@ class Log:
 
 # ==== what the files say ====
 
-State = namedtuple("State", "counter scale boot_id suspended_ns tick_ns clock_ns bias_ppm atto known_ns marks "
-                            "last_mark estimator bound")
+State = namedtuple("State", "counter scale boot_id suspended_ns tick_ns clock_ns known_ns bias_ppm atto "
+                            "marks last_mark estimator bound")
 MARK_FIELDS = ("tick_ns", "offset_ns", "spread_ns", "distance_ns", "outcome")
 OUTCOMES = ("used", "doubted", "refused")
 
@@ -1102,16 +1084,6 @@ def whole(value, least=-2**64, most=2**64):
     if type(value) is not int or not least <= value <= most:
         raise ValueError("%.40r instead of a number" % (value,))
     return value
-
-
-def short_integer(digits):
-    if len(digits) > 40:
-        raise ValueError("a number of %d digits" % len(digits))
-    return int(digits)
-
-
-def no_constant(name):
-    raise ValueError(name + " instead of a number")
 
 
 def parse_mark(mark):
@@ -1124,8 +1096,10 @@ def parse_mark(mark):
 
 def parse_state(data):
     """The bytes of etc/state -> State; ValueError, whatever they are."""
+    if not json:
+        raise ValueError("this Python has no json module")
     try:
-        state = json.loads(data, parse_int=short_integer, parse_constant=no_constant)
+        state = json.loads(data)
         if state["version"] != 2:
             raise ValueError("of another version")
         estimator, bound = Estimator.from_state(state["estimator"]), Bound.from_state(state["bound"])
@@ -1134,9 +1108,9 @@ def parse_state(data):
             raise ValueError("a rate of %g ppm, or a bias that is none" % rate_ppm)
         return State(
             *(str(state[name]) for name in ("counter", "scale", "boot_id")),  # only compared
-            *(whole(state[name]) for name in ("suspended_ns", "tick_ns", "clock_ns")), bias_ppm,
-            bytes.fromhex(state["atto"]),
+            *(whole(state[name]) for name in ("suspended_ns", "tick_ns", "clock_ns")),
             whole(state["known_ns"], RELEASE_SEC * 10**9, (RELEASE_SEC + ERA_SEC) * 10**9),
+            bias_ppm, bytes.fromhex(state["atto"]),
             {outcome: whole(state["marks"][outcome], 0) for outcome in OUTCOMES},
             state["last_mark"] and parse_mark(state["last_mark"]), estimator, bound)
     except (ArithmeticError, AttributeError, LookupError, TypeError, RecursionError) as err:
@@ -1152,16 +1126,8 @@ def parse_atto(packet):
     return rate_ppm
 
 
-def format_atto(rate_ppm):
-    return pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
-
-
-def format_ns(ns):
-    return "-" if ns is None else "%d" % ns
-
-
-def format_sec(ns):
-    return "-" if ns is None else "%.9f" % (ns / 1e9)
+def format_or_none(form, value):
+    return "-" if value is None else form % value
 
 
 def duration(sec):
@@ -1182,11 +1148,12 @@ class Clockspeed:
     """
 
     def __init__(self, clock, etc, scale="utc", target_ns=None, may_step=True, say=Log(1), warn=Log(2)):
-        self.clock, self.etc, self.scale, self.target_ns, self.say, self.warn = clock, etc, scale, target_ns, say, warn
-        self.may_step = may_step and clock.steers
+        self.clock, self.etc, self.say, self.warn = clock, etc, say, warn
+        self.scale, self.target_ns, self.may_step = scale, target_ns, may_step and clock.steers
         self.estimator, self.bound = Estimator(), Bound()
         self.marks = dict.fromkeys(OUTCOMES, 0)  # of this boot
         self.last_mark = None
+        self.atto = b""  # what etc/atto holds
         self.known_ns = RELEASE_SEC * 10**9  # the real time last believed: no clock is right that shows less
         kernel = clock.report()
         self.first_boot_marks = not (kernel and kernel["synchronised"])  # else it has been set in this boot
@@ -1194,7 +1161,7 @@ class Clockspeed:
         self.done_ns = {}  # what is done now and then -> tick when it was last done
         self.news = True  # there is what neither the kernel nor the files have been told
         self.set_by_others, self.set_back_from_ns, self.set_back_wait_sec = False, 0, SET_BACK_SEC
-        self.phase_lost = False
+        self.phase_lost = False  # by a suspend or a counter that went back
         self.tick_ns, self.clock_ns = clock.read()
         self.begin_phase()
 
@@ -1299,11 +1266,12 @@ class Clockspeed:
         self.marks[outcome] += 1
         self.last_mark = dict(zip(MARK_FIELDS, (self.tick_ns, offset_ns, spread_ns, distance_ns, outcome)))
         self.news = True
-        self.say("mark: tick %d ns, real %d ns, spread %s ns, distance %s ns, offset %+.9f s, error %s s, bound %s s, "
-                 "rate %+.4f ppm, rate error %.4f ppm, %s"
-                 % (self.tick_ns, real_ns, format_ns(spread_ns), format_ns(distance_ns), offset_ns / 1e9,
-                    format_sec(self.estimator.real(self.tick_ns)[1]), format_sec(self.most_ns()),
-                    *self.estimator.rate(), outcome))
+        most_ns = self.most_ns()
+        self.say("mark: tick %d ns, real %d ns, spread %s ns, distance %s ns, offset %+.9f s, error %.9f s, "
+                 "bound %s s, rate %+.4f ppm, rate error %.4f ppm, %s"
+                 % (self.tick_ns, real_ns, format_or_none("%d", spread_ns), format_or_none("%d", distance_ns),
+                    offset_ns / 1e9, self.estimator.real(self.tick_ns)[1] / 1e9,
+                    format_or_none("%.9f", most_ns and most_ns / 1e9), *self.estimator.rate(), outcome))
         self.offset_ns = self.real_ns() - self.clock_ns
         first = self.first_boot_marks and self.marks["used"] <= FIRST_MARKS
         if outcome == "used" and first and abs(self.offset_ns) > STEP_NS:
@@ -1317,7 +1285,7 @@ class Clockspeed:
         try:
             self.clock.step(delta_ns)
             self.say("step: the system clock by %+.9f s, %s" % (delta_ns / 1e9, why))
-        except (OSError, OverflowError, struct.error) as err:  # the latter where the kernel's seconds have 32 bits
+        except (OSError, OverflowError, struct.error) as err:  # the last where seconds have 32 bits
             self.trouble("step the clock", err)
         self.tick_ns, self.clock_ns = self.clock.read()
         self.offset_ns = self.real_ns() - self.clock_ns
@@ -1340,7 +1308,8 @@ class Clockspeed:
             self.set_back_from_ns = self.tick_ns + self.set_back_wait_sec * 10**9
             self.set_back_wait_sec = min(2 * self.set_back_wait_sec, SET_BACK_MOST_SEC)
             self.set_by_others = False
-            self.step(self.offset_ns, "back to the time of the marks; to have it otherwise, stop clockspeed (svc -d)")
+            self.step(self.offset_ns,
+                      "back to the time of the marks; if it was meant, stop clockspeed (svc -d) first")
 
     def tell_foreign(self, what):
         if self.due("foreign", FOREIGN_SEC):
@@ -1363,9 +1332,9 @@ class Clockspeed:
             tai_minus_clock_sec = TAI_MINUS_CLOCK_SEC[self.scale]
             if self.estimator.has_phase():
                 sigma_ns, most_ns = self.estimator.real(self.tick_ns)[1], self.most_ns()
-                # without a bound, as the C clients' marks give none, 4 standard deviations
-                self.clock.announce(sigma_ns, 4 * sigma_ns if most_ns is None else most_ns, self.offset_ns,
-                                    tai_minus_clock_sec)
+                if most_ns is None:
+                    most_ns = 4 * sigma_ns  # no mark tells of itself, as the C clients' don't
+                self.clock.announce(sigma_ns, most_ns, self.offset_ns, tai_minus_clock_sec)
             elif self.phase_lost:
                 self.clock.announce(MAXERROR_NS, MAXERROR_NS, 0, tai_minus_clock_sec)
             self.resolved("steer the clock")
@@ -1394,24 +1363,22 @@ class Clockspeed:
 
     def load(self):
         """Take up what an earlier run knew -> where it came from, for the start line."""
-        atto, atto_ppm = self.read_atto(), None
-        try:
-            atto_ppm = parse_atto(atto) if atto else None
-        except ValueError as err:
-            self.trouble("use etc/atto", err)
-        state = self.read_state()
-        if state is None or state.counter != self.clock.counter:
+        self.atto = self.read("atto", bytes) or b""
+        atto_ppm = self.read("atto", parse_atto)
+        state = self.read("state", parse_state)
+        if state:
+            self.known_ns = state.known_ns
+        if not state or state.counter != self.clock.counter:
             if atto_ppm is None:
                 return "no rate known"
             self.estimator = Estimator(atto_ppm, ATTO_PPM)
             return "rate of etc/atto"
         self.estimator = state.estimator
-        same_boot = (state.boot_id, state.scale) == (self.clock.boot_id() or None, self.scale)
-        if same_boot:
+        if (state.boot_id, state.scale) == (self.clock.boot_id() or None, self.scale):
             self.go_on(state)
         else:
             self.estimator.forget_phase(REBOOT_PPM)
-        if atto != state.atto and atto_ppm is not None:  # the C clockspeed has been at work since
+        if self.atto != state.atto and atto_ppm is not None:  # the C clockspeed has been at work since
             self.estimator.assume_rate(atto_ppm, ATTO_PPM)
             self.bound.forget()
             self.begin_phase()
@@ -1419,34 +1386,21 @@ class Clockspeed:
         return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
 
     def go_on(self, state):
-        """The counter has run on since that state: what happened meanwhile, the next sample finds."""
-        self.marks, self.last_mark, self.bound, self.clock.bias_ppm = (
-            state.marks, state.last_mark, state.bound, state.bias_ppm)
-        self.first_boot_marks = True
+        """It is of this boot: what happened since, the next sample finds."""
+        self.marks, self.last_mark, self.bound = state.marks, state.last_mark, state.bound
+        self.clock.bias_ppm, self.first_boot_marks = state.bias_ppm, True
         if self.estimator.has_phase():
             self.tick_ns, self.clock_ns, self.suspended_ns = state.tick_ns, state.clock_ns, state.suspended_ns
             self.offset_ns = self.real_ns() - self.clock_ns
 
-    def read_atto(self):
+    def read(self, name, parse):
+        """What parse makes of a file of etc; None when it is missing or no good."""
         try:
-            return self.etc.read("atto")
-        except FileNotFoundError:
-            return b""
-        except OSError as err:
-            self.trouble("read etc/atto", err)
-            return b""
-
-    def read_state(self):
-        try:
-            if not json:
-                raise OSError(errno.ENOSYS, "this Python has no json module")
-            state = parse_state(self.etc.read("state"))
-            self.known_ns = state.known_ns
-            return state
+            return parse(self.etc.read(name))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as err:
-            self.trouble("use etc/state", err)
+            self.trouble("use etc/" + name, err)
             return None
 
     def save(self, name, data):
@@ -1466,17 +1420,21 @@ class Clockspeed:
         if self.estimator.has_phase():
             self.known_ns = max(RELEASE_SEC * 10**9, self.real_ns())
         rate_ppm = self.estimator.rate()[0]
-        atto = format_atto(rate_ppm)
-        if self.marks["used"] > 1 and abs(rate_ppm) <= MOST_PPM and atto != self.read_atto():  # one tells no rate
-            self.save("atto", atto)
+        atto = pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
+        if atto != self.atto and self.marks["used"] > 1 and abs(rate_ppm) <= ATTO_MOST_PPM:
+            self.save("atto", atto)  # one mark would tell no rate
+            self.atto = self.read("atto", bytes) or b""
         self.save_json("state", {
             "version": 2, "boot_id": self.clock.boot_id(), "counter": self.clock.counter, "scale": self.scale,
-            "atto": self.read_atto().hex(), "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm,
-            "known_ns": self.known_ns, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns, "marks": self.marks,
-            "last_mark": self.last_mark, "estimator": self.estimator.state(), "bound": self.bound.state()})
+            "atto": self.atto.hex(), "suspended_ns": self.suspended_ns, "known_ns": self.known_ns,
+            "bias_ppm": self.clock.bias_ppm, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns,
+            "marks": self.marks, "last_mark": self.last_mark,
+            "estimator": self.estimator.state(), "bound": self.bound.state()})
 
     def save_status(self):
-        known, bounds = self.estimator.has_phase(), self.bounds()
+        known, bound = self.estimator.has_phase(), self.bounds()
+        if bound:
+            bound = dict(self.bound.coefficients(self.tick_ns), earliest_ns=bound[0], latest_ns=bound[1])
         (rate_ppm, rate_error_ppm), (wander, noise_ns) = self.estimator.rate(), self.estimator.learned()
         plan = self.estimator.next_mark_plan(self.tick_ns, self.target_ns) if self.target_ns else None
         self.save_json("status", {
@@ -1485,8 +1443,8 @@ class Clockspeed:
             "tick_ns": self.tick_ns, "written_ns": self.clock_ns, "suspended_ns": self.suspended_ns,
             "offset_ns": self.offset_ns if known else None,
             "variance": self.estimator.variance(self.tick_ns) if known else None,
-            "bound": bounds and dict(self.bound.coefficients(self.tick_ns), earliest_ns=bounds[0], latest_ns=bounds[1]),
-            "rate_ppm": rate_ppm, "rate_error_ppm": rate_error_ppm, "noise_ns": noise_ns, "wander": wander,
+            "bound": bound, "rate_ppm": rate_ppm, "rate_error_ppm": rate_error_ppm,
+            "noise_ns": noise_ns, "wander": wander,
             "marks": self.marks, "last_mark": self.last_mark,
             "next": {"wait_sec": plan and plan.wait_sec, "exchanges": plan and plan.exchanges,
                      "settling": self.marks["used"] < FIRST_MARKS},
@@ -1507,12 +1465,17 @@ def clock_scale():
 
 def clock_error_ns():
     """The error that is to be kept, or None; ValueError."""
-    text = os.environ.get("CLOCK_ERROR", "")
-    parts = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(s|ms|us|)", text)
-    error_ns = parts and round(float(parts.group(1)) * {"ms": 10**6, "us": 10**3}.get(parts.group(2), 10**9))
-    if text and not error_ns:
-        raise ValueError("CLOCK_ERROR is no error as 0.010 or 10ms")
-    return error_ns
+    text = os.environ.get("CLOCK_ERROR")
+    if not text:
+        return None
+    unit = next((unit for unit in ("ms", "us", "s") if text.endswith(unit)), "")
+    try:
+        error_ns = float(text[:len(text) - len(unit)]) * {"ms": 1e6, "us": 1e3}.get(unit, 1e9)
+    except ValueError:
+        error_ns = 0
+    if not 1 <= error_ns <= 3600e9:
+        raise ValueError("CLOCK_ERROR is not a time like 0.010 or 10ms")
+    return round(error_ns)
 
 
 def choose_clock(observe):
@@ -1585,7 +1548,7 @@ def serve(daemon, fifo, signal_fd, is_root):
             daemon.resolved("read adjust")
         except OSError as err:
             if isinstance(err, PermissionError) and fifo.was_open and not is_root:
-                daemon.warn("%s: fatal: adjust was removed or replaced, and only root can make it again" % PROGRAM)
+                daemon.warn(PROGRAM + ": fatal: adjust is gone or another one, which takes root to mend")
                 return 111
             daemon.trouble("read adjust", err)
         wait_sec = daemon.wake()
