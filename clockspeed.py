@@ -58,11 +58,14 @@ FILES (in home)
     etc/status  the same for people and programs: at each mark and every 10 minutes
     etc/lock    so that no second clockspeed runs on this home
 
-    etc/status is JSON.  A counter that reads TICK now is t = (TICK - tick_ns) / 10^9 s later.
-    Real time minus system clock was offset_ns at tick_ns, when the clock read written_ns; real
-    time now is written_ns + offset_ns + 10^9 t (1 + rate_ppm / 10^6), with the variance
-    c0 + c1 t + c2 t^2 + c3 t^3 ns^2 of `variance`.  `bound` tells between which two times it
-    certainly is, if the servers tell the truth within their root distance.
+    etc/status is JSON.  A counter that reads TICK is t = (TICK - tick_ns) / 10^9 seconds later.
+    Real time minus system clock was offset_ns at tick_ns, when the clock read written_ns.
+    Real time is then written_ns + offset_ns + t (10^9 + 1000 rate_ppm), and its variance,
+    c0 + c1 t + c2 t^2 + c3 t^3 ns^2, has the factors in `variance`.  `bound` has what carries
+    the bound on, between which real time certainly is, if the servers tell the truth within
+    their root distance.  With its tick_ns in t and C = change_ppm sqrt(max(1, t / 86400)):
+        from  earliest_ns + t (10^9 + 1000 max(slow_ppm - C, -1000))
+        to    latest_ns   + t (10^9 + 1000 min(fast_ppm + C, 1000))
 
 OUTPUT
     One line for each event; multilog adds the time.
@@ -103,18 +106,17 @@ try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 except KeyboardInterrupt:
     raise SystemExit(130)
+import collections
 import errno
 import fcntl
 import getopt
 import math
 import os
-import re
 import select
 import stat
 import struct
 import sys
 import time
-from collections import namedtuple
 try:
     import json
 except ImportError:  # python3-minimal has none
@@ -125,13 +127,12 @@ USAGE = "clockspeed [-n] [-S] [-u user] [-w user] [home]"
 HOME = "/usr/local/clockspeed"
 ERA_SEC = 2**32  # NTP's 136 years: no mark from beyond can be meant
 TAI_MINUS_CLOCK_SEC = {"utc": 37, "tai": 10}  # for good: there are no more leap seconds
-MOST_PPM = 1000  # no crystal and no virtual machine's counter is off by more
-ATTO_MOST_PPM = 500  # an etc/atto further off than that was made with a counter of other ticks
+ATTO_LIMIT_PPM = 500  # an etc/atto further off than that was made with a counter of other ticks
 UNKNOWN_PPM = 500.0  # what a rate may be off by before any mark: a crystal 50, a virtual machine some 100
 REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
 ATTO_PPM = 10.0  # and of one from etc/atto, which tells nothing of its quality
 STEP_NS = 5 * 10**8  # over 0.5 s a clock is wrong and not just inexact; slewing that takes 17 minutes
-FIRST_MARKS = 3  # used ones of a boot: until then one may be wrong unnoticed, and the clock settles
+EARLY_MARKS = 3  # used ones of a boot: until then one may be wrong unnoticed, and the clock settles
 SET_BACK_SEC, SET_BACK_MOST_SEC = 3600, 86400  # how long a clock that was set back is left alone after
 SLEW_PPM = 500  # what Linux and the BSDs slew at
 LONG_SLEW_SEC, SLEW_AGAIN_SEC = 60, 3600  # from here on a slew is worth a line; and how often another one
@@ -278,59 +279,41 @@ def step_kernel(adjtimex, delta_ns):
 
 # ==== the estimator ====
 #
-# MODEL   A counter's rate wanders (random-walk FM: D. W. Allan, "Time and Frequency (Time-Domain)
-#         Characterization, Estimation, and Prediction of Precision Clocks and Oscillators", 1987): over t
-#         seconds phase and rate gain covariance q [[t^3/3, t^2/2], [t^2/2, t]].  A mark is real time plus
-#         noise of variance r.  For known q and r a Kalman filter of (phase, rate) is the best there is
-#         (R. E. Kalman, 1960).  They are not known, so one filter runs for each pair of a grid, weighted by
-#         how likely it found each mark (D. T. Magill, "Optimal adaptive estimation of sampled stochastic
-#         processes", 1965); the answer is the mixture.  Each model may become another one between two marks
-#         (H. A. P. Blom, Y. Bar-Shalom, "The interacting multiple model algorithm", 1988), so that none is
-#         given up for good: an unlikely one follows the mixture, ready when its time comes.
-# WAVE    Temperature makes the rate rise and fall with the time of day: some of the grid's models have two
-#         more unknowns, the amplitudes of cosine and sine of real time's day, which outlive a boot.  What
-#         has learned a wave and what knows of none mix among themselves only, or neither would stay so.
+# MODEL   A counter's rate wanders as a random walk.  A mark is real time plus noise.  With wander and noise
+#         known a Kalman filter is the best there is.  They are not known, so one filter runs for each pair of
+#         a grid, weighted by how likely it found each mark (D. T. Magill, 1965), and the answer is the mixture.
+#         A model that became unlikely follows the mixture, ready when its time comes.
+# PATH    A mark's spread is half the width of what its exchanges prove.  By what it is over the path's floor,
+#         the excess, real time may be off the mark, as queueing on one way or the other made it.  Queueing on
+#         both alike gives a variance of excess^2 / 3, on one only plus or minus the excess: the lean, which
+#         the filters estimate with phase and rate.
+# WAVE    Temperature makes the rate rise and fall by the day.  Some of the grid's models have two more
+#         unknowns, the amplitudes of cosine and sine of real time's day.
 # DOUBT   A mark that a wild one explains better than all models is held.  Later marks decide what explains
 #         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander
 #         grew, or nothing that was known holds.
-# LIMITS  Noise is taken for symmetric and white: a route that is late one way for days shifts the clock.
-#         A daily wave's harmonics are followed as wander, not learned.
+# LIMITS  A floor that is longer one way shifts the clock, unseen.  A wave's harmonics are followed as wander.
 #
-# Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.
-
-# Grid.  Wander from an oven to a draught on bare quartz, noise from a local wire to a poor radio link.  The
-# answer forgives a wrong wander (half decades: never over 1.8 off, some 3% of error), less so a wrong noise.
-WANDERS = [1e-11 * 10 ** (k / 2) for k in range(8)]   # up to 3.2e-8 per sqrt(s)
+# Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.  NOTES.md has the sources.
+LIMIT_PPM = 1000.0    # no crystal and no virtual machine's counter is off by more: never believed
+LIMIT_NS = 1 << 64    # no counter or real time is beyond (year 2554)
+DAY_NS, DAY_SEC = 86400 * 10**9, 86400
+OMEGA = 2 * math.pi / DAY_SEC
+# Grid.  Wander from an oven to a draught on bare quartz, all alike likely.  Noise from a local wire to a poor
+# radio link, log-normal by a decade around a server some networks away.
+WANDERS = [1e-12 * 10 ** (k / 2) for k in range(10)]  # up to 3.2e-8 per sqrt(s)
 NOISES = [1e-6 * 2**k for k in range(17)]       # up to 66 ms, in s
-USUAL_WANDER, USUAL_NOISE = 3e-10, 1e-3         # a PC at a desk, a server some networks away
+USUAL_NOISE = 1e-3
 # A wave: the chance that there is one (low, as one that isn't there costs some accuracy, and one that is
 # shows in some days), its usual amplitudes (some degrees at 0.1 ppm each), how they change with the weather
 # in a day, and the wanders that show it: 0.3 ppm in a day at most, decades are enough.
-WAVE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
+WAVE_CHANCE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
 WAVE_SECS = 3600, 10800, 21600, 43200   # from now: moments to bound a wave's error at
-DAY_NS = 86400 * 10**9
-OMEGA = 2 * math.pi / 86400
-
-
-def usual(value, centre):
-    """Belief before any mark: log-normal, one decade."""
-    return math.exp(-0.5 * math.log10(value / centre) ** 2)
-
-
-def grid(wanders, chance, wave_ppm, weather_ppm):
-    """[(q in (ns/s)^2 per s, r in ns^2, prior share, var of the wave's amplitudes, its growth per s)]"""
-    pairs = [(w, n, usual(w, USUAL_WANDER) * usual(n, USUAL_NOISE)) for w in wanders for n in NOISES]
-    total = sum(share for _, _, share in pairs)
-    return [((w * 1e9) ** 2, (n * 1e9) ** 2, chance * share / total,
-             (wave_ppm * 1e3) ** 2, (weather_ppm * 1e3) ** 2 / 86400) for w, n, share in pairs]
-
-
-PLAIN = grid(WANDERS, 1 - WAVE, 0.0, 0.0)
-MODELS = PLAIN + grid(WAVE_WANDERS, WAVE, WAVE_PPM, WEATHER_PPM)
-KINDS = slice(len(PLAIN)), slice(len(PLAIN), None)
+LEAN, LEAN_DRIFT = 0.25, 0.01   # usual lean (1: queueing is one way only), and its change from mark to mark
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
-SILENT = 1e-3         # a model so much less likely than the best has no say: in a month it would shout
+SILENT = 1e-2         # a model so much less likely than the best has no say: a hundred of them would shout
 NEVER = -200.0        # logarithm of the least likelihood beside the best, that nothing underflows
+DIGITS = 1e-12        # the least share of a variance that a float's 16 digits can subtract well
 # What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
 # same in each decade; 1 us to 10 s and both signs make 2 ln(10^7) = 32, and its logarithm hardly matters.
 WILD, STEP, BEND, ANEW = 0.03, 1e-3, 1e-3, 1e-4
@@ -339,108 +322,242 @@ SIZES = 32.0
 # noise and wander) and one more to confirm.  Fewer can't be believed, but make a rival explanation wait.
 EXPLANATIONS = (2, "step"), (3, "bend"), (3, "anew"), (3, "noisy")
 HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
-ANYTHING = 1e8        # ns/s: a counter is within 10% of real time
 FAR_SEC = 1e8         # next_mark's longest answer
-LIMIT_NS = 1 << 64    # no counter or real time is beyond (year 2554)
+LEAST_WAIT_SEC = 64   # what time servers ask for
+EXCHANGES, LOOKAHEAD = (1, 2, 3, 4, 6, 8), 12  # next_mark_plan compares these, over so many marks
 
-# A model is (weight, x, v, y, z, xx, xv, xy, xz, vv, vy, vz, yy, yz, zz): phase x, rate v, amplitudes y of
-# cosine and z of sine, and their covariance.
-PAIRS = [(i, j) for i in range(4) for j in range(i, 4)]
-
-
-def collapse(models, qs):
-    """Mixture of models and their q -> (x ... zz, q); spread between models included."""
-    least = SILENT * max(model[0] for model in models)
-    heard = [(model[0], model[1:], q) for model, q in zip(models, qs) if model[0] >= least]
-    total = sum(w for w, _, _ in heard)
-    mean = [sum(w * known[i] for w, known, _ in heard) / total for i in range(4)]
-    spread = [0.0] * len(PAIRS)
-    for w, known, _ in heard:
-        off = [x - x0 for x, x0 in zip(known, mean)]
-        spread = [p0 + w * (p + off[i] * off[j]) for p0, p, (i, j) in zip(spread, known[4:], PAIRS)]
-    return (*mean, *(p / total for p in spread), sum(w * q for w, _, q in heard) / total)
+Model = collections.namedtuple("Model", "wander_var noise_var share unknowns weather_var")
+Belief = collections.namedtuple("Belief", "model weight mean cov")  # model: its place in MODELS
+Mark = collections.namedtuple("Mark", "tick_ns real_ns spread_ns")
+Plan = collections.namedtuple("Plan", "wait_sec exchanges")
+PHASE, RATE, LEANING, COS, SIN = range(5)   # the unknowns; a model without a wave has the first three
 
 
-def collapse_kinds(models):
-    """-> [(weight, x ... zz, q) of the models without a wave, of those with one]"""
-    return [(sum(model[0] for model in models[kind]),
-             *collapse(models[kind], [q for q, *_ in MODELS[kind]])) for kind in KINDS]
+def grid(wanders, noises, chance, unknowns, weather_ppm):
+    pairs = [(w, n, math.exp(-0.5 * math.log10(n / USUAL_NOISE) ** 2)) for w in wanders for n in noises]
+    total = sum(share for _, _, share in pairs)
+    return [Model((w * 1e9) ** 2, (n * 1e9) ** 2, chance * share / total, unknowns,
+                  (weather_ppm * 1e3) ** 2 / DAY_SEC) for w, n, share in pairs]
 
 
-def mix(models, kinds):
-    """What each model knows after it may have been another one of its kind before."""
-    return [mix_one(model, sleeper) for model, sleeper in zip(models, sleepers(kinds))]
+PLAIN = grid(WANDERS, NOISES, 1 - WAVE_CHANCE, 3, 0.0)
+MODELS = PLAIN + grid(WAVE_WANDERS, NOISES[::2], WAVE_CHANCE, 5, WEATHER_PPM)
 
 
-def sleepers(kinds):
-    """What a model is of which the data said nothing: newcomers from its kind."""
-    return [(SWITCH * share, *mixture[1:-1]) for mixture, kind in zip(kinds, KINDS)
-            for _, _, share, _, _ in MODELS[kind]]
+def dot(a, b):
+    return sum([x * y for x, y in zip(a, b)])
 
 
-def mix_one(model, sleeper):
-    """One whose share is mostly newcomers' sleeps: it is they, and needs no place in state()."""
-    stay, come = (1 - SWITCH) * model[0], sleeper[0]
-    if stay < come:
-        return sleeper
-    s = stay / (stay + come)
-    m = 1 - s
-    off = [x0 - x for x, x0 in zip(model[1:5], sleeper[1:5])]
-    return (stay + come, *(x + m * d for x, d in zip(model[1:5], off)),
-            *(s * p + m * (p0 + s * off[i] * off[j]) for p, p0, (i, j) in zip(model[5:], sleeper[5:], PAIRS)))
-
-
-def wave(real_ns, sec):
-    """What amplitudes 1 of cosine and sine add to the phase in sec from real_ns on."""
+def reach(real_ns, sec):
+    """What each unknown, if it is 1, adds to the phase in sec from real_ns on: row 1 of the transition."""
     start = real_ns % DAY_NS * 1e-9 * OMEGA
     end = start + OMEGA * sec
-    return (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA
+    return 1.0, sec, 0.0, (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA
+
+
+def carried(mean, cov, moves, wander_var, weather_var):
+    """Kalman's prediction: the phase moves by reach(), the others stay; wander's covariance is Allan's."""
+    sec = moves[RATE]
+    phase_row = [dot(row, moves) for row in cov]
+    phase_var = dot(phase_row, moves)
+    cov = [[p] + row[1:] for p, row in zip(phase_row, cov)]
+    cov[PHASE] = [phase_var + wander_var * sec**3 / 3] + phase_row[1:]
+    cov[PHASE][RATE] += wander_var * sec**2 / 2
+    cov[RATE][PHASE] = cov[PHASE][RATE]
+    cov[RATE][RATE] += wander_var * sec
+    cov[LEANING][LEANING] += LEAN_DRIFT**2
+    for i in range(COS, len(mean)):
+        cov[i][i] += weather_var * sec
+    return [dot(mean, moves)] + mean[1:], cov
+
+
+def updated(mean, cov, ahead_ns, excess_ns, noise_var):
+    """Kalman's update by a mark: phase + excess * lean + noise -> (log likelihood, mean, cov)."""
+    off = ahead_ns - mean[PHASE] - excess_ns * mean[LEANING]
+    with_mark = [row[PHASE] + excess_ns * row[LEANING] for row in cov]
+    var = with_mark[PHASE] + excess_ns * with_mark[LEANING]
+    noise_var = max(noise_var, DIGITS * var)
+    var += noise_var
+    gain = [p / var for p in with_mark]
+    after = [[p - k * m for p, m in zip(row, with_mark)] for row, k in zip(cov, gain)]
+    for i, row in enumerate(after):   # Cauchy and Schwarz know a least variance, rounding does not
+        row[i] = max(row[i], cov[i][i] * noise_var / var)
+    return (-0.5 * (math.log(2 * math.pi * var) + off * off / var),
+            [x + k * off for x, k in zip(mean, gain)], after)
+
+
+def learn(beliefs, before, mark, excess_ns, excess_var, burst=0.0):
+    """Each filter's step from the mark before to this one -> (log evidence, beliefs).
+
+    Phases are relative to the mark before, then to this one.  burst is wander in between in addition.
+    """
+    sec, ahead_ns = gained(before, mark)
+    moves = reach(before.real_ns, sec)
+    logs, known = [], []
+    for belief in beliefs:
+        model = MODELS[belief.model]
+        mean, cov = carried(belief.mean, belief.cov, moves[:model.unknowns], model.wander_var + burst,
+                            model.weather_var)
+        log, mean, cov = updated(mean, cov, ahead_ns, excess_ns, model.noise_var + excess_var)
+        mean[PHASE] -= ahead_ns
+        logs.append(math.log(belief.weight) + log)
+        known.append((mean, cov))
+    top = max(logs)
+    weights = [math.exp(max(log - top, NEVER)) for log in logs]
+    total = sum(weights)
+    return top + math.log(total), [Belief(belief.model, weight / total, mean, cov)
+                                   for belief, weight, (mean, cov) in zip(beliefs, weights, known)]
 
 
 def gained(before, mark):
     """(s on the counter, ns that real time gained on it) from one mark to another; exact until a float."""
-    ticks = mark[0] - before[0]
-    return ticks * 1e-9, float(mark[1] - before[1] - ticks)
+    ticks = mark.tick_ns - before.tick_ns
+    return ticks * 1e-9, float(mark.real_ns - before.real_ns - ticks)
 
 
-def learn(models, before, mark, burst=0.0):
-    """Each filter's step from the mark before to this one -> (log evidence, models).
-
-    Phases are relative to the mark before, then to this one.  burst is wander in between in addition.
-    """
-    known, logs = [], []
-    sec, ahead_ns = gained(before, mark)
-    cos, sin = wave(before[1], sec)
-    for (w, x, v, y, z, xx, xv, xy, xz, vv, vy, vz, yy, yz, zz), (q, r, _, _, weather) in zip(models, MODELS):
-        off = ahead_ns - (x + v * sec + y * cos + z * sin)
-        xx = max(xx + cos * (2 * xy + cos * yy + 2 * sin * yz) + sin * (2 * xz + sin * zz), 0.0)
-        xv += cos * vy + sin * vz
-        xy += cos * yy + sin * yz + sec * vy
-        xz += cos * yz + sin * zz + sec * vz
-        qt = (q + burst) * sec
-        # determinant of (x, v) predicted, no term negative: vv - xv^2/s would cancel after a gap
-        det = (max(xx * vv - xv * xv, 0.0) + qt * max(xx + sec * (xv + sec * vv / 3), 0.0)
-               + qt * qt * sec * sec / 12)
-        xx = max(xx + sec * (2 * xv + sec * (vv + qt / 3)), 0.0)
-        xv += sec * (vv + qt / 2)
-        vv += qt
-        s = xx + r
-        logs.append(math.log(w) - 0.5 * (math.log(2 * math.pi * s) + off * off / s))
-        known.append((off * xx / s - off, v + off * xv / s, y + off * xy / s, z + off * xz / s,
-                      xx * r / s, xv * r / s, xy * r / s, xz * r / s,
-                      (det + vv * r) / s, vy - xv * xy / s, vz - xv * xz / s,
-                      max(yy - xy * xy / s, 0.0) + weather * sec, yz - xy * xz / s,
-                      max(zz - xz * xz / s, 0.0) + weather * sec))
-    top = max(logs)
-    shares = [math.exp(max(log - top, NEVER)) for log in logs]
-    total = sum(shares)
-    return top + math.log(total), [(share / total,) + k for share, k in zip(shares, known)]
+def anchored(beliefs, sec, excess_ns, excess_var, rate_var):
+    """Beliefs that take their phase from a mark sec after the last; the rate is less certain by rate_var."""
+    anchor = []
+    for number, weight, mean, cov in beliefs:
+        row = [-excess_ns * p for p in cov[LEANING]]
+        row[PHASE] = -excess_ns * row[LEANING] + MODELS[number].noise_var + excess_var
+        cov = [row] + [[p] + old[1:] for p, old in zip(row[1:], cov[1:])]
+        cov[RATE][RATE] += MODELS[number].wander_var * sec + rate_var
+        anchor.append(Belief(number, weight, [-excess_ns * mean[LEANING]] + mean[1:], cov))
+    return anchor
 
 
-def anchor(models, sec, rate_var):
-    """Models that take their phase from a mark sec after the last; the rate is less certain by rate_var."""
-    return [(w, 0.0, *known[1:4], r, 0.0, 0.0, 0.0, known[8] + q * sec + rate_var, *known[9:])
-            for (w, *known), (q, r, *_) in zip(models, MODELS)]
+def by_kind(beliefs):
+    """What has learned a wave and what knows of none mix among themselves only, or neither would stay so."""
+    return [[belief for belief in beliefs if len(belief.mean) == size] for size in (3, 5)]
+
+
+def loud(beliefs):
+    """Those that have a say among their kind."""
+    return [belief for kind in by_kind(beliefs) if kind
+            for least in [SILENT * max([belief.weight for belief in kind])]
+            for belief in kind if belief.weight >= least]
+
+
+def mixture(beliefs):
+    """-> (mean, cov) of those that have a say, what they differ by included."""
+    heard = loud(beliefs)
+    total = sum([belief.weight for belief in heard])
+    size = range(len(heard[0].mean))
+    mean = [sum([belief.weight * belief.mean[i] for belief in heard]) / total for i in size]
+    cov = [[0.0 for _ in size] for _ in size]
+    for _, weight, its_mean, its_cov in heard:
+        share = weight / total
+        off = [x - x0 for x, x0 in zip(its_mean, mean)]
+        for row, its_row, d in zip(cov, its_cov, off):
+            for j in size:
+                row[j] += share * (its_row[j] + d * off[j])
+    return mean, cov
+
+
+def summed_up(beliefs):
+    """-> ([(mean, cov) of each kind], mean, cov of both); no wave is amplitudes of 0."""
+    kinds, both = [], []
+    for kind in by_kind(beliefs):
+        mean, cov = mixture(kind)
+        kinds.append((mean, cov))
+        more = [0.0] * (5 - len(mean))
+        both.append(Belief(None, sum([belief.weight for belief in kind]), mean + more,
+                           [row + more for row in cov] + [[0.0] * 5 for _ in more]))
+    return (kinds, *mixture(both))
+
+
+def sleepers(kinds):
+    """What a model is of which the data said nothing: the mixture of its kind, with a newcomer's weight."""
+    return [Belief(number, SWITCH * model.share, *kinds[number >= len(PLAIN)])
+            for number, model in enumerate(MODELS)]
+
+
+def awake(beliefs, kinds):
+    """All models after some of them may have become others: one that is less than a newcomer sleeps."""
+    models = sleepers(kinds)
+    for belief in beliefs:
+        stay, come = (1 - SWITCH) * belief.weight, models[belief.model].weight
+        if stay >= come:
+            models[belief.model] = belief._replace(weight=stay + come)
+    return models
+
+
+# So many spreads are remembered: with more the floor is known better, but slow changes are noticed later.  The
+# floor has moved if a mark is under it by FAR typical excesses, or if the last three are as much over it, and
+# by more than twice what they differ among themselves.
+PATH_MARKS, FAR = 200, 4.0
+FIRST_EXCESS, FIRST_MARKS = 1 / 8, 4  # typical before there are some marks, as a share of the first spread
+TWO_WAYS, ONE_WAY = 0.8, 1.0  # least of n excesses / typical: * n^-0.5, as both queues must be empty; * n^-1
+SCALES = 1.0, 1 / 3, 0.1, 0.03, 0.01, 0.003  # a mark's variance / excess^2: heavy tails, exponential ... none
+SCALE_SHARES = [0.1, 0.7, 0.1, 0.05, 0.03, 0.02]
+SCALE_SWITCH = 0.01   # chance that it changes between two marks
+
+
+class Path(collections.namedtuple("Path", "spreads counts first_ns lean scales")):
+    """The way to the server, as marks show it: their spreads since its floor moved, of how many exchanges,
+    the excess that was typical before, the lean and the chances of SCALES."""
+
+    def typical(self):
+        """The median excess."""
+        count = len(self.spreads)
+        if not count:
+            return self.first_ns
+        seen = (sorted(self.spreads)[count // 2] - min(self.spreads)) / (1 - TWO_WAYS / math.sqrt(count + 1))
+        return self.first_ns + (seen - self.first_ns) * count**2 / (count**2 + FIRST_MARKS**2)
+
+    def gap(self):
+        """By how much the least spread is likely to be over the floor."""
+        one_way, count = min(self.lean**2, 1.0), max(len(self.spreads), 1)
+        return self.typical() * ((1 - one_way) * TWO_WAYS / math.sqrt(count) + one_way * ONE_WAY / count)
+
+    def after(self, spread_ns, exchanges):
+        """The path with one more mark."""
+        spreads, keep, first_ns = self.spreads + [spread_ns], PATH_MARKS, self.first_ns
+        if not self.spreads:
+            first_ns = spread_ns * FIRST_EXCESS
+        elif min(self.spreads) - spread_ns > FAR * self.typical():
+            keep, first_ns = 1, self.typical()
+        elif len(spreads) > 3:
+            before = self._replace(spreads=spreads[:-3])
+            over, among = min(spreads[-3:]) - min(spreads[:-3]), max(spreads[-3:]) - min(spreads[-3:])
+            if over > max(FAR * before.typical(), 2 * among):
+                keep, first_ns = 3, before.typical()
+        counts = self.counts + [exchanges]
+        return self._replace(spreads=spreads[-keep:], counts=counts[-keep:], first_ns=first_ns)
+
+    def excess(self, spread_ns):
+        """-> (ns, the variance that it adds to a mark's noise); typical for a mark that doesn't tell."""
+        excess_ns = self.typical()
+        if spread_ns is not None:
+            path = self.after(spread_ns, 1)
+            excess_ns = spread_ns - min(path.spreads) + path.gap()
+        return excess_ns, dot(self.scales, SCALES) * excess_ns**2
+
+    def weighed(self, excess_ns, off_ns, var):
+        """The path after a mark that was off by off_ns, of which other things explain the variance var."""
+        variances = [var + scale * excess_ns**2 for scale in SCALES]
+        logs = [-0.5 * (math.log(v) + off_ns**2 / v) for v in variances]
+        likely = [share * math.exp(max(log - max(logs), NEVER)) for share, log in zip(self.scales, logs)]
+        return self._replace(scales=[(1 - SCALE_SWITCH) * share / sum(likely) + SCALE_SWITCH * share0
+                                     for share, share0 in zip(likely, SCALE_SHARES)])
+
+    def noise_var(self, rest_var, exchanges):
+        """What a mark of so many exchanges is worth: of k, the least queue each way is about one k-th."""
+        if not self.spreads:
+            return rest_var / exchanges
+        floor_ns, scale = min(self.spreads) - self.gap(), dot(self.scales, SCALES)
+        worths = [1 / (rest_var + scale * ((spread_ns - floor_ns) * count / exchanges) ** 2)
+                  for spread_ns, count in zip(self.spreads, self.counts)]
+        return len(worths) / sum(worths)
+
+    def is_sound(self):
+        """Whether a state can have it."""
+        return (len(self.spreads) == len(self.counts) <= PATH_MARKS and len(self.scales) == len(SCALES)
+                and all(is_int(spread_ns) and spread_ns >= 0 for spread_ns in self.spreads)
+                and all(is_int(count) and count in EXCHANGES for count in self.counts)
+                and is_float(self.first_ns, 0, LIMIT_NS) and is_float(self.lean, -1e9, 1e9)
+                and all(is_float(share, 1e-9, 1) for share in self.scales))
 
 
 def is_int(value):
@@ -451,16 +568,38 @@ def is_float(value, least, most):
     return type(value) in (int, float) and least <= value <= most   # NaN fails
 
 
-def is_mark(tick_ns, real_ns):
-    return is_int(tick_ns) and is_int(real_ns)
+def is_mark(mark):
+    return (is_int(mark.tick_ns) and is_int(mark.real_ns)
+            and (mark.spread_ns is None or is_int(mark.spread_ns) and mark.spread_ns >= 0))
 
 
-def is_known(known):
-    """State and covariance: bounded so that no arithmetic overflows, and a covariance indeed."""
-    cov = dict(zip(PAIRS, known[4:]))
-    return (len(known) == 4 + len(PAIRS) and all(is_float(value, -1e60, 1e60) for value in known)
-            and all(p * p <= cov[i, i] * cov[j, j] * 1.000001 for (i, j), p in cov.items())
-            and all(cov[i, i] >= 0 for i in range(4)))
+def is_known(mean, cov, unknowns):
+    """Bounded so that no arithmetic overflows, and a covariance indeed."""
+    every = range(unknowns)
+    return ([len(row) for row in [mean] + cov] == [unknowns] * (unknowns + 1)
+            and all(is_float(value, -1e40, 1e40) for row in [mean] + cov for value in row)
+            and all(cov[i][i] >= 0 for i in every)
+            and all(cov[i][j] ** 2 <= cov[i][i] * cov[j][j] * 1.000001
+                    and abs(cov[i][j] - cov[j][i]) <= 1e-6 * math.sqrt(cov[i][i] * cov[j][j])
+                    for i in every for j in every))
+
+
+def is_possible(mean):
+    """Whether a counter can have such a rate, at any time of the day."""
+    return abs(mean[RATE]) + math.hypot(mean[COS], mean[SIN]) <= LIMIT_PPM * 1e3
+
+
+def wait_for(error_after, target_ns):
+    """Seconds until error_after(sec) reaches target_ns: 0 if it has, at most FAR_SEC."""
+    near, far = 0.0, FAR_SEC
+    if not error_after(near) < target_ns:
+        return near
+    if error_after(far) < target_ns:
+        return far
+    while far - near > 1.0:   # a second more or less is nothing to who asks each minute
+        middle = (near + far) / 2
+        near, far = (middle, far) if error_after(middle) < target_ns else (near, middle)
+    return near
 
 
 class Estimator:
@@ -471,104 +610,143 @@ class Estimator:
     """
 
     def __init__(self, rate_ppm=0.0, rate_error_ppm=UNKNOWN_PPM):
-        rate, var = rate_ppm * 1e3, (rate_error_ppm * 1e3) ** 2
-        self.models = [(share, 0.0, rate, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, var, 0.0, 0.0, amp_var, 0.0, amp_var)
-                       for _, _, share, amp_var, _ in MODELS]
-        self._sum_up(self.models)
-        self.tick_ns = self.real_ns = None      # the last mark used: phases are relative to it
-        self.held = []                          # marks doubted since: [(tick_ns, real_ns)]
+        if not abs(rate_ppm) <= LIMIT_PPM:
+            raise ValueError("a rate of %s ppm" % rate_ppm)
+        mean = [0.0, rate_ppm * 1e3, 0.0, 0.0, 0.0]
+        deviations = [0.0, rate_error_ppm * 1e3, LEAN, WAVE_PPM * 1e3, WAVE_PPM * 1e3]
+        cov = [[sd**2 if i == j else 0.0 for j in range(5)] for i, sd in enumerate(deviations)]
+        self.last = None        # the last mark used: phases are relative to it
+        self.held = []          # marks doubted since
+        self.path, self.exchanges = Path([], [], 0.0, 0.0, SCALE_SHARES), 1
+        self._sum_up([Belief(number, model.share, mean[:model.unknowns],
+                             [row[:model.unknowns] for row in cov[:model.unknowns]])
+                      for number, model in enumerate(MODELS)])
 
     def mark(self, tick_ns, real_ns, spread_ns=None):
         """At counter value tick_ns real time was real_ns -> "used", "doubted" (held), "refused" (none)."""
-        if not is_mark(tick_ns, real_ns):
+        mark = Mark(tick_ns, real_ns, spread_ns)
+        if not is_mark(mark):
             return "refused"
-        latest = self.held[-1][0] if self.held else self.tick_ns
-        if latest is None:
-            self._use(anchor(self.models, 0.0, 0.0), tick_ns, real_ns)
+        if self.last is None:
+            self._use(anchored(self.beliefs, 0.0, *self.path.excess(spread_ns), 0.0), [mark])
             return "used"
-        if tick_ns <= latest:
+        if tick_ns <= (self.held or [self.last])[-1].tick_ns:
             return "refused"
-        mark = (tick_ns, real_ns)
-        evidence, models = learn(self.models, self._last(), mark)
-        if evidence < self._any_size(mark, WILD):
-            self.held.append(mark)
-            models = self._explained()
-            if models is None:
-                return "doubted"
-        self._use(models, tick_ns, real_ns)
+        evidence, beliefs = self._learn(self.beliefs, self.last, mark)
+        if evidence > self._any_size(mark, WILD) and is_possible(summed_up(beliefs)[1]):
+            if spread_ns is not None:
+                self._weigh_path(mark)
+            self._use(beliefs, [mark])
+            return "used"
+        self.held.append(mark)
+        explained = self._explained()
+        if explained is None:
+            return "doubted"
+        self._use(*explained)
         return "used"
 
-    def _use(self, models, tick_ns, real_ns):
-        self._sum_up(models)
-        self.models = mix(models, self.kinds)
-        self.tick_ns, self.real_ns, self.held = tick_ns, real_ns, []
+    def _learn(self, beliefs, before, mark, burst=0.0):
+        return learn(beliefs, before, mark, *self.path.excess(mark.spread_ns), burst)
 
-    def _sum_up(self, models):
-        """The mixture of each kind, and of both."""
-        self.kinds = collapse_kinds(models)
-        self.mean = collapse([kind[:-1] for kind in self.kinds], [kind[-1] for kind in self.kinds])
+    def _use(self, beliefs, marks):
+        for mark in marks:
+            if mark.spread_ns is not None:
+                self.path = self.path.after(mark.spread_ns, self.exchanges)
+        self.last, self.held = marks[-1], []
+        self._sum_up(beliefs)
 
-    def _last(self):
-        return self.tick_ns, self.real_ns
+    def _sum_up(self, beliefs):
+        """The mixture of each kind and of both; wander and noise are geometric means, as their models are."""
+        self.kinds, self.mean, self.cov = summed_up(beliefs)
+        heard = loud(beliefs)
+        total = sum([belief.weight for belief in heard])
+        self.wander_var, self.noise_var = [
+            math.exp(sum([belief.weight * math.log(MODELS[belief.model][what]) for belief in heard]) / total)
+            for what in (0, 1)]
+        self.path = self.path._replace(lean=self.mean[LEANING])
+        self.beliefs = awake(beliefs, self.kinds)
+
+    def _weigh_path(self, mark):
+        """Let the path learn from how far the mark is off the prediction."""
+        sec, ahead_ns = gained(self.last, mark)
+        mean, cov = carried(self.mean, self.cov, reach(self.last.real_ns, sec), self.wander_var, 0.0)
+        excess_ns, _ = self.path.excess(mark.spread_ns)
+        lean = [1.0, 0.0, excess_ns, 0.0, 0.0]
+        self.path = self.path.weighed(excess_ns, ahead_ns - dot(mean, lean),
+                                      dot(lean, [dot(row, lean) for row in cov]) + self.noise_var)
 
     def _gain(self, sec):
         """ns that real time is expected to gain on the counter, sec after (or before) the last mark used."""
-        x, v, y, z = self.mean[:4]
-        cos, sin = wave(self.real_ns, sec)
-        return x + v * sec + y * cos + z * sin
+        return dot(self.mean, reach(self.last.real_ns, sec))
 
     def _any_size(self, mark, chance):
         """Log density of a mark off by any size from the predicted error up: a lucky one is not wild."""
-        sec, ahead_ns = gained(self._last(), mark)
+        sec, ahead_ns = gained(self.last, mark)
         size = abs(ahead_ns - self._gain(sec)) + self._error(sec) + 1.0  # ns: no clock is better
         return math.log(chance / (SIZES * size))
 
     def _explained(self):
-        """Models after what explains the held marks better than that they are wild, or None."""
-        odds, need, models = max(self._explain(need, how) for need, how in EXPLANATIONS)
-        convinced = odds > 0 and len(self.held) >= need or len(self.held) >= HELD_MAX
-        return models if convinced else None
+        """(beliefs, marks) of what explains the held marks better than that they are wild, or None."""
+        found = [self._explain(need, how) for need, how in EXPLANATIONS]
+        odds, need, beliefs = max(found, key=lambda explanation: explanation[0])
+        desperate = len(self.held) >= HELD_MAX
+        if not (desperate or odds > 0 and len(self.held) >= need):
+            return None
+        if is_possible(summed_up(beliefs)[1]):
+            return beliefs, self.held[-need:]
+        if not desperate:
+            return None
+        sec, _ = gained(self.last, self.held[-1])   # the time is that of the last mark, the rate as it was
+        return anchored(self.beliefs, sec, *self.path.excess(self.held[-1].spread_ns), 0.0), self.held[-1:]
 
     def _explain(self, need, how):
-        """(log odds against wild, need, models) if the last marks held are right, and how it came."""
+        """(log odds against wild, need, beliefs) if the last marks held are right, and how it came."""
         first, *later = self.held[-need:]
-        sec, ahead_ns = gained(self._last(), first)
+        sec, ahead_ns = gained(self.last, first)
+        excess = self.path.excess(first.spread_ns)
+        heard = loud(self.beliefs)
         if how == "step":       # of real time: phase from the mark, rate as it was
-            odds, models = self._any_size(first, STEP), anchor(self.models, sec, 0.0)
+            odds, beliefs = self._any_size(first, STEP), anchored(heard, sec, *excess, 0.0)
         elif how == "anew":     # counter or real time are not what they were
-            odds, models = self._any_size(first, ANEW), anchor(self.models, sec, ANYTHING**2)
+            odds, beliefs = self._any_size(first, ANEW), anchored(heard, sec, *excess, 1e6 * UNKNOWN_PPM**2)
         elif how == "bend":     # a jump of the rate at any moment since: as random as a burst of wander
             jump = 2 * (ahead_ns - self._gain(sec)) / sec
             odds = self._any_size(first, BEND)
-            models = learn(self.models, self._last(), first, jump**2 / sec)[1]
+            _, beliefs = self._learn(heard, self.last, first, jump**2 / sec)
         else:                   # noise or wander grew: the unlikely models were right
-            odds, models = learn(self.models, self._last(), first)
+            odds, beliefs = self._learn(self.beliefs, self.last, first)
         odds -= self._any_size(first, WILD)
-        before = first
-        for mark in later:
-            evidence, models = learn(mix(models, collapse_kinds(models)), before, mark)
+        for before, mark in zip([first] + later, later):
+            evidence, beliefs = self._learn(loud(beliefs), before, mark)
             odds += evidence - self._any_size(mark, WILD)
-            before = mark
-        return odds, need, models
+        return odds, need, beliefs
 
     def _var(self, sec):
         """Square of the expected error of real time in ns^2, sec after (or before) the last mark used."""
-        _, _, _, _, xx, xv, xy, xz, vv, vy, vz, yy, yz, zz, q = self.mean
-        cos, sin = wave(self.real_ns, sec)
-        return max(xx + sec * (2 * xv + sec * vv) + q * abs(sec) ** 3 / 3
-                   + cos * (2 * (xy + sec * vy) + cos * yy + 2 * sin * yz)
-                   + sin * (2 * (xz + sec * vz) + sin * zz), 0.0)
+        moves = reach(self.last.real_ns, sec)
+        known_var = max(dot(moves, [dot(row, moves) for row in self.cov]), 0.0)
+        return known_var + self.wander_var * abs(sec)**3 / 3 + (self.mean[LEANING] * self.path.gap())**2
 
     def _error(self, sec):
         return math.sqrt(self._var(sec))
 
+    def _sec(self, tick_ns):
+        return (tick_ns - self.last.tick_ns) * 1e-9
+
     def has_phase(self):
         """Whether a mark has told the time."""
-        return self.tick_ns is not None
+        return self.last is not None
 
     def doubts(self):
         """Whether a mark is held, and an early new one wanted."""
         return bool(self.held)
+
+    def real(self, tick_ns):
+        """-> (real time in ns, its standard deviation in ns).  ValueError before the first mark."""
+        if self.last is None:
+            raise ValueError("no mark yet")
+        sec = self._sec(tick_ns)
+        return self.last.real_ns + tick_ns - self.last.tick_ns + round(self._gain(sec)), self._error(sec)
 
     def variance(self, tick_ns):
         """real()'s error squared t seconds from tick_ns on: the factors of 1, t, t^2 and t^3, in ns^2.
@@ -576,167 +754,227 @@ class Estimator:
         Exact without a wave.  A wave's error rises and falls by the day: the factor of t is large enough
         for half a day, after which it grows no more.
         """
-        sec = (tick_ns - self.tick_ns) * 1e-9
-        now, vv, q = self._var(sec), self.mean[8], self.mean[-1]
-        return [now, max((self._var(sec + t) - now) / t - t * (vv + q * sec + q * t / 3) for t in WAVE_SECS),
-                vv + q * sec, q / 3]
-
-    def real(self, tick_ns):
-        """-> (real time in ns, its standard deviation in ns).  ValueError before the first mark."""
-        if self.tick_ns is None:
-            raise ValueError("no mark yet")
-        ticks = tick_ns - self.tick_ns
-        sec = ticks * 1e-9
-        return self.real_ns + ticks + round(self._gain(sec)), self._error(sec)
+        sec, q = self._sec(tick_ns), self.wander_var
+        now, square = self._var(sec), self.cov[RATE][RATE] + q * sec
+        return [now, max([(self._var(sec + t) - now) / t - t * (square + q * t / 3) for t in WAVE_SECS]),
+                square, q / 3]
 
     def rate(self):
         """-> (ppm, standard deviation in ppm) over whole days, as of the last mark used."""
-        return self.mean[1] * 1e-3, math.sqrt(self.mean[8]) * 1e-3
+        return self.mean[RATE] * 1e-3, math.sqrt(self.cov[RATE][RATE]) * 1e-3
 
     def rate_at(self, tick_ns):
         """-> ppm at one moment of the day."""
-        angle = 0.0 if self.tick_ns is None else self.real(tick_ns)[0] % DAY_NS * 1e-9 * OMEGA
-        return (self.mean[1] + self.mean[2] * math.cos(angle) + self.mean[3] * math.sin(angle)) * 1e-3
+        angle = 0.0 if self.last is None else self.real(tick_ns)[0] % DAY_NS * 1e-9 * OMEGA
+        return (self.mean[RATE] + self.mean[COS] * math.cos(angle) + self.mean[SIN] * math.sin(angle)) * 1e-3
 
     def learned(self):
-        """-> (wander per sqrt(s), noise of a mark in ns), the mixture's geometric means."""
-        logs = [(model[0], math.log(q), math.log(r)) for model, (q, r, *_) in zip(self.models, MODELS)]
-        total = sum(w for w, _, _ in logs)
-        return (math.exp(sum(w * q for w, q, _ in logs) / total / 2) * 1e-9,
-                math.exp(sum(w * r for w, _, r in logs) / total / 2))
+        """-> (wander per sqrt(s), noise of a usual mark in ns, queueing included)."""
+        return (math.sqrt(self.wander_var) * 1e-9,
+                math.sqrt(self.noise_var + self.path.excess(None)[1]))
 
     def next_mark(self, tick_ns, target_ns):
         """Seconds from tick_ns until the predicted error reaches target_ns; 0 if it has, or in doubt."""
-        if self.tick_ns is None or self.held:
+        if self.last is None or self.held:
             return 0.0
-        start = (tick_ns - self.tick_ns) * 1e-9
-        near, far = 0.0, FAR_SEC
-        if not self._error(start) < target_ns:
-            return near
-        if self._error(start + far) < target_ns:
-            return far
-        while far - near > 1.0:   # a second more or less is nothing to who asks each minute
-            middle = (near + far) / 2
-            if self._error(start + middle) < target_ns:
-                near = middle
-            else:
-                far = middle
-        return near
+        start = self._sec(tick_ns)
+        return wait_for(lambda sec: self._error(start + sec), target_ns)
+
+    def next_mark_plan(self, tick_ns, target_ns, most=EXCHANGES[-1]):
+        """-> Plan(wait_sec, exchanges): when to take the next mark, and of how many exchanges up to most, for
+        the fewest packets.  The path takes marks for made so."""
+        counts = [count for count in EXCHANGES if count <= max(most, 1)]
+        if self.last is not None:
+            self.exchanges = max(counts, key=lambda count: self._worth(count, target_ns))
+        return Plan(max(LEAST_WAIT_SEC, self.next_mark(tick_ns, target_ns)), self.exchanges)
+
+    def _worth(self, exchanges, target_ns):
+        """Seconds that a packet buys in the marks to come: a Kalman filter of (phase, rate) looks ahead."""
+        noise_var, q = self.path.noise_var(self.noise_var, exchanges), self.wander_var
+        pp, pv, vv, total = self.cov[PHASE][PHASE], self.cov[PHASE][RATE], self.cov[RATE][RATE], 0.0
+        for _ in range(LOOKAHEAD):
+            sec = max(LEAST_WAIT_SEC, wait_for(
+                lambda t: math.sqrt(max(pp + 2 * t * pv + t**2 * vv + q * t**3 / 3, 0.0)), target_ns))
+            pp, pv, vv = (pp + 2 * sec * pv + sec**2 * vv + q * sec**3 / 3, pv + sec * vv + q * sec**2 / 2,
+                          vv + q * sec)
+            var = pp + max(noise_var, DIGITS * pp)
+            pp, pv, vv = pp - pp * pp / var, pv - pv * pp / var, vv - pv * pv / var
+            total += sec
+        return total / exchanges
 
     def forget_phase(self, rate_error_ppm):
         """The counter started anew (a boot) or stood still: keep the rate, less certain by this much."""
-        var = (rate_error_ppm * 1e3) ** 2
-        self.models = [(w, 0.0, *known[1:4], 0.0, 0.0, 0.0, 0.0, known[8] + var, *known[9:])
-                       for w, *known in self.models]
-        self._sum_up(self.models)
-        self.tick_ns = self.real_ns = None
-        self.held = []
-
-    def next_mark_plan(self, tick_ns, target_ns):
-        return Plan(self.next_mark(tick_ns, target_ns), 1)
+        beliefs = []
+        for number, weight, mean, cov in self.beliefs:
+            cov = [[0.0] * len(mean)] + [[0.0] + row[1:] for row in cov[1:]]
+            cov[RATE][RATE] += (rate_error_ppm * 1e3) ** 2
+            beliefs.append(Belief(number, weight, [0.0] + mean[1:], cov))
+        self.last, self.held = None, []
+        self._sum_up(beliefs)
 
     def assume_rate(self, rate_ppm, rate_error_ppm):
-        """Another program has measured the rate; what is known of wander and noise stays."""
+        """Another program has measured the rate: what is known of wander, noise and path stays."""
         self.forget_phase(0.0)
-        self.models = [(w, 0.0, rate_ppm * 1e3, *known[2:8], (rate_error_ppm * 1e3) ** 2, 0.0, 0.0, *known[11:])
-                       for w, *known in self.models]
-        self._sum_up(self.models)
+        beliefs = []
+        for number, weight, mean, cov in self.beliefs:
+            cov = [[0.0 if RATE in (i, j) else value for j, value in enumerate(row)] for i, row in enumerate(cov)]
+            cov[RATE][RATE] = (rate_error_ppm * 1e3) ** 2
+            beliefs.append(Belief(number, weight, [0.0, rate_ppm * 1e3] + mean[2:], cov))
+        self._sum_up(beliefs)
 
     def state(self):
         """Plain data for JSON, the sleeping models left out.  from_state(state()) goes on to the last bit."""
-        models = [[i, *model] for i, (model, sleeper) in enumerate(zip(self.models, sleepers(self.kinds)))
-                  if model != sleeper]
-        return {"grid": len(MODELS), "tick_ns": self.tick_ns, "real_ns": self.real_ns,
-                "kinds": [list(kind) for kind in self.kinds], "models": models,
-                "held": [list(mark) for mark in self.held]}
+        asleep, marks = sleepers(self.kinds), ([self.last] if self.last else []) + self.held
+        return {"grid": len(MODELS), "marks": [list(mark) for mark in marks],
+                "kinds": [list(kind) for kind in self.kinds], "mean": self.mean, "cov": self.cov,
+                "wander_var": self.wander_var, "noise_var": self.noise_var, "exchanges": self.exchanges,
+                "path": list(self.path),
+                "models": [list(belief) for belief in self.beliefs if belief != asleep[belief.model]]}
 
     @classmethod
     def from_state(cls, state):
         """ValueError for what state() can't have given."""
         self = cls()
         try:
-            if state["grid"] != len(MODELS):
-                raise ValueError("another grid")
-            self.tick_ns, self.real_ns = state["tick_ns"], state["real_ns"]
-            self.kinds = [tuple(kind) for kind in state["kinds"]]
-            self.models = sleepers(self.kinds)
-            for i, *model in state["models"]:
-                if not (type(i) is int and 0 <= i < len(MODELS)):
-                    raise ValueError("no such model")
-                self.models[i] = tuple(model)
-            self.held = [tuple(mark) for mark in state["held"]]
-            known = self.models + [kind[:-1] for kind in self.kinds]
-            if not all(is_float(model[0], 1e-99, 1e9) and is_known(model[1:]) for model in known):
-                raise ValueError("no covariance")
-            if len(self.kinds) != len(KINDS) or not all(is_float(kind[-1], 0, 1e60) for kind in self.kinds):
-                raise ValueError("no mixtures")
-            self.mean = collapse([kind[:-1] for kind in self.kinds], [kind[-1] for kind in self.kinds])
-            ticks = [self.tick_ns] + [tick_ns for tick_ns, _ in self.held]
-            if ticks != [None]:
-                if not all(is_mark(*mark) for mark in [(self.tick_ns, self.real_ns)] + self.held):
-                    raise ValueError("no marks")
-                if sorted(set(ticks)) != ticks or len(ticks) > HELD_MAX:
-                    raise ValueError("marks out of order")
+            marks = [Mark(*mark) for mark in state["marks"]]
+            self.last, self.held = (marks + [None])[0], marks[1:]
+            (plain, wave), self.mean, self.cov = state["kinds"], state["mean"], state["cov"]
+            self.kinds, self.path = [tuple(plain), tuple(wave)], Path(*state["path"])
+            self.wander_var, self.noise_var = state["wander_var"], state["noise_var"]
+            self.exchanges, self.beliefs = state["exchanges"], sleepers(self.kinds)
+            known = [(*plain, 3), (*wave, 5), (self.mean, self.cov, 5)]
+            for belief in [Belief(*belief) for belief in state["models"]]:
+                known.append((belief.mean, belief.cov, MODELS[belief.model].unknowns))
+                self.beliefs[belief.model] = belief
+            sound = (state["grid"] == len(MODELS) and all(is_mark(mark) for mark in marks)
+                     and len(marks) <= HELD_MAX
+                     and all(a.tick_ns < b.tick_ns for a, b in zip(marks, marks[1:]))
+                     and all(is_known(*each) for each in known) and is_possible(self.mean)
+                     and all(belief.model == i and is_float(belief.weight, 1e-99, 2)
+                             for i, belief in enumerate(self.beliefs))
+                     and is_float(self.wander_var, 1e-12, 1e12) and is_float(self.noise_var, 1, 1e20)
+                     and self.exchanges in EXCHANGES and self.path.is_sound())
         except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
             raise ValueError("damaged state: %s" % err)
+        if not sound:
+            raise ValueError("damaged state, or of another release")
         return self
 
 
-Plan = namedtuple("Plan", "wait_sec exchanges")
+# ---- the bound ----
+#
+# A mark proves that real time is within its spread and the server's root distance of it, however the path is.
+# ASSUMPTION  The counter's mean rate over the time to come differs from that over two days before
+#             by at most 1.1 ppm for a day, then by that times the square root of the days: a room's daily wave
+#             of 1 ppm, or four standard deviations of a rate that wanders by 1e-9 per sqrt(s).  A stretch x
+#             times as long or as short tells less: the square root of x times as much is allowed.
+# Both ends of the stretch are proven ranges, which bound its mean rate.  A mark that contradicts the bound
+# shows that some server did not tell the truth, or a counter less steady than assumed: what is proven begins
+# anew with it, and twice the change is allowed from then on.
+
+CHANGE_PPM = 1.1
+STRETCH_NS, ANCHORS = 2 * DAY_NS, 8   # and how many proven ranges are kept within it to measure rates from
+Range = collections.namedtuple("Range", "tick_ns earliest_ns latest_ns")
 
 
 class Bound:
-    """A stand-in until the estimator is spliced in."""
+    """Where real time certainly is, if all servers told the truth within their root distance."""
 
     def __init__(self):
-        self.known = None
-
-    def mark(self, tick_ns, real_ns, spread_ns, distance_ns):
-        most_ns = spread_ns + distance_ns
-        new = [tick_ns, real_ns - most_ns, real_ns + most_ns]
-        before = self.at(tick_ns)
-        if before and before[0] <= new[2] and new[1] <= before[1]:
-            new[1:] = max(before[0], new[1]), min(before[1], new[2])
-        self.known = new
-
-    def at(self, tick_ns):
-        if not self.known:
-            return None
-        ticks_ns = tick_ns - self.known[0]
-        grown_ns = abs(ticks_ns) * 1000 // 10**6
-        return self.known[1] + ticks_ns - grown_ns, self.known[2] + ticks_ns + grown_ns
-
-    def coefficients(self, tick_ns):
-        return {}
+        self.forget()
 
     def forget(self):
-        self.known = None
+        """The counter stood still or went back: nothing is known."""
+        self.anchors, self.last = [], None
+        self.slow_ppm, self.fast_ppm = -LIMIT_PPM, LIMIT_PPM
+        self.change_ppm, self.allowed_ppm = 0.0, CHANGE_PPM
+
+    def mark(self, tick_ns, real_ns, spread_ns, distance_ns):
+        """Real time was within spread and distance of real_ns -> "used", "refused" (it proves nothing), or
+        "restarted": it contradicts the bound."""
+        if not (all(is_int(value) for value in (tick_ns, real_ns, spread_ns, distance_ns))
+                and min(spread_ns, distance_ns) >= 0 and (self.last is None or tick_ns > self.last.tick_ns)):
+            return "refused"
+        proven = Range(tick_ns, real_ns - spread_ns - distance_ns, real_ns + spread_ns + distance_ns)
+        if self.last is None:
+            self.last, self.anchors = proven, [proven]
+            return "used"
+        earliest_ns, latest_ns = self.at(tick_ns)
+        both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
+        if both.earliest_ns <= both.latest_ns:
+            self._measure(both)
+            return "used"
+        allowed_ppm = min(2 * self.allowed_ppm, LIMIT_PPM)
+        self.forget()
+        self.last, self.anchors, self.allowed_ppm = proven, [proven], allowed_ppm
+        return "restarted"
+
+    def _measure(self, last):
+        """The rates that the counter can have had since the oldest anchor."""
+        self.last = last
+        while len(self.anchors) > 1 and last.tick_ns - self.anchors[1].tick_ns >= STRETCH_NS:
+            del self.anchors[0]
+        first = self.anchors[0]
+        ticks = last.tick_ns - first.tick_ns
+        self.slow_ppm = max((last.earliest_ns - first.latest_ns - ticks) / ticks * 1e6, -LIMIT_PPM)
+        self.fast_ppm = min((last.latest_ns - first.earliest_ns - ticks) / ticks * 1e6, LIMIT_PPM)
+        self.change_ppm = self.allowed_ppm * math.sqrt(max(ticks / STRETCH_NS, STRETCH_NS / ticks))
+        if last.tick_ns - self.anchors[-1].tick_ns >= STRETCH_NS / ANCHORS:
+            self.anchors.append(last)
+
+    def coefficients(self):
+        """What carries the bound on to any later counter value, or None; with t = (tick - tick_ns) / 10^9 and
+        change = change_ppm * sqrt(max(1, t / 86400)), real time is
+
+            from  earliest_ns + (tick - tick_ns) + t * 1000 * max(slow_ppm - change, -1000)
+            to    latest_ns   + (tick - tick_ns) + t * 1000 * min(fast_ppm + change, 1000)
+        """
+        if self.last is None:
+            return None
+        return dict(self.last._asdict(), slow_ppm=self.slow_ppm, fast_ppm=self.fast_ppm,
+                    change_ppm=self.change_ppm)
+
+    def at(self, tick_ns):
+        """-> (earliest_ns, latest_ns) of real time at a counter value from the last mark on, or None."""
+        if self.last is None:
+            return None
+        ticks = tick_ns - self.last.tick_ns
+        change_ppm = self.change_ppm * math.sqrt(max(1, ticks / DAY_NS))
+        slow_ppm = max(self.slow_ppm - change_ppm, -LIMIT_PPM)
+        fast_ppm = min(self.fast_ppm + change_ppm, LIMIT_PPM)
+        return (self.last.earliest_ns + ticks + math.floor(ticks * 1e-6 * slow_ppm),
+                self.last.latest_ns + ticks + math.ceil(ticks * 1e-6 * fast_ppm))
 
     def state(self):
-        return self.known
+        """Plain data for JSON; from_state(state()) goes on to the last bit."""
+        return {"ranges": [list(each) for each in self.anchors + [self.last] if each],
+                "ppm": [self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm]}
 
     @classmethod
     def from_state(cls, state):
+        """ValueError for what state() can't have given."""
         self = cls()
-        if state is not None:
-            tick_ns, earliest_ns, latest_ns = state
-            if not all(map(is_int, state)):
-                raise ValueError("no bound")
-            self.known = list(state)
+        try:
+            ranges = [Range(*each) for each in state["ranges"]]
+            slow_ppm, fast_ppm, change_ppm, allowed_ppm = state["ppm"]
+            sound = (len(ranges) != 1 and len(ranges) <= ANCHORS + 3
+                     and all(is_int(value) for each in ranges for value in each)
+                     and all(each.earliest_ns <= each.latest_ns for each in ranges)
+                     and all(a.tick_ns < b.tick_ns for a, b in zip(ranges, ranges[1:-1]))
+                     and (not ranges or ranges[-2].tick_ns <= ranges[-1].tick_ns)
+                     and -LIMIT_PPM <= slow_ppm <= fast_ppm <= LIMIT_PPM
+                     and is_float(change_ppm, 0, 1e9) and is_float(allowed_ppm, CHANGE_PPM, LIMIT_PPM))
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
+            raise ValueError("damaged bound: %s" % err)
+        if not sound:
+            raise ValueError("damaged bound")
+        if ranges:
+            self.anchors, self.last = ranges[:-1], ranges[-1]
+        self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm = state["ppm"]
         return self
 
 
 # ==== the counter and the clock ====
-
-def reads(clock_id):
-    """A function that reads a clock in nanoseconds; None where the system hasn't got it."""
-    try:
-        clock = getattr(time, clock_id)
-        time.clock_gettime_ns(clock)
-    except (AttributeError, OSError):
-        return None
-    return lambda: time.clock_gettime_ns(clock)
-
 
 class Clock:
     """The counter and the system clock, observed only.
@@ -744,27 +982,24 @@ class Clock:
     What steers a system clock derives from this.  A clock's `steer` is told at each wake-up how it
     should run, and answers in how many seconds it wants to be told again.
     """
-    doing = "observing"
-    steers = False
-
-    def __init__(self):
-        self.counter = "CLOCK_MONOTONIC_RAW" if reads("CLOCK_MONOTONIC_RAW") else "CLOCK_MONOTONIC"
-        self.ticks = reads(self.counter)
-        self.bias_ppm = 0.0  # of the kernel's clock, see KernelClock.learn_bias
-        self.foreign = False  # somebody else has set the frequency since
+    doing, steers = "observing", False
+    counter = "CLOCK_MONOTONIC_RAW" if hasattr(time, "CLOCK_MONOTONIC_RAW") else "CLOCK_MONOTONIC"
+    bias_ppm = 0.0  # of the kernel's clock, see KernelClock.learn_bias
+    foreign = False  # somebody else has set the frequency since
 
     def read(self):
         """-> (tick_ns, clock_ns) at one moment: of 5 readings the one with the least time around it."""
-        def once():
-            before, clock_ns = self.ticks(), time.time_ns()
-            after = self.ticks()
+        def once(counter=getattr(time, self.counter)):
+            before, clock_ns = time.clock_gettime_ns(counter), time.time_ns()
+            after = time.clock_gettime_ns(counter)
             return after - before, (before + after) // 2, clock_ns
         return min(once() for _ in range(5))[1:]
 
     def suspended_ns(self):
         """The time that this boot slept, during which the counter stood still."""
-        boottime = reads("CLOCK_BOOTTIME")
-        return boottime() - time.monotonic_ns() if boottime else 0
+        if not hasattr(time, "CLOCK_BOOTTIME"):
+            return 0
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
 
     def boot_id(self):
         """What tells this boot from every other; empty where the system doesn't say."""
@@ -778,7 +1013,7 @@ class Clock:
         return SETTLED_SEC
 
     def step(self, delta_ns):
-        """Add delta_ns to the system clock; OSError, OverflowError, struct.error where it can't hold the sum."""
+        """Add delta_ns to the system clock; OSError, OverflowError, struct.error."""
 
     def forget(self):
         """The counter is not what it was: what was seen of the clock by it says nothing any more."""
@@ -792,11 +1027,9 @@ class Clock:
 
 class AdjtimeClock(Clock):
     """adjtime(), as every Unix has it: no rate, so the clock is nudged every 3 seconds."""
-    doing = "nudging the system clock with adjtime"
-    steers = True
+    doing, steers = "nudging the system clock with adjtime", True
 
     def __init__(self):
-        super().__init__()
         import ctypes
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.adjtime(0)  # fails here and now without the privilege
@@ -822,8 +1055,7 @@ class KernelClock(Clock):
     The kernel applies a single shot second by second, 500 us in each; until it is through, and the
     second it is in is over, what the clock is off by can't be told from what is on its way.
     """
-    doing = "steering the system clock with adjtimex"
-    steers = True
+    doing, steers = "steering the system clock with adjtimex", True
     SECOND_NS = 1100000000  # from a request to the end of the second it came in, and some
     BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
     MOST_US = 10**9  # of a single shot; it takes 23 days, and 32-bit kernels can't count much more
@@ -835,7 +1067,6 @@ class KernelClock(Clock):
     ASTRAY_US = 2 * SLEW_PPM
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
-        super().__init__()
         self.adjtimex, self.nominal_tick = adjtimex, nominal_tick
         now = adjtimex()
         adjtimex(modes=ADJ_FREQUENCY, freq=now["freq"])  # fails here and now without the privilege
@@ -900,7 +1131,7 @@ class KernelClock(Clock):
 
     def set_rate(self, rate_ppm):
         """Let the clock gain rate_ppm on the counter, but never more than a counter can be off."""
-        rate_ppm = max(-MOST_PPM, min(MOST_PPM, rate_ppm)) - self.bias_ppm
+        rate_ppm = max(-LIMIT_PPM, min(LIMIT_PPM, rate_ppm)) - self.bias_ppm
         ppm_per_tick = 1e6 / self.nominal_tick
         ticks = round(rate_ppm / ppm_per_tick) if abs(rate_ppm) > SLEW_PPM else 0  # there ADJ_FREQUENCY ends
         want = round((rate_ppm - ticks * ppm_per_tick) * 65536), self.nominal_tick + ticks
@@ -940,21 +1171,20 @@ class KernelClock(Clock):
 # ==== files ====
 
 class Etc:
-    """The directory `etc` in home.  Where it can't be made or opened, each use of it fails with the reason."""
+    """The directory `etc` in home.  If it can't be made or opened, each use of it fails with the reason."""
     OURS = {"atto", "state", "status", "lock", "leap", "kisses"}  # the last two: an earlier version's
 
     def __init__(self, home_fd):
         """OSError when there is something that is no directory."""
-        self.fd, self.made, self.why = None, False, None
+        self.fd, self.made = None, False
         try:
             os.mkdir("etc", 0o755, dir_fd=home_fd)
             self.made = True
-        except FileExistsError:
-            pass
         except OSError as err:
             self.why = err
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self.fd = os.open("etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home_fd)
+            self.fd = os.open("etc", flags, dir_fd=home_fd)
         except FileNotFoundError:
             pass  # why says it
         except PermissionError as err:
@@ -975,16 +1205,16 @@ class Etc:
         """Let the user have it, unless it holds what is not ours; ValueError, OSError."""
         if self.fd is None or os.fstat(self.fd).st_uid == uid:
             return
-        others = sorted({name[:-4] if name.endswith(".tmp") else name for name in os.listdir(self.fd)} - self.OURS)
+        others = {name.replace(".tmp", "") for name in os.listdir(self.fd)} - self.OURS
         if others and not self.made:
-            raise ValueError("it holds %s, so it is not clockspeed's own" % ascii(others[0]))
+            raise ValueError("it holds %s, so it is not clockspeed's own" % ascii(min(others)))
         os.fchown(self.fd, uid, -1)
 
     def read(self, name):
         """The bytes of a file; OSError."""
         fd = self.open(name, os.O_RDONLY)
         try:
-            return os.read(fd, STATE_BYTES)
+            return os.read(fd, min(os.fstat(fd).st_size, STATE_BYTES))
         finally:
             os.close(fd)
 
@@ -1078,7 +1308,7 @@ class Log:
     def __call__(self, text):
         if self.lost:
             text = "lost: %d lines\n%s" % (self.lost, text)
-        data = text.encode(errors="replace")[:select.PIPE_BUF - 1] + b"\n"  # a pipe that is ready takes so much
+        data = text.encode(errors="replace")[:select.PIPE_BUF - 1] + b"\n"  # a ready pipe takes so much
         try:
             if select.select([], [self.fd], [], 0)[1]:
                 os.write(self.fd, data)
@@ -1091,8 +1321,8 @@ class Log:
 
 # ==== what the files say ====
 
-State = namedtuple("State", "counter scale boot_id suspended_ns tick_ns clock_ns bias_ppm atto known_ns marks "
-                            "last_mark estimator bound")
+State = collections.namedtuple("State", "counter scale boot_id suspended_ns tick_ns clock_ns known_ns "
+                                        "bias_ppm atto marks last_mark estimator bound")
 MARK_FIELDS = ("tick_ns", "offset_ns", "spread_ns", "distance_ns", "outcome")
 OUTCOMES = ("used", "doubted", "refused")
 
@@ -1102,16 +1332,6 @@ def whole(value, least=-2**64, most=2**64):
     if type(value) is not int or not least <= value <= most:
         raise ValueError("%.40r instead of a number" % (value,))
     return value
-
-
-def short_integer(digits):
-    if len(digits) > 40:
-        raise ValueError("a number of %d digits" % len(digits))
-    return int(digits)
-
-
-def no_constant(name):
-    raise ValueError(name + " instead of a number")
 
 
 def parse_mark(mark):
@@ -1124,19 +1344,21 @@ def parse_mark(mark):
 
 def parse_state(data):
     """The bytes of etc/state -> State; ValueError, whatever they are."""
+    if not json:
+        raise ValueError("this Python has no json module")
     try:
-        state = json.loads(data, parse_int=short_integer, parse_constant=no_constant)
+        state = json.loads(data)
         if state["version"] != 2:
             raise ValueError("of another version")
         estimator, bound = Estimator.from_state(state["estimator"]), Bound.from_state(state["bound"])
         bias_ppm, rate_ppm = state["bias_ppm"], estimator.rate()[0]
-        if not (type(bias_ppm) is float and abs(bias_ppm) < BIAS_LIMIT_PPM and abs(rate_ppm) <= MOST_PPM):
+        if not (type(bias_ppm) is float and abs(bias_ppm) < BIAS_LIMIT_PPM and abs(rate_ppm) <= LIMIT_PPM):
             raise ValueError("a rate of %g ppm, or a bias that is none" % rate_ppm)
         return State(
             *(str(state[name]) for name in ("counter", "scale", "boot_id")),  # only compared
-            *(whole(state[name]) for name in ("suspended_ns", "tick_ns", "clock_ns")), bias_ppm,
-            bytes.fromhex(state["atto"]),
+            *(whole(state[name]) for name in ("suspended_ns", "tick_ns", "clock_ns")),
             whole(state["known_ns"], RELEASE_SEC * 10**9, (RELEASE_SEC + ERA_SEC) * 10**9),
+            bias_ppm, bytes.fromhex(state["atto"]),
             {outcome: whole(state["marks"][outcome], 0) for outcome in OUTCOMES},
             state["last_mark"] and parse_mark(state["last_mark"]), estimator, bound)
     except (ArithmeticError, AttributeError, LookupError, TypeError, RecursionError) as err:
@@ -1147,21 +1369,13 @@ def parse_atto(packet):
     """The bytes of etc/atto -> rate in ppm; ValueError."""
     ns, last = unpack(packet)
     rate_ppm = (ns - 1 + last / 10**9) * 1e6
-    if not abs(rate_ppm) <= ATTO_MOST_PPM:
+    if not abs(rate_ppm) <= ATTO_LIMIT_PPM:
         raise ValueError("%.9g ns per tick, so it was made with another counter" % (ns + last / 1e9))
     return rate_ppm
 
 
-def format_atto(rate_ppm):
-    return pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
-
-
-def format_ns(ns):
-    return "-" if ns is None else "%d" % ns
-
-
-def format_sec(ns):
-    return "-" if ns is None else "%.9f" % (ns / 1e9)
+def format_or_none(form, value):
+    return "-" if value is None else form % value
 
 
 def duration(sec):
@@ -1182,11 +1396,12 @@ class Clockspeed:
     """
 
     def __init__(self, clock, etc, scale="utc", target_ns=None, may_step=True, say=Log(1), warn=Log(2)):
-        self.clock, self.etc, self.scale, self.target_ns, self.say, self.warn = clock, etc, scale, target_ns, say, warn
-        self.may_step = may_step and clock.steers
+        self.clock, self.etc, self.say, self.warn = clock, etc, say, warn
+        self.scale, self.target_ns, self.may_step = scale, target_ns, may_step and clock.steers
         self.estimator, self.bound = Estimator(), Bound()
         self.marks = dict.fromkeys(OUTCOMES, 0)  # of this boot
         self.last_mark = None
+        self.atto = b""  # what etc/atto holds
         self.known_ns = RELEASE_SEC * 10**9  # the real time last believed: no clock is right that shows less
         kernel = clock.report()
         self.first_boot_marks = not (kernel and kernel["synchronised"])  # else it has been set in this boot
@@ -1194,7 +1409,7 @@ class Clockspeed:
         self.done_ns = {}  # what is done now and then -> tick when it was last done
         self.news = True  # there is what neither the kernel nor the files have been told
         self.set_by_others, self.set_back_from_ns, self.set_back_wait_sec = False, 0, SET_BACK_SEC
-        self.phase_lost = False
+        self.phase_lost = False  # by a suspend or a counter that went back
         self.tick_ns, self.clock_ns = clock.read()
         self.begin_phase()
 
@@ -1299,15 +1514,16 @@ class Clockspeed:
         self.marks[outcome] += 1
         self.last_mark = dict(zip(MARK_FIELDS, (self.tick_ns, offset_ns, spread_ns, distance_ns, outcome)))
         self.news = True
-        self.say("mark: tick %d ns, real %d ns, spread %s ns, distance %s ns, offset %+.9f s, error %s s, bound %s s, "
-                 "rate %+.4f ppm, rate error %.4f ppm, %s"
-                 % (self.tick_ns, real_ns, format_ns(spread_ns), format_ns(distance_ns), offset_ns / 1e9,
-                    format_sec(self.estimator.real(self.tick_ns)[1]), format_sec(self.most_ns()),
-                    *self.estimator.rate(), outcome))
+        most_ns = self.most_ns()
+        self.say("mark: tick %d ns, real %d ns, spread %s ns, distance %s ns, offset %+.9f s, error %.9f s, "
+                 "bound %s s, rate %+.4f ppm, rate error %.4f ppm, %s"
+                 % (self.tick_ns, real_ns, format_or_none("%d", spread_ns), format_or_none("%d", distance_ns),
+                    offset_ns / 1e9, self.estimator.real(self.tick_ns)[1] / 1e9,
+                    format_or_none("%.9f", most_ns and most_ns / 1e9), *self.estimator.rate(), outcome))
         self.offset_ns = self.real_ns() - self.clock_ns
-        first = self.first_boot_marks and self.marks["used"] <= FIRST_MARKS
+        first = self.first_boot_marks and self.marks["used"] <= EARLY_MARKS
         if outcome == "used" and first and abs(self.offset_ns) > STEP_NS:
-            self.step(self.offset_ns, "by one of the first %d marks of this boot" % FIRST_MARKS)
+            self.step(self.offset_ns, "by one of the first %d marks of this boot" % EARLY_MARKS)
 
     # -- the clock
 
@@ -1317,7 +1533,7 @@ class Clockspeed:
         try:
             self.clock.step(delta_ns)
             self.say("step: the system clock by %+.9f s, %s" % (delta_ns / 1e9, why))
-        except (OSError, OverflowError, struct.error) as err:  # the latter where the kernel's seconds have 32 bits
+        except (OSError, OverflowError, struct.error) as err:  # the last where seconds have 32 bits
             self.trouble("step the clock", err)
         self.tick_ns, self.clock_ns = self.clock.read()
         self.offset_ns = self.real_ns() - self.clock_ns
@@ -1340,7 +1556,8 @@ class Clockspeed:
             self.set_back_from_ns = self.tick_ns + self.set_back_wait_sec * 10**9
             self.set_back_wait_sec = min(2 * self.set_back_wait_sec, SET_BACK_MOST_SEC)
             self.set_by_others = False
-            self.step(self.offset_ns, "back to the time of the marks; to have it otherwise, stop clockspeed (svc -d)")
+            self.step(self.offset_ns,
+                      "back to the time of the marks; if it was meant, stop clockspeed (svc -d) first")
 
     def tell_foreign(self, what):
         if self.due("foreign", FOREIGN_SEC):
@@ -1363,9 +1580,9 @@ class Clockspeed:
             tai_minus_clock_sec = TAI_MINUS_CLOCK_SEC[self.scale]
             if self.estimator.has_phase():
                 sigma_ns, most_ns = self.estimator.real(self.tick_ns)[1], self.most_ns()
-                # without a bound, as the C clients' marks give none, 4 standard deviations
-                self.clock.announce(sigma_ns, 4 * sigma_ns if most_ns is None else most_ns, self.offset_ns,
-                                    tai_minus_clock_sec)
+                if most_ns is None:
+                    most_ns = 4 * sigma_ns  # no mark tells of itself, as the C clients' don't
+                self.clock.announce(sigma_ns, most_ns, self.offset_ns, tai_minus_clock_sec)
             elif self.phase_lost:
                 self.clock.announce(MAXERROR_NS, MAXERROR_NS, 0, tai_minus_clock_sec)
             self.resolved("steer the clock")
@@ -1394,24 +1611,22 @@ class Clockspeed:
 
     def load(self):
         """Take up what an earlier run knew -> where it came from, for the start line."""
-        atto, atto_ppm = self.read_atto(), None
-        try:
-            atto_ppm = parse_atto(atto) if atto else None
-        except ValueError as err:
-            self.trouble("use etc/atto", err)
-        state = self.read_state()
-        if state is None or state.counter != self.clock.counter:
+        self.atto = self.read("atto", bytes) or b""
+        atto_ppm = self.read("atto", parse_atto)
+        state = self.read("state", parse_state)
+        if state:
+            self.known_ns = state.known_ns
+        if not state or state.counter != self.clock.counter:
             if atto_ppm is None:
                 return "no rate known"
             self.estimator = Estimator(atto_ppm, ATTO_PPM)
             return "rate of etc/atto"
         self.estimator = state.estimator
-        same_boot = (state.boot_id, state.scale) == (self.clock.boot_id() or None, self.scale)
-        if same_boot:
+        if (state.boot_id, state.scale) == (self.clock.boot_id() or None, self.scale):
             self.go_on(state)
         else:
             self.estimator.forget_phase(REBOOT_PPM)
-        if atto != state.atto and atto_ppm is not None:  # the C clockspeed has been at work since
+        if self.atto != state.atto and atto_ppm is not None:  # the C clockspeed has been at work since
             self.estimator.assume_rate(atto_ppm, ATTO_PPM)
             self.bound.forget()
             self.begin_phase()
@@ -1419,34 +1634,21 @@ class Clockspeed:
         return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
 
     def go_on(self, state):
-        """The counter has run on since that state: what happened meanwhile, the next sample finds."""
-        self.marks, self.last_mark, self.bound, self.clock.bias_ppm = (
-            state.marks, state.last_mark, state.bound, state.bias_ppm)
-        self.first_boot_marks = True
+        """It is of this boot: what happened since, the next sample finds."""
+        self.marks, self.last_mark, self.bound = state.marks, state.last_mark, state.bound
+        self.clock.bias_ppm, self.first_boot_marks = state.bias_ppm, True
         if self.estimator.has_phase():
             self.tick_ns, self.clock_ns, self.suspended_ns = state.tick_ns, state.clock_ns, state.suspended_ns
             self.offset_ns = self.real_ns() - self.clock_ns
 
-    def read_atto(self):
+    def read(self, name, parse):
+        """What parse makes of a file of etc; None when it is missing or no good."""
         try:
-            return self.etc.read("atto")
-        except FileNotFoundError:
-            return b""
-        except OSError as err:
-            self.trouble("read etc/atto", err)
-            return b""
-
-    def read_state(self):
-        try:
-            if not json:
-                raise OSError(errno.ENOSYS, "this Python has no json module")
-            state = parse_state(self.etc.read("state"))
-            self.known_ns = state.known_ns
-            return state
+            return parse(self.etc.read(name))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as err:
-            self.trouble("use etc/state", err)
+            self.trouble("use etc/" + name, err)
             return None
 
     def save(self, name, data):
@@ -1466,17 +1668,19 @@ class Clockspeed:
         if self.estimator.has_phase():
             self.known_ns = max(RELEASE_SEC * 10**9, self.real_ns())
         rate_ppm = self.estimator.rate()[0]
-        atto = format_atto(rate_ppm)
-        if self.marks["used"] > 1 and abs(rate_ppm) <= MOST_PPM and atto != self.read_atto():  # one tells no rate
-            self.save("atto", atto)
+        atto = pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
+        if atto != self.atto and self.marks["used"] > 1 and abs(rate_ppm) <= ATTO_LIMIT_PPM:
+            self.save("atto", atto)  # one mark would tell no rate
+            self.atto = self.read("atto", bytes) or b""
         self.save_json("state", {
             "version": 2, "boot_id": self.clock.boot_id(), "counter": self.clock.counter, "scale": self.scale,
-            "atto": self.read_atto().hex(), "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm,
-            "known_ns": self.known_ns, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns, "marks": self.marks,
-            "last_mark": self.last_mark, "estimator": self.estimator.state(), "bound": self.bound.state()})
+            "atto": self.atto.hex(), "suspended_ns": self.suspended_ns, "known_ns": self.known_ns,
+            "bias_ppm": self.clock.bias_ppm, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns,
+            "marks": self.marks, "last_mark": self.last_mark,
+            "estimator": self.estimator.state(), "bound": self.bound.state()})
 
     def save_status(self):
-        known, bounds = self.estimator.has_phase(), self.bounds()
+        known = self.estimator.has_phase()
         (rate_ppm, rate_error_ppm), (wander, noise_ns) = self.estimator.rate(), self.estimator.learned()
         plan = self.estimator.next_mark_plan(self.tick_ns, self.target_ns) if self.target_ns else None
         self.save_json("status", {
@@ -1485,11 +1689,11 @@ class Clockspeed:
             "tick_ns": self.tick_ns, "written_ns": self.clock_ns, "suspended_ns": self.suspended_ns,
             "offset_ns": self.offset_ns if known else None,
             "variance": self.estimator.variance(self.tick_ns) if known else None,
-            "bound": bounds and dict(self.bound.coefficients(self.tick_ns), earliest_ns=bounds[0], latest_ns=bounds[1]),
+            "bound": self.bound.coefficients() if known else None,
             "rate_ppm": rate_ppm, "rate_error_ppm": rate_error_ppm, "noise_ns": noise_ns, "wander": wander,
             "marks": self.marks, "last_mark": self.last_mark,
             "next": {"wait_sec": plan and plan.wait_sec, "exchanges": plan and plan.exchanges,
-                     "settling": self.marks["used"] < FIRST_MARKS},
+                     "settling": self.marks["used"] < EARLY_MARKS},
             "kernel": self.clock.report()}, indent=1)
 
 
@@ -1507,12 +1711,17 @@ def clock_scale():
 
 def clock_error_ns():
     """The error that is to be kept, or None; ValueError."""
-    text = os.environ.get("CLOCK_ERROR", "")
-    parts = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(s|ms|us|)", text)
-    error_ns = parts and round(float(parts.group(1)) * {"ms": 10**6, "us": 10**3}.get(parts.group(2), 10**9))
-    if text and not error_ns:
-        raise ValueError("CLOCK_ERROR is no error as 0.010 or 10ms")
-    return error_ns
+    text = os.environ.get("CLOCK_ERROR")
+    if not text:
+        return None
+    unit = next((unit for unit in ("ms", "us", "s") if text.endswith(unit)), "")
+    try:
+        error_ns = float(text[:len(text) - len(unit)]) * {"ms": 1e6, "us": 1e3}.get(unit, 1e9)
+    except ValueError:
+        error_ns = 0
+    if not 1 <= error_ns <= 3600e9:
+        raise ValueError("CLOCK_ERROR is not a time like 0.010 or 10ms")
+    return round(error_ns)
 
 
 def choose_clock(observe):
@@ -1585,7 +1794,7 @@ def serve(daemon, fifo, signal_fd, is_root):
             daemon.resolved("read adjust")
         except OSError as err:
             if isinstance(err, PermissionError) and fifo.was_open and not is_root:
-                daemon.warn("%s: fatal: adjust was removed or replaced, and only root can make it again" % PROGRAM)
+                daemon.warn(PROGRAM + ": fatal: adjust is gone or another one, which takes root to mend")
                 return 111
             daemon.trouble("read adjust", err)
         wait_sec = daemon.wake()
