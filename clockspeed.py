@@ -56,6 +56,7 @@ EXIT STATUS
 SEE ALSO
     clockctl, sntpclock, taiclock, clockadd, clockview
 """
+import collections
 import errno
 import fcntl
 import getopt
@@ -271,59 +272,45 @@ def step_kernel(adjtimex, delta_ns):
 
 # ==== the estimator ====
 #
-# MODEL   A counter's rate wanders (random-walk FM: D. W. Allan, "Time and Frequency (Time-Domain)
-#         Characterization, Estimation, and Prediction of Precision Clocks and Oscillators", 1987): over t
-#         seconds phase and rate gain covariance q [[t^3/3, t^2/2], [t^2/2, t]].  A mark is real time plus
-#         noise of variance r.  For known q and r a Kalman filter of (phase, rate) is the best there is
-#         (R. E. Kalman, 1960).  They are not known, so one filter runs for each pair of a grid, weighted by
-#         how likely it found each mark (D. T. Magill, "Optimal adaptive estimation of sampled stochastic
-#         processes", 1965); the answer is the mixture.  Each model may become another one between two marks
-#         (H. A. P. Blom, Y. Bar-Shalom, "The interacting multiple model algorithm", 1988), so that none is
-#         given up for good: an unlikely one follows the mixture, ready when its time comes.
-# WAVE    Temperature makes the rate rise and fall with the time of day: some of the grid's models have two
-#         more unknowns, the amplitudes of cosine and sine of real time's day, which outlive a boot.  What
-#         has learned a wave and what knows of none mix among themselves only, or neither would stay so.
+# MODEL   A counter's rate wanders as a random walk (D. W. Allan, "Time and Frequency Characterization,
+#         Estimation, and Prediction of Precision Clocks and Oscillators", 1987).  A mark is real time plus
+#         noise.  With wander and noise known, a Kalman filter is the best there is.  They are not known, so one
+#         filter runs for each pair of a grid, weighted by how likely it found each mark (D. T. Magill, 1965).
+#         The answer is the mixture.  A model that has become unlikely follows the mixture, ready when its
+#         time comes (after H. A. P. Blom, Y. Bar-Shalom, "The interacting multiple model algorithm", 1988).
+# PATH    A mark's spread is half the width of what its exchanges prove.  What it is over the path's floor, the
+#         excess, is queueing, and real time is within the excess of the mark, if the floor is symmetric.
+#         Given the excess of exponential queueing, the mark's error is uniform within it: variance excess^2 / 3.
+#         Queueing one way only makes it plus or minus the excess: the lean, an unknown of the filters.
+# WAVE    Temperature makes the rate rise and fall with the time of day.  Some of the grid's models have two
+#         more unknowns, the amplitudes of cosine and sine of real time's day.
 # DOUBT   A mark that a wild one explains better than all models is held.  Later marks decide what explains
-#         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander
-#         grew, or nothing that was known holds.
-# LIMITS  Noise is taken for symmetric and white: a route that is late one way for days shifts the clock.
-#         A daily wave's harmonics are followed as wander, not learned.
+#         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander grew,
+#         or nothing that was known holds.
+# BOUND   What is certain if the servers tell the truth is kept apart from what is likely: class Bound.
+# LIMITS  A floor that is longer one way shifts the clock, unseen.  A wave's harmonics are followed as wander.
 #
 # Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.
 
-# Grid.  Wander from an oven to a draught on bare quartz, noise from a local wire to a poor radio link.  The
-# answer forgives a wrong wander (half decades: never over 1.8 off, some 3% of error), less so a wrong noise.
-WANDERS = [1e-11 * 10 ** (k / 2) for k in range(8)]   # up to 3.2e-8 per sqrt(s)
+LIMIT_PPM = 1000.0    # no crystal and no virtual machine's counter is off by more: never believed
+LIMIT_NS = 1 << 64    # no counter or real time is beyond (year 2554)
+DAY_NS, DAY_SEC = 86400 * 10**9, 86400
+OMEGA = 2 * math.pi / DAY_SEC
+# Grid.  Wander from an oven to a draught on bare quartz, all alike likely.  Noise from a local wire to a poor
+# radio link, log-normal by a decade around a server some networks away.
+WANDERS = [1e-12 * 10 ** (k / 2) for k in range(10)]  # up to 3.2e-8 per sqrt(s)
 NOISES = [1e-6 * 2**k for k in range(17)]       # up to 66 ms, in s
-USUAL_WANDER, USUAL_NOISE = 3e-10, 1e-3         # a PC at a desk, a server some networks away
+USUAL_NOISE = 1e-3
 # A wave: the chance that there is one (low, as one that isn't there costs some accuracy, and one that is
 # shows in some days), its usual amplitudes (some degrees at 0.1 ppm each), how they change with the weather
 # in a day, and the wanders that show it: 0.3 ppm in a day at most, decades are enough.
-WAVE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
+WAVE_CHANCE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
 WAVE_SECS = 3600, 10800, 21600, 43200   # from now: moments to bound a wave's error at
-DAY_NS = 86400 * 10**9
-OMEGA = 2 * math.pi / 86400
-
-
-def usual(value, centre):
-    """Belief before any mark: log-normal, one decade."""
-    return math.exp(-0.5 * math.log10(value / centre) ** 2)
-
-
-def grid(wanders, chance, wave_ppm, weather_ppm):
-    """[(q in (ns/s)^2 per s, r in ns^2, prior share, var of the wave's amplitudes, its growth per s)]"""
-    pairs = [(w, n, usual(w, USUAL_WANDER) * usual(n, USUAL_NOISE)) for w in wanders for n in NOISES]
-    total = sum(share for _, _, share in pairs)
-    return [((w * 1e9) ** 2, (n * 1e9) ** 2, chance * share / total,
-             (wave_ppm * 1e3) ** 2, (weather_ppm * 1e3) ** 2 / 86400) for w, n, share in pairs]
-
-
-PLAIN = grid(WANDERS, 1 - WAVE, 0.0, 0.0)
-MODELS = PLAIN + grid(WAVE_WANDERS, WAVE, WAVE_PPM, WEATHER_PPM)
-KINDS = slice(len(PLAIN)), slice(len(PLAIN), None)
+LEAN, LEAN_DRIFT = 0.25, 0.01   # usual lean (1: all queueing is one way), and how it changes from mark to mark
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
-SILENT = 1e-3         # a model so much less likely than the best has no say: in a month it would shout
+SILENT = 1e-2         # a model so much less likely than the best has no say: a hundred of them would shout
 NEVER = -200.0        # logarithm of the least likelihood beside the best, that nothing underflows
+DIGITS = 1e-12        # the least share of a variance that a float's 16 digits can subtract well
 # What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
 # same in each decade; 1 us to 10 s and both signs make 2 ln(10^7) = 32, and its logarithm hardly matters.
 WILD, STEP, BEND, ANEW = 0.03, 1e-3, 1e-3, 1e-4
@@ -332,108 +319,267 @@ SIZES = 32.0
 # noise and wander) and one more to confirm.  Fewer can't be believed, but make a rival explanation wait.
 EXPLANATIONS = (2, "step"), (3, "bend"), (3, "anew"), (3, "noisy")
 HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
-ANYTHING = 1e8        # ns/s: a counter is within 10% of real time
 FAR_SEC = 1e8         # next_mark's longest answer
-LIMIT_NS = 1 << 64    # no counter or real time is beyond (year 2554)
+LEAST_WAIT_SEC = 64   # what time servers ask for
+EXCHANGES, LOOKAHEAD = (1, 2, 3, 4, 6, 8), 12  # next_mark_plan compares these, over so many marks
 
-# A model is (weight, x, v, y, z, xx, xv, xy, xz, vv, vy, vz, yy, yz, zz): phase x, rate v, amplitudes y of
-# cosine and z of sine, and their covariance.
-PAIRS = [(i, j) for i in range(4) for j in range(i, 4)]
-
-
-def collapse(models, qs):
-    """Mixture of models and their q -> (x ... zz, q); spread between models included."""
-    least = SILENT * max(model[0] for model in models)
-    heard = [(model[0], model[1:], q) for model, q in zip(models, qs) if model[0] >= least]
-    total = sum(w for w, _, _ in heard)
-    mean = [sum(w * known[i] for w, known, _ in heard) / total for i in range(4)]
-    spread = [0.0] * len(PAIRS)
-    for w, known, _ in heard:
-        off = [x - x0 for x, x0 in zip(known, mean)]
-        spread = [p0 + w * (p + off[i] * off[j]) for p0, p, (i, j) in zip(spread, known[4:], PAIRS)]
-    return (*mean, *(p / total for p in spread), sum(w * q for w, _, q in heard) / total)
+Model = collections.namedtuple("Model", "wander_var noise_var share unknowns weather_var")
+Belief = collections.namedtuple("Belief", "model weight mean cov")  # model: its place in MODELS
+Mark = collections.namedtuple("Mark", "tick_ns real_ns spread_ns")
+Plan = collections.namedtuple("Plan", "wait_sec exchanges")
+PHASE, RATE, LEANING, COS, SIN = range(5)   # the unknowns; a model without a wave has the first three
 
 
-def collapse_kinds(models):
-    """-> [(weight, x ... zz, q) of the models without a wave, of those with one]"""
-    return [(sum(model[0] for model in models[kind]),
-             *collapse(models[kind], [q for q, *_ in MODELS[kind]])) for kind in KINDS]
+def grid(wanders, chance, unknowns, weather_ppm):
+    pairs = [(w, n, math.exp(-0.5 * math.log10(n / USUAL_NOISE) ** 2)) for w in wanders for n in NOISES]
+    total = sum(share for _, _, share in pairs)
+    return [Model((w * 1e9) ** 2, (n * 1e9) ** 2, chance * share / total, unknowns,
+                  (weather_ppm * 1e3) ** 2 / DAY_SEC) for w, n, share in pairs]
 
 
-def mix(models, kinds):
-    """What each model knows after it may have been another one of its kind before."""
-    return [mix_one(model, sleeper) for model, sleeper in zip(models, sleepers(kinds))]
+PLAIN = grid(WANDERS, 1 - WAVE_CHANCE, 3, 0.0)
+MODELS = PLAIN + grid(WAVE_WANDERS, WAVE_CHANCE, 5, WEATHER_PPM)
 
 
-def sleepers(kinds):
-    """What a model is of which the data said nothing: newcomers from its kind."""
-    return [(SWITCH * share, *mixture[1:-1]) for mixture, kind in zip(kinds, KINDS)
-            for _, _, share, _, _ in MODELS[kind]]
+def dot(a, b):
+    return sum([x * y for x, y in zip(a, b)])
 
 
-def mix_one(model, sleeper):
-    """One whose share is mostly newcomers' sleeps: it is they, and needs no place in state()."""
-    stay, come = (1 - SWITCH) * model[0], sleeper[0]
-    if stay < come:
-        return sleeper
-    s = stay / (stay + come)
-    m = 1 - s
-    off = [x0 - x for x, x0 in zip(model[1:5], sleeper[1:5])]
-    return (stay + come, *(x + m * d for x, d in zip(model[1:5], off)),
-            *(s * p + m * (p0 + s * off[i] * off[j]) for p, p0, (i, j) in zip(model[5:], sleeper[5:], PAIRS)))
-
-
-def wave(real_ns, sec):
-    """What amplitudes 1 of cosine and sine add to the phase in sec from real_ns on."""
+def reach(real_ns, sec):
+    """How much each unknown, if it is 1, adds to the phase in sec from real_ns on (row 1 of the transition)."""
     start = real_ns % DAY_NS * 1e-9 * OMEGA
     end = start + OMEGA * sec
-    return (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA
+    return 1.0, sec, 0.0, (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA
+
+
+def carried(mean, cov, moves, wander_var, weather_var):
+    """Kalman's prediction: the phase moves by reach(), the others stay; wander's covariance is Allan's."""
+    sec = moves[RATE]
+    phase_row = [dot(row, moves) for row in cov]
+    phase_var = dot(phase_row, moves)
+    cov = [[p] + row[1:] for p, row in zip(phase_row, cov)]
+    cov[PHASE] = [phase_var + wander_var * sec**3 / 3] + phase_row[1:]
+    cov[PHASE][RATE] += wander_var * sec**2 / 2
+    cov[RATE][PHASE] = cov[PHASE][RATE]
+    cov[RATE][RATE] += wander_var * sec
+    cov[LEANING][LEANING] += LEAN_DRIFT**2
+    for i in range(COS, len(mean)):
+        cov[i][i] += weather_var * sec
+    return [dot(mean, moves)] + mean[1:], cov
+
+
+def updated(mean, cov, ahead_ns, excess_ns, noise_var):
+    """Kalman's update by a mark: phase + excess * lean + noise -> (log likelihood, mean, cov)."""
+    off = ahead_ns - mean[PHASE] - excess_ns * mean[LEANING]
+    with_mark = [row[PHASE] + excess_ns * row[LEANING] for row in cov]
+    var = with_mark[PHASE] + excess_ns * with_mark[LEANING]
+    noise_var = max(noise_var, DIGITS * var)
+    var += noise_var
+    gain = [p / var for p in with_mark]
+    after = [[p - k * m for p, m in zip(row, with_mark)] for row, k in zip(cov, gain)]
+    for i, row in enumerate(after):   # Cauchy and Schwarz know a least variance, rounding does not
+        row[i] = max(row[i], cov[i][i] * noise_var / var)
+    return (-0.5 * (math.log(2 * math.pi * var) + off * off / var),
+            [x + k * off for x, k in zip(mean, gain)], after)
+
+
+def learn(beliefs, before, mark, excess_ns, excess_var, burst=0.0):
+    """Each filter's step from the mark before to this one -> (log evidence, beliefs).
+
+    Phases are relative to the mark before, then to this one.  burst is wander in between in addition.
+    """
+    sec, ahead_ns = gained(before, mark)
+    moves = reach(before.real_ns, sec)
+    logs, known = [], []
+    for belief in beliefs:
+        model = MODELS[belief.model]
+        mean, cov = carried(belief.mean, belief.cov, moves[:model.unknowns], model.wander_var + burst,
+                            model.weather_var)
+        log, mean, cov = updated(mean, cov, ahead_ns, excess_ns, model.noise_var + excess_var)
+        mean[PHASE] -= ahead_ns
+        logs.append(math.log(belief.weight) + log)
+        known.append((mean, cov))
+    top = max(logs)
+    weights = [math.exp(max(log - top, NEVER)) for log in logs]
+    total = sum(weights)
+    return top + math.log(total), [Belief(belief.model, weight / total, mean, cov)
+                                   for belief, weight, (mean, cov) in zip(beliefs, weights, known)]
 
 
 def gained(before, mark):
     """(s on the counter, ns that real time gained on it) from one mark to another; exact until a float."""
-    ticks = mark[0] - before[0]
-    return ticks * 1e-9, float(mark[1] - before[1] - ticks)
+    ticks = mark.tick_ns - before.tick_ns
+    return ticks * 1e-9, float(mark.real_ns - before.real_ns - ticks)
 
 
-def learn(models, before, mark, burst=0.0):
-    """Each filter's step from the mark before to this one -> (log evidence, models).
-
-    Phases are relative to the mark before, then to this one.  burst is wander in between in addition.
-    """
-    known, logs = [], []
-    sec, ahead_ns = gained(before, mark)
-    cos, sin = wave(before[1], sec)
-    for (w, x, v, y, z, xx, xv, xy, xz, vv, vy, vz, yy, yz, zz), (q, r, _, _, weather) in zip(models, MODELS):
-        off = ahead_ns - (x + v * sec + y * cos + z * sin)
-        xx = max(xx + cos * (2 * xy + cos * yy + 2 * sin * yz) + sin * (2 * xz + sin * zz), 0.0)
-        xv += cos * vy + sin * vz
-        xy += cos * yy + sin * yz + sec * vy
-        xz += cos * yz + sin * zz + sec * vz
-        qt = (q + burst) * sec
-        # determinant of (x, v) predicted, no term negative: vv - xv^2/s would cancel after a gap
-        det = (max(xx * vv - xv * xv, 0.0) + qt * max(xx + sec * (xv + sec * vv / 3), 0.0)
-               + qt * qt * sec * sec / 12)
-        xx = max(xx + sec * (2 * xv + sec * (vv + qt / 3)), 0.0)
-        xv += sec * (vv + qt / 2)
-        vv += qt
-        s = xx + r
-        logs.append(math.log(w) - 0.5 * (math.log(2 * math.pi * s) + off * off / s))
-        known.append((off * xx / s - off, v + off * xv / s, y + off * xy / s, z + off * xz / s,
-                      xx * r / s, xv * r / s, xy * r / s, xz * r / s,
-                      (det + vv * r) / s, vy - xv * xy / s, vz - xv * xz / s,
-                      max(yy - xy * xy / s, 0.0) + weather * sec, yz - xy * xz / s,
-                      max(zz - xz * xz / s, 0.0) + weather * sec))
-    top = max(logs)
-    shares = [math.exp(max(log - top, NEVER)) for log in logs]
-    total = sum(shares)
-    return top + math.log(total), [(share / total,) + k for share, k in zip(shares, known)]
+def anchored(beliefs, sec, excess_ns, excess_var, rate_var):
+    """Beliefs that take their phase from a mark sec after the last; the rate is less certain by rate_var."""
+    anchor = []
+    for number, weight, mean, cov in beliefs:
+        row = [-excess_ns * p for p in cov[LEANING]]
+        row[PHASE] = -excess_ns * row[LEANING] + MODELS[number].noise_var + excess_var
+        cov = [row] + [[p] + old[1:] for p, old in zip(row[1:], cov[1:])]
+        cov[RATE][RATE] += MODELS[number].wander_var * sec + rate_var
+        anchor.append(Belief(number, weight, [-excess_ns * mean[LEANING]] + mean[1:], cov))
+    return anchor
 
 
-def anchor(models, sec, rate_var):
-    """Models that take their phase from a mark sec after the last; the rate is less certain by rate_var."""
-    return [(w, 0.0, *known[1:4], r, 0.0, 0.0, 0.0, known[8] + q * sec + rate_var, *known[9:])
-            for (w, *known), (q, r, *_) in zip(models, MODELS)]
+def loud(beliefs):
+    """Those that have a say."""
+    least = SILENT * max([belief.weight for belief in beliefs])
+    return [belief for belief in beliefs if belief.weight >= least]
+
+
+def by_kind(beliefs):
+    """What has learned a wave and what knows of none mix among themselves only, or neither would stay so."""
+    return ([belief for belief in beliefs if belief.model < len(PLAIN)],
+            [belief for belief in beliefs if belief.model >= len(PLAIN)])
+
+
+def mixture(beliefs):
+    """-> (mean, cov) of those that have a say, what they differ by included."""
+    heard = loud(beliefs)
+    total = sum([belief.weight for belief in heard])
+    size = range(len(heard[0].mean))
+    mean = [sum([belief.weight * belief.mean[i] for belief in heard]) / total for i in size]
+    cov = [[0.0 for _ in size] for _ in size]
+    for _, weight, its_mean, its_cov in heard:
+        share = weight / total
+        off = [x - x0 for x, x0 in zip(its_mean, mean)]
+        for row, its_row, d in zip(cov, its_cov, off):
+            for j in size:
+                row[j] += share * (its_row[j] + d * off[j])
+    return mean, cov
+
+
+def summed_up(beliefs):
+    """-> ([(mean, cov) of each kind], mean, cov of both); no wave is amplitudes of 0."""
+    kinds, both = [], []
+    for kind in by_kind(beliefs):
+        mean, cov = mixture(kind)
+        kinds.append((mean, cov))
+        more = [0.0] * (5 - len(mean))
+        both.append(Belief(None, sum([belief.weight for belief in kind]), mean + more,
+                           [row + more for row in cov] + [[0.0] * 5 for _ in more]))
+    return (kinds, *mixture(both))
+
+
+def sleepers(kinds):
+    """What a model is of which the data said nothing: the mixture of its kind, with a newcomer's weight."""
+    return [Belief(number, SWITCH * model.share, *kinds[number >= len(PLAIN)])
+            for number, model in enumerate(MODELS)]
+
+
+def awake(beliefs, kinds):
+    """All models after some of them may have become others: one that is less than a newcomer sleeps."""
+    models = sleepers(kinds)
+    for belief in beliefs:
+        stay, come = (1 - SWITCH) * belief.weight, models[belief.model].weight
+        if stay >= come:
+            models[belief.model] = belief._replace(weight=stay + come)
+    return models
+
+
+# The path.  So many spreads are remembered: the more, the better the floor is known, and the later is it noticed
+# that it rose by less than queueing.  A floor moved if a mark is under it by FAR typical excesses, or if the
+# last three are as much over it, and by more than twice what they differ among themselves.
+PATH_MARKS, FAR = 200, 4.0
+FIRST_EXCESS = 1 / 8  # of the first spread, and for how many marks' worth this is believed
+FIRST_MARKS = 4
+# The least of n excesses is some 0.8 / sqrt(n) of the typical one, as two queues are seldom both empty; 0.7 / n
+# where there is one queue.
+TWO_WAYS, ONE_WAY = 0.8, 0.7
+SCALES = 1.0, 1 / 3, 0.1, 0.03, 0.01, 0.003   # a mark's variance / excess^2: heavy tails, exponential ... none
+SCALE_SHARES = [0.1, 0.7, 0.1, 0.05, 0.03, 0.02]
+SCALE_SWITCH = 0.01   # chance that it changes between two marks
+
+
+class Path:
+    """The way to the server, as the spreads of marks show it: its floor, and what an excess over it means."""
+
+    def __init__(self):
+        self.spreads = []       # ns, since the floor moved
+        self.counts = []        # exchanges that each was made from, as planned
+        self.first_ns = 0.0     # the excess that was typical before
+        self.lean = 0.0
+        self.scales = list(SCALE_SHARES)
+
+    def _typical(self, spreads, first_ns):
+        """The median excess, beginning at first_ns."""
+        count = len(spreads)
+        median = sorted(spreads)[count // 2] - min(spreads)
+        seen = median / (1 - TWO_WAYS / math.sqrt(count + 1))
+        return first_ns + (seen - first_ns) * count**2 / (count**2 + FIRST_MARKS**2)
+
+    def _gap(self, spreads, first_ns):
+        """The least spread is over the floor by about this."""
+        one_way, count = min(self.lean**2, 1.0), len(spreads)
+        return self._typical(spreads, first_ns) * (
+            (1 - one_way) * TWO_WAYS / math.sqrt(count) + one_way * ONE_WAY / count)
+
+    def _since(self, spread_ns):
+        """-> (spreads since the floor moved, typical excess before), this one included."""
+        if not self.spreads:
+            return [spread_ns], spread_ns * FIRST_EXCESS
+        typical = self._typical(self.spreads, self.first_ns)
+        if min(self.spreads) - spread_ns > FAR * typical:
+            return [spread_ns], typical
+        before, last = self.spreads[:-2], self.spreads[-2:] + [spread_ns]
+        if before:
+            typical = self._typical(before, self.first_ns)
+            if min(last) - min(before) > max(FAR * typical, 2 * (max(last) - min(last))):
+                return last, typical
+        return (self.spreads + [spread_ns])[-PATH_MARKS:], self.first_ns
+
+    def gap_ns(self):
+        return self._gap(self.spreads, self.first_ns) if self.spreads else 0.0
+
+    def typical_ns(self):
+        return self._typical(self.spreads, self.first_ns) if self.spreads else 0.0
+
+    def excess(self, spread_ns):
+        """-> (excess in ns, the variance that it adds to a mark's noise); typical for a mark that doesn't tell."""
+        if spread_ns is None:
+            excess_ns = self.typical_ns()
+        else:
+            spreads, first_ns = self._since(spread_ns)
+            excess_ns = spread_ns - min(spreads) + self._gap(spreads, first_ns)
+        return excess_ns, dot(self.scales, SCALES) * excess_ns**2
+
+    def add(self, spread_ns, exchanges):
+        if spread_ns is not None:
+            self.spreads, self.first_ns = self._since(spread_ns)
+            self.counts = (self.counts + [exchanges])[-len(self.spreads):]
+
+    def weigh(self, excess_ns, off_ns, var):
+        """Which scale is it?  A mark was off by off_ns, of which its excess does not explain the variance var."""
+        variances = [var + scale * excess_ns**2 for scale in SCALES]
+        logs = [-0.5 * (math.log(v) + off_ns**2 / v) for v in variances]
+        likely = [share * math.exp(max(log - max(logs), NEVER)) for share, log in zip(self.scales, logs)]
+        self.scales = [(1 - SCALE_SWITCH) * share / sum(likely) + SCALE_SWITCH * share0
+                       for share, share0 in zip(likely, SCALE_SHARES)]
+
+    @classmethod
+    def from_state(cls, state):
+        self = cls()
+        self.spreads, self.counts = list(state["spreads"]), list(state["counts"])
+        self.first_ns, self.lean, self.scales = state["first_ns"], state["lean"], list(state["scales"])
+        if not (len(self.spreads) == len(self.counts) <= PATH_MARKS and len(self.scales) == len(SCALES)
+                and all(is_int(spread) and spread >= 0 for spread in self.spreads)
+                and all(type(count) is int and count in EXCHANGES for count in self.counts)
+                and is_float(self.first_ns, 0, LIMIT_NS) and is_float(self.lean, -1e9, 1e9)
+                and all(is_float(share, 1e-9, 1) for share in self.scales)):
+            raise ValueError("no path")
+        return self
+
+    def noise_var(self, rest_var, exchanges):
+        """What a mark of so many exchanges is worth: of k, the least queue each way is about one k-th."""
+        if not self.spreads:
+            return rest_var / exchanges
+        least_ns = min(self.spreads) - self.gap_ns()
+        scale = dot(self.scales, SCALES)
+        return len(self.spreads) / sum([1 / (rest_var + scale * ((spread - least_ns) * count / exchanges) ** 2)
+                                        for spread, count in zip(self.spreads, self.counts)])
 
 
 def is_int(value):
@@ -444,16 +590,38 @@ def is_float(value, least, most):
     return type(value) in (int, float) and least <= value <= most   # NaN fails
 
 
-def is_mark(tick_ns, real_ns):
-    return is_int(tick_ns) and is_int(real_ns)
+def is_mark(mark):
+    return (is_int(mark.tick_ns) and is_int(mark.real_ns)
+            and (mark.spread_ns is None or is_int(mark.spread_ns) and mark.spread_ns >= 0))
 
 
-def is_known(known):
-    """State and covariance: bounded so that no arithmetic overflows, and a covariance indeed."""
-    cov = dict(zip(PAIRS, known[4:]))
-    return (len(known) == 4 + len(PAIRS) and all(is_float(value, -1e60, 1e60) for value in known)
-            and all(p * p <= cov[i, i] * cov[j, j] * 1.000001 for (i, j), p in cov.items())
-            and all(cov[i, i] >= 0 for i in range(4)))
+def is_known(mean, cov, unknowns):
+    """Bounded so that no arithmetic overflows, and a covariance indeed."""
+    every = range(unknowns)
+    return ([len(row) for row in [mean] + cov] == [unknowns] * (unknowns + 1)
+            and all(is_float(value, -1e40, 1e40) for row in [mean] + cov for value in row)
+            and all(cov[i][i] >= 0 for i in every)
+            and all(cov[i][j] ** 2 <= cov[i][i] * cov[j][j] * 1.000001
+                    and abs(cov[i][j] - cov[j][i]) <= 1e-6 * math.sqrt(cov[i][i] * cov[j][j])
+                    for i in every for j in every))
+
+
+def is_possible(mean):
+    """Whether a counter can have such a rate, at any time of the day."""
+    return abs(mean[RATE]) + math.hypot(mean[COS], mean[SIN]) <= LIMIT_PPM * 1e3
+
+
+def wait_for(error_after, target_ns):
+    """Seconds until error_after(sec) reaches target_ns: 0 if it has, at most FAR_SEC."""
+    near, far = 0.0, FAR_SEC
+    if not error_after(near) < target_ns:
+        return near
+    if error_after(far) < target_ns:
+        return far
+    while far - near > 1.0:   # a second more or less is nothing to who asks each minute
+        middle = (near + far) / 2
+        near, far = (middle, far) if error_after(middle) < target_ns else (near, middle)
+    return near
 
 
 class Estimator:
@@ -464,104 +632,142 @@ class Estimator:
     """
 
     def __init__(self, rate_ppm=0.0, rate_error_ppm=UNKNOWN_PPM):
-        rate, var = rate_ppm * 1e3, (rate_error_ppm * 1e3) ** 2
-        self.models = [(share, 0.0, rate, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, var, 0.0, 0.0, amp_var, 0.0, amp_var)
-                       for _, _, share, amp_var, _ in MODELS]
-        self._sum_up(self.models)
-        self.tick_ns = self.real_ns = None      # the last mark used: phases are relative to it
-        self.held = []                          # marks doubted since: [(tick_ns, real_ns)]
+        if not abs(rate_ppm) <= LIMIT_PPM:
+            raise ValueError("a rate of %s ppm" % rate_ppm)
+        mean = [0.0, rate_ppm * 1e3, 0.0, 0.0, 0.0]
+        deviations = [0.0, rate_error_ppm * 1e3, LEAN, WAVE_PPM * 1e3, WAVE_PPM * 1e3]
+        cov = [[sd**2 if i == j else 0.0 for j in range(5)] for i, sd in enumerate(deviations)]
+        self.last = None        # the last mark used: phases are relative to it
+        self.held = []          # marks doubted since
+        self.path, self.exchanges = Path(), 1
+        self._sum_up([Belief(number, model.share, mean[:model.unknowns],
+                             [row[:model.unknowns] for row in cov[:model.unknowns]])
+                      for number, model in enumerate(MODELS)])
 
-    def mark(self, tick_ns, real_ns):
+    def mark(self, tick_ns, real_ns, spread_ns=None):
         """At counter value tick_ns real time was real_ns -> "used", "doubted" (held), "refused" (none)."""
-        if not is_mark(tick_ns, real_ns):
+        mark = Mark(tick_ns, real_ns, spread_ns)
+        if not is_mark(mark):
             return "refused"
-        latest = self.held[-1][0] if self.held else self.tick_ns
-        if latest is None:
-            self._use(anchor(self.models, 0.0, 0.0), tick_ns, real_ns)
+        if self.last is None:
+            self._use(anchored(self.beliefs, 0.0, *self.path.excess(spread_ns), 0.0), [mark])
             return "used"
-        if tick_ns <= latest:
+        if tick_ns <= (self.held or [self.last])[-1].tick_ns:
             return "refused"
-        mark = (tick_ns, real_ns)
-        evidence, models = learn(self.models, self._last(), mark)
-        if evidence < self._any_size(mark, WILD):
-            self.held.append(mark)
-            models = self._explained()
-            if models is None:
-                return "doubted"
-        self._use(models, tick_ns, real_ns)
+        evidence, beliefs = self._learn(self.beliefs, self.last, mark)
+        if evidence > self._any_size(mark, WILD) and is_possible(summed_up(beliefs)[1]):
+            self._weigh_path(mark)
+            self._use(beliefs, [mark])
+            return "used"
+        self.held.append(mark)
+        explained = self._explained()
+        if explained is None:
+            return "doubted"
+        self._use(*explained)
         return "used"
 
-    def _use(self, models, tick_ns, real_ns):
-        self._sum_up(models)
-        self.models = mix(models, self.kinds)
-        self.tick_ns, self.real_ns, self.held = tick_ns, real_ns, []
+    def _learn(self, beliefs, before, mark, burst=0.0):
+        return learn(beliefs, before, mark, *self.path.excess(mark.spread_ns), burst)
 
-    def _sum_up(self, models):
-        """The mixture of each kind, and of both."""
-        self.kinds = collapse_kinds(models)
-        self.mean = collapse([kind[:-1] for kind in self.kinds], [kind[-1] for kind in self.kinds])
+    def _use(self, beliefs, marks):
+        for mark in marks:
+            self.path.add(mark.spread_ns, self.exchanges)
+        self.last, self.held = marks[-1], []
+        self._sum_up(beliefs)
 
-    def _last(self):
-        return self.tick_ns, self.real_ns
+    def _sum_up(self, beliefs):
+        """The mixture of each kind and of both; wander and noise are geometric means, as their models are."""
+        self.kinds, self.mean, self.cov = summed_up(beliefs)
+        heard = loud(beliefs)
+        total = sum([belief.weight for belief in heard])
+        self.wander_var, self.noise_var = [
+            math.exp(sum([belief.weight * math.log(MODELS[belief.model][what]) for belief in heard]) / total)
+            for what in (0, 1)]
+        self.path.lean = self.mean[LEANING]
+        self.beliefs = awake(beliefs, self.kinds)
+
+    def _weigh_path(self, mark):
+        """Let the path learn from how far the mark is off the prediction."""
+        if mark.spread_ns is None:
+            return
+        sec, ahead_ns = gained(self.last, mark)
+        mean, cov = carried(self.mean, self.cov, reach(self.last.real_ns, sec), self.wander_var, 0.0)
+        excess_ns, _ = self.path.excess(mark.spread_ns)
+        lean = [1.0, 0.0, excess_ns, 0.0, 0.0]
+        self.path.weigh(excess_ns, ahead_ns - dot(mean, lean),
+                        dot(lean, [dot(row, lean) for row in cov]) + self.noise_var)
 
     def _gain(self, sec):
         """ns that real time is expected to gain on the counter, sec after (or before) the last mark used."""
-        x, v, y, z = self.mean[:4]
-        cos, sin = wave(self.real_ns, sec)
-        return x + v * sec + y * cos + z * sin
+        return dot(self.mean, reach(self.last.real_ns, sec))
 
     def _any_size(self, mark, chance):
         """Log density of a mark off by any size from the predicted error up: a lucky one is not wild."""
-        sec, ahead_ns = gained(self._last(), mark)
+        sec, ahead_ns = gained(self.last, mark)
         size = abs(ahead_ns - self._gain(sec)) + self._error(sec) + 1.0  # ns: no clock is better
         return math.log(chance / (SIZES * size))
 
     def _explained(self):
-        """Models after what explains the held marks better than that they are wild, or None."""
-        odds, need, models = max(self._explain(need, how) for need, how in EXPLANATIONS)
-        convinced = odds > 0 and len(self.held) >= need or len(self.held) >= HELD_MAX
-        return models if convinced else None
+        """(beliefs, marks) of what explains the held marks better than that they are wild, or None."""
+        found = [self._explain(need, how) for need, how in EXPLANATIONS]
+        odds, need, beliefs = max(found, key=lambda explanation: explanation[0])
+        possible = is_possible(summed_up(beliefs)[1])
+        if odds > 0 and len(self.held) >= need and possible:
+            return beliefs, self.held[-need:]
+        if len(self.held) < HELD_MAX:
+            return None
+        if possible:
+            return beliefs, self.held[-need:]
+        sec, _ = gained(self.last, self.held[-1])   # the time is that of the last mark, the rate as it was
+        return anchored(self.beliefs, sec, *self.path.excess(self.held[-1].spread_ns), 0.0), self.held[-1:]
 
     def _explain(self, need, how):
-        """(log odds against wild, need, models) if the last marks held are right, and how it came."""
+        """(log odds against wild, need, beliefs) if the last marks held are right, and how it came."""
         first, *later = self.held[-need:]
-        sec, ahead_ns = gained(self._last(), first)
+        sec, ahead_ns = gained(self.last, first)
+        excess = self.path.excess(first.spread_ns)
+        heard = [belief for kind in by_kind(self.beliefs) for belief in loud(kind)]
         if how == "step":       # of real time: phase from the mark, rate as it was
-            odds, models = self._any_size(first, STEP), anchor(self.models, sec, 0.0)
+            odds, beliefs = self._any_size(first, STEP), anchored(heard, sec, *excess, 0.0)
         elif how == "anew":     # counter or real time are not what they were
-            odds, models = self._any_size(first, ANEW), anchor(self.models, sec, ANYTHING**2)
+            odds, beliefs = self._any_size(first, ANEW), anchored(heard, sec, *excess, (UNKNOWN_PPM * 1e3) ** 2)
         elif how == "bend":     # a jump of the rate at any moment since: as random as a burst of wander
             jump = 2 * (ahead_ns - self._gain(sec)) / sec
-            odds = self._any_size(first, BEND)
-            models = learn(self.models, self._last(), first, jump**2 / sec)[1]
+            odds, beliefs = self._any_size(first, BEND), self._learn(heard, self.last, first, jump**2 / sec)[1]
         else:                   # noise or wander grew: the unlikely models were right
-            odds, models = learn(self.models, self._last(), first)
+            odds, beliefs = self._learn(self.beliefs, self.last, first)
         odds -= self._any_size(first, WILD)
-        before = first
-        for mark in later:
-            evidence, models = learn(mix(models, collapse_kinds(models)), before, mark)
+        for before, mark in zip([first] + later, later):
+            evidence, beliefs = self._learn(beliefs, before, mark)
             odds += evidence - self._any_size(mark, WILD)
-            before = mark
-        return odds, need, models
+        return odds, need, beliefs
 
     def _var(self, sec):
         """Square of the expected error of real time in ns^2, sec after (or before) the last mark used."""
-        _, _, _, _, xx, xv, xy, xz, vv, vy, vz, yy, yz, zz, q = self.mean
-        cos, sin = wave(self.real_ns, sec)
-        return max(xx + sec * (2 * xv + sec * vv) + q * abs(sec) ** 3 / 3
-                   + cos * (2 * (xy + sec * vy) + cos * yy + 2 * sin * yz)
-                   + sin * (2 * (xz + sec * vz) + sin * zz), 0.0)
+        moves = reach(self.last.real_ns, sec)
+        return (max(dot(moves, [dot(row, moves) for row in self.cov]), 0.0) + self.wander_var * abs(sec)**3 / 3
+                + (self.mean[LEANING] * self.path.gap_ns())**2)
 
     def _error(self, sec):
         return math.sqrt(self._var(sec))
 
+    def _sec(self, tick_ns):
+        return (tick_ns - self.last.tick_ns) * 1e-9
+
     def has_phase(self):
         """Whether a mark has told the time."""
-        return self.tick_ns is not None
+        return self.last is not None
 
     def doubts(self):
         """Whether a mark is held, and an early new one wanted."""
         return bool(self.held)
+
+    def real(self, tick_ns):
+        """-> (real time in ns, its standard deviation in ns).  ValueError before the first mark."""
+        if self.last is None:
+            raise ValueError("no mark yet")
+        sec = self._sec(tick_ns)
+        return self.last.real_ns + tick_ns - self.last.tick_ns + round(self._gain(sec)), self._error(sec)
 
     def variance(self, tick_ns):
         """real()'s error squared t seconds from tick_ns on: the factors of 1, t, t^2 and t^3, in ns^2.
@@ -569,69 +775,72 @@ class Estimator:
         Exact without a wave.  A wave's error rises and falls by the day: the factor of t is large enough
         for half a day, after which it grows no more.
         """
-        sec = (tick_ns - self.tick_ns) * 1e-9
-        now, vv, q = self._var(sec), self.mean[8], self.mean[-1]
-        return [now, max((self._var(sec + t) - now) / t - t * (vv + q * sec + q * t / 3) for t in WAVE_SECS),
-                vv + q * sec, q / 3]
-
-    def real(self, tick_ns):
-        """-> (real time in ns, its standard deviation in ns).  ValueError before the first mark."""
-        if self.tick_ns is None:
-            raise ValueError("no mark yet")
-        ticks = tick_ns - self.tick_ns
-        sec = ticks * 1e-9
-        return self.real_ns + ticks + round(self._gain(sec)), self._error(sec)
+        sec, q = self._sec(tick_ns), self.wander_var
+        now, square = self._var(sec), self.cov[RATE][RATE] + q * sec
+        return [now, max([(self._var(sec + t) - now) / t - t * (square + q * t / 3) for t in WAVE_SECS]),
+                square, q / 3]
 
     def rate(self):
         """-> (ppm, standard deviation in ppm) over whole days, as of the last mark used."""
-        return self.mean[1] * 1e-3, math.sqrt(self.mean[8]) * 1e-3
+        return self.mean[RATE] * 1e-3, math.sqrt(self.cov[RATE][RATE]) * 1e-3
 
     def rate_at(self, tick_ns):
         """-> ppm at one moment of the day."""
-        angle = 0.0 if self.tick_ns is None else self.real(tick_ns)[0] % DAY_NS * 1e-9 * OMEGA
-        return (self.mean[1] + self.mean[2] * math.cos(angle) + self.mean[3] * math.sin(angle)) * 1e-3
+        angle = 0.0 if self.last is None else self.real(tick_ns)[0] % DAY_NS * 1e-9 * OMEGA
+        return (self.mean[RATE] + self.mean[COS] * math.cos(angle) + self.mean[SIN] * math.sin(angle)) * 1e-3
 
     def learned(self):
-        """-> (wander per sqrt(s), noise of a mark in ns), the mixture's geometric means."""
-        logs = [(model[0], math.log(q), math.log(r)) for model, (q, r, *_) in zip(self.models, MODELS)]
-        total = sum(w for w, _, _ in logs)
-        return (math.exp(sum(w * q for w, q, _ in logs) / total / 2) * 1e-9,
-                math.exp(sum(w * r for w, _, r in logs) / total / 2))
+        """-> (wander per sqrt(s), noise of a usual mark in ns, queueing included)."""
+        return (math.sqrt(self.wander_var) * 1e-9,
+                math.sqrt(self.noise_var + self.path.excess(None)[1]))
 
     def next_mark(self, tick_ns, target_ns):
         """Seconds from tick_ns until the predicted error reaches target_ns; 0 if it has, or in doubt."""
-        if self.tick_ns is None or self.held:
+        if self.last is None or self.held:
             return 0.0
-        start = (tick_ns - self.tick_ns) * 1e-9
-        near, far = 0.0, FAR_SEC
-        if not self._error(start) < target_ns:
-            return near
-        if self._error(start + far) < target_ns:
-            return far
-        while far - near > 1.0:   # a second more or less is nothing to who asks each minute
-            middle = (near + far) / 2
-            if self._error(start + middle) < target_ns:
-                near = middle
-            else:
-                far = middle
-        return near
+        start = self._sec(tick_ns)
+        return wait_for(lambda sec: self._error(start + sec), target_ns)
+
+    def next_mark_plan(self, tick_ns, target_ns, most=EXCHANGES[-1]):
+        """-> Plan(wait_sec, exchanges): when to take the next mark, and of how many exchanges, at most `most`,
+        for the fewest packets.  What the path learns takes the marks for planned so."""
+        counts = [count for count in EXCHANGES if count <= max(most, 1)]
+        if self.last is not None:
+            self.exchanges = max(counts, key=lambda count: self._worth(count, target_ns))
+        return Plan(max(LEAST_WAIT_SEC, self.next_mark(tick_ns, target_ns)), self.exchanges)
+
+    def _worth(self, exchanges, target_ns):
+        """Seconds that each packet buys, in the marks to come: Kalman's filter of (phase, rate) looks ahead."""
+        noise_var, q = self.path.noise_var(self.noise_var, exchanges), self.wander_var
+        pp, pv, vv, total = self.cov[PHASE][PHASE], self.cov[PHASE][RATE], self.cov[RATE][RATE], 0.0
+        for _ in range(LOOKAHEAD):
+            sec = max(LEAST_WAIT_SEC, wait_for(
+                lambda t: math.sqrt(max(pp + 2 * t * pv + t**2 * vv + q * t**3 / 3, 0.0)), target_ns))
+            pp, pv, vv = (pp + 2 * sec * pv + sec**2 * vv + q * sec**3 / 3, pv + sec * vv + q * sec**2 / 2,
+                          vv + q * sec)
+            var = pp + max(noise_var, DIGITS * pp)
+            pp, pv, vv = pp - pp * pp / var, pv - pv * pp / var, vv - pv * pv / var
+            total += sec
+        return total / exchanges
 
     def forget_phase(self, rate_error_ppm):
         """The counter started anew (a boot) or stood still: keep the rate, less certain by this much."""
-        var = (rate_error_ppm * 1e3) ** 2
-        self.models = [(w, 0.0, *known[1:4], 0.0, 0.0, 0.0, 0.0, known[8] + var, *known[9:])
-                       for w, *known in self.models]
-        self._sum_up(self.models)
-        self.tick_ns = self.real_ns = None
-        self.held = []
+        beliefs = []
+        for number, weight, mean, cov in self.beliefs:
+            cov = [[0.0] * len(mean)] + [[0.0] + row[1:] for row in cov[1:]]
+            cov[RATE][RATE] += (rate_error_ppm * 1e3) ** 2
+            beliefs.append(Belief(number, weight, [0.0] + mean[1:], cov))
+        self.last, self.held = None, []
+        self._sum_up(beliefs)
 
     def state(self):
         """Plain data for JSON, the sleeping models left out.  from_state(state()) goes on to the last bit."""
-        models = [[i, *model] for i, (model, sleeper) in enumerate(zip(self.models, sleepers(self.kinds)))
-                  if model != sleeper]
-        return {"grid": len(MODELS), "tick_ns": self.tick_ns, "real_ns": self.real_ns,
-                "kinds": [list(kind) for kind in self.kinds], "models": models,
-                "held": [list(mark) for mark in self.held]}
+        asleep = sleepers(self.kinds)
+        return {"grid": len(MODELS), "last": self.last and list(self.last), "held": [list(mark) for mark in self.held],
+                "kinds": [list(kind) for kind in self.kinds], "mean": self.mean, "cov": self.cov,
+                "wander_var": self.wander_var, "noise_var": self.noise_var, "exchanges": self.exchanges,
+                "models": [list(belief) for belief in self.beliefs if belief != asleep[belief.model]],
+                "path": dict(vars(self.path))}
 
     @classmethod
     def from_state(cls, state):
@@ -640,28 +849,142 @@ class Estimator:
         try:
             if state["grid"] != len(MODELS):
                 raise ValueError("another grid")
-            self.tick_ns, self.real_ns = state["tick_ns"], state["real_ns"]
-            self.kinds = [tuple(kind) for kind in state["kinds"]]
-            self.models = sleepers(self.kinds)
-            for i, *model in state["models"]:
-                if not (type(i) is int and 0 <= i < len(MODELS)):
-                    raise ValueError("no such model")
-                self.models[i] = tuple(model)
-            self.held = [tuple(mark) for mark in state["held"]]
-            known = self.models + [kind[:-1] for kind in self.kinds]
-            if not all(is_float(model[0], 1e-99, 1e9) and is_known(model[1:]) for model in known):
+            marks = [Mark(*mark) for mark in [state["last"] or []] + state["held"] if mark]
+            if len(marks) != bool(state["last"]) + len(state["held"]) or len(state["held"]) >= HELD_MAX:
+                raise ValueError("no marks")
+            if state["held"] and not state["last"] or not all(is_mark(mark) for mark in marks):
+                raise ValueError("no marks")
+            if any(mark.tick_ns >= after.tick_ns for mark, after in zip(marks, marks[1:])):
+                raise ValueError("marks out of order")
+            self.last, self.held = (marks[0], marks[1:]) if marks else (None, [])
+            self.kinds = [(mean, cov) for mean, cov in state["kinds"]]
+            self.mean, self.cov, self.exchanges = state["mean"], state["cov"], state["exchanges"]
+            self.wander_var, self.noise_var = state["wander_var"], state["noise_var"]
+            self.path = Path.from_state(state["path"])
+            known = [(mean, cov, size) for (mean, cov), size in zip(self.kinds, (3, 5))] + [(self.mean, self.cov, 5)]
+            for belief in [Belief(*belief) for belief in state["models"]]:
+                known.append((belief.mean, belief.cov, MODELS[range(len(MODELS))[belief.model]].unknowns))
+            if len(self.kinds) != 2 or not all(is_known(*each) for each in known):
                 raise ValueError("no covariance")
-            if len(self.kinds) != len(KINDS) or not all(is_float(kind[-1], 0, 1e60) for kind in self.kinds):
-                raise ValueError("no mixtures")
-            self.mean = collapse([kind[:-1] for kind in self.kinds], [kind[-1] for kind in self.kinds])
-            ticks = [self.tick_ns] + [tick_ns for tick_ns, _ in self.held]
-            if ticks != [None]:
-                if not all(is_mark(*mark) for mark in [(self.tick_ns, self.real_ns)] + self.held):
-                    raise ValueError("no marks")
-                if sorted(set(ticks)) != ticks or len(ticks) > HELD_MAX:
-                    raise ValueError("marks out of order")
+            if not is_possible(self.mean):
+                raise ValueError("no counter has a rate of %s ppm" % self.rate()[0])
+            self.beliefs = sleepers(self.kinds)
+            for belief in [Belief(*belief) for belief in state["models"]]:
+                self.beliefs[belief.model] = belief
+            if not (all(is_float(belief.weight, 1e-99, 2) for belief in self.beliefs) and self.exchanges in EXCHANGES
+                    and is_float(self.wander_var, 1e-12, 1e12) and is_float(self.noise_var, 1, 1e20)):
+                raise ValueError("no weights")
         except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
             raise ValueError("damaged state: %s" % err)
+        return self
+
+
+# ==== the bound ====
+#
+# A mark proves that real time is within its spread and the server's root distance of it, whatever the path's
+# asymmetry.  Between marks the bound grows at the fastest and slowest rate that the counter can have.
+# ASSUMPTION  The mean rate of the time to come differs from the mean rate of a stretch of two days before by
+#             at most 1.1 ppm for a day, and by the square root of the days more after it: that is a room's daily
+#             1 ppm, or four standard deviations of a counter that wanders by 1e-9 per sqrt(s) and more later.
+#             A stretch that is x times shorter or longer tells less: by the square root of x more.
+# The mean rate of the stretch is known from what was proven at both of its ends.  Marks that contradict the
+# bound show that a server did not tell the truth or that the counter is less steady: what is proven begins
+# anew, and twice the change of rate is allowed from then on.
+
+CHANGE_PPM = 1.1
+STRETCH_NS, ANCHORS = 2 * DAY_NS, 8   # and how many proven ranges are kept within it to measure rates from
+Range = collections.namedtuple("Range", "tick_ns earliest_ns latest_ns")
+
+
+class Bound:
+    """Where real time certainly is, if all servers told the truth within their root distance."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self):
+        """The counter stood still or went back: nothing is known."""
+        self.anchors, self.last = [], None
+        self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm = -LIMIT_PPM, LIMIT_PPM, 0.0, CHANGE_PPM
+
+    def mark(self, tick_ns, real_ns, spread_ns, distance_ns):
+        """Real time was within spread and distance of real_ns -> "used", "refused" (proves nothing), or
+        "restarted": it contradicts the bound."""
+        if not (all(is_int(value) for value in (tick_ns, real_ns, spread_ns, distance_ns))
+                and min(spread_ns, distance_ns) >= 0 and (self.last is None or tick_ns > self.last.tick_ns)):
+            return "refused"
+        proven = Range(tick_ns, real_ns - spread_ns - distance_ns, real_ns + spread_ns + distance_ns)
+        if self.last is not None:
+            earliest_ns, latest_ns = self.at(tick_ns)
+            both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
+            if both.earliest_ns <= both.latest_ns:
+                self._measure(both)
+                return "used"
+        outcome, allowed_ppm = "used", self.allowed_ppm
+        if self.last is not None:
+            outcome, allowed_ppm = "restarted", min(2 * allowed_ppm, LIMIT_PPM)
+        self.forget()
+        self.last, self.anchors, self.allowed_ppm = proven, [proven], allowed_ppm
+        return outcome
+
+    def _measure(self, last):
+        """The rates that the counter can have had since the oldest anchor."""
+        self.last = last
+        while len(self.anchors) > 1 and last.tick_ns - self.anchors[1].tick_ns >= STRETCH_NS:
+            del self.anchors[0]
+        first = self.anchors[0]
+        ticks = last.tick_ns - first.tick_ns
+        self.slow_ppm = max((last.earliest_ns - first.latest_ns - ticks) / ticks * 1e6, -LIMIT_PPM)
+        self.fast_ppm = min((last.latest_ns - first.earliest_ns - ticks) / ticks * 1e6, LIMIT_PPM)
+        self.change_ppm = self.allowed_ppm * math.sqrt(max(ticks / STRETCH_NS, STRETCH_NS / ticks))
+        if last.tick_ns - self.anchors[-1].tick_ns >= STRETCH_NS / ANCHORS:
+            self.anchors.append(last)
+
+    def coefficients(self):
+        """What carries the bound on to any later counter value, or None; with t = (tick - tick_ns) / 10^9 and
+        change = change_ppm * sqrt(max(1, t / 86400)), real time is
+
+            from  earliest_ns + (tick - tick_ns) + t * 1000 * max(slow_ppm - change, -1000)
+            to    latest_ns   + (tick - tick_ns) + t * 1000 * min(fast_ppm + change, 1000)
+        """
+        if self.last is None:
+            return None
+        return dict(self.last._asdict(), slow_ppm=self.slow_ppm, fast_ppm=self.fast_ppm,
+                    change_ppm=self.change_ppm)
+
+    def at(self, tick_ns):
+        """-> (earliest_ns, latest_ns) of real time at a counter value since the last mark; None if not known."""
+        if self.last is None:
+            return None
+        ticks = tick_ns - self.last.tick_ns
+        change_ppm = self.change_ppm * math.sqrt(max(1, ticks / DAY_NS))
+        return (self.last.earliest_ns + ticks + math.floor(ticks * 1e-6 * max(self.slow_ppm - change_ppm, -LIMIT_PPM)),
+                self.last.latest_ns + ticks + math.ceil(ticks * 1e-6 * min(self.fast_ppm + change_ppm, LIMIT_PPM)))
+
+    def state(self):
+        """Plain data for JSON; from_state(state()) goes on to the last bit."""
+        return dict(vars(self), last=self.last and list(self.last), anchors=[list(each) for each in self.anchors])
+
+    @classmethod
+    def from_state(cls, state):
+        """ValueError for what state() can't have given."""
+        self = cls()
+        try:
+            anchors = [Range(*each) for each in state["anchors"]]
+            last = Range(*state["last"]) if state["last"] else None
+            ranges = anchors + [last] if last else anchors
+            ppm = [state[name] for name in ("slow_ppm", "fast_ppm", "change_ppm", "allowed_ppm")]
+            if not (all(is_int(value) for each in ranges for value in each) and bool(anchors) == bool(last)
+                    and all(each.earliest_ns <= each.latest_ns for each in ranges) and len(anchors) <= ANCHORS + 2
+                    and all(one.tick_ns < two.tick_ns for one, two in zip(anchors, anchors[1:]))
+                    and all(one.tick_ns <= last.tick_ns for one in anchors)
+                    and is_float(ppm[0], -LIMIT_PPM, ppm[1]) and is_float(ppm[1], ppm[0], LIMIT_PPM)
+                    and is_float(ppm[2], 0, 1e9) and is_float(ppm[3], CHANGE_PPM, LIMIT_PPM)):
+                raise ValueError("damaged bound")
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
+            raise ValueError("damaged bound: %s" % err)
+        self.anchors, self.last = anchors, last
+        self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm = ppm
         return self
 
 
