@@ -272,26 +272,22 @@ def step_kernel(adjtimex, delta_ns):
 
 # ==== the estimator ====
 #
-# MODEL   A counter's rate wanders as a random walk (D. W. Allan, "Time and Frequency Characterization,
-#         Estimation, and Prediction of Precision Clocks and Oscillators", 1987).  A mark is real time plus
-#         noise.  With wander and noise known, a Kalman filter is the best there is.  They are not known, so one
-#         filter runs for each pair of a grid, weighted by how likely it found each mark (D. T. Magill, 1965).
-#         The answer is the mixture.  A model that has become unlikely follows the mixture, ready when its
-#         time comes (after H. A. P. Blom, Y. Bar-Shalom, "The interacting multiple model algorithm", 1988).
-# PATH    A mark's spread is half the width of what its exchanges prove.  What it is over the path's floor, the
-#         excess, is queueing, and real time is within the excess of the mark, if the floor is symmetric.
-#         Given the excess of exponential queueing, the mark's error is uniform within it: variance excess^2 / 3.
-#         Queueing one way only makes it plus or minus the excess: the lean, an unknown of the filters.
-# WAVE    Temperature makes the rate rise and fall with the time of day.  Some of the grid's models have two
-#         more unknowns, the amplitudes of cosine and sine of real time's day.
+# MODEL   A counter's rate wanders as a random walk.  A mark is real time plus noise.  With wander and noise
+#         known a Kalman filter is the best there is.  They are not known, so one filter runs for each pair of
+#         a grid, weighted by how likely it found each mark (D. T. Magill, 1965), and the answer is the mixture.
+#         A model that became unlikely follows the mixture, ready when its time comes.
+# PATH    A mark's spread is half the width of what its exchanges prove.  By what it is over the path's floor,
+#         the excess, real time may be off the mark, as queueing on one way or the other made it.  Queueing on
+#         both alike gives a variance of excess^2 / 3, on one only plus or minus the excess: the lean, which
+#         the filters estimate with phase and rate.
+# WAVE    Temperature makes the rate rise and fall by the day.  Some of the grid's models have two more
+#         unknowns, the amplitudes of cosine and sine of real time's day.
 # DOUBT   A mark that a wild one explains better than all models is held.  Later marks decide what explains
-#         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander grew,
-#         or nothing that was known holds.
-# BOUND   What is certain if the servers tell the truth is kept apart from what is likely: class Bound.
+#         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander
+#         grew, or nothing that was known holds.
 # LIMITS  A floor that is longer one way shifts the clock, unseen.  A wave's harmonics are followed as wander.
 #
-# Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.
-
+# Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.  NOTES.md has the sources.
 LIMIT_PPM = 1000.0    # no crystal and no virtual machine's counter is off by more: never believed
 LIMIT_NS = 1 << 64    # no counter or real time is beyond (year 2554)
 DAY_NS, DAY_SEC = 86400 * 10**9, 86400
@@ -306,7 +302,7 @@ USUAL_NOISE = 1e-3
 # in a day, and the wanders that show it: 0.3 ppm in a day at most, decades are enough.
 WAVE_CHANCE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
 WAVE_SECS = 3600, 10800, 21600, 43200   # from now: moments to bound a wave's error at
-LEAN, LEAN_DRIFT = 0.25, 0.01   # usual lean (1: all queueing is one way), and how it changes from mark to mark
+LEAN, LEAN_DRIFT = 0.25, 0.01   # usual lean (1: queueing is one way only), and its change from mark to mark
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
 SILENT = 1e-2         # a model so much less likely than the best has no say: a hundred of them would shout
 NEVER = -200.0        # logarithm of the least likelihood beside the best, that nothing underflows
@@ -330,15 +326,15 @@ Plan = collections.namedtuple("Plan", "wait_sec exchanges")
 PHASE, RATE, LEANING, COS, SIN = range(5)   # the unknowns; a model without a wave has the first three
 
 
-def grid(wanders, chance, unknowns, weather_ppm):
-    pairs = [(w, n, math.exp(-0.5 * math.log10(n / USUAL_NOISE) ** 2)) for w in wanders for n in NOISES]
+def grid(wanders, noises, chance, unknowns, weather_ppm):
+    pairs = [(w, n, math.exp(-0.5 * math.log10(n / USUAL_NOISE) ** 2)) for w in wanders for n in noises]
     total = sum(share for _, _, share in pairs)
     return [Model((w * 1e9) ** 2, (n * 1e9) ** 2, chance * share / total, unknowns,
                   (weather_ppm * 1e3) ** 2 / DAY_SEC) for w, n, share in pairs]
 
 
-PLAIN = grid(WANDERS, 1 - WAVE_CHANCE, 3, 0.0)
-MODELS = PLAIN + grid(WAVE_WANDERS, WAVE_CHANCE, 5, WEATHER_PPM)
+PLAIN = grid(WANDERS, NOISES, 1 - WAVE_CHANCE, 3, 0.0)
+MODELS = PLAIN + grid(WAVE_WANDERS, NOISES[::2], WAVE_CHANCE, 5, WEATHER_PPM)
 
 
 def dot(a, b):
@@ -346,7 +342,7 @@ def dot(a, b):
 
 
 def reach(real_ns, sec):
-    """How much each unknown, if it is 1, adds to the phase in sec from real_ns on (row 1 of the transition)."""
+    """What each unknown, if it is 1, adds to the phase in sec from real_ns on: row 1 of the transition."""
     start = real_ns % DAY_NS * 1e-9 * OMEGA
     end = start + OMEGA * sec
     return 1.0, sec, 0.0, (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA
@@ -424,16 +420,16 @@ def anchored(beliefs, sec, excess_ns, excess_var, rate_var):
     return anchor
 
 
-def loud(beliefs):
-    """Those that have a say."""
-    least = SILENT * max([belief.weight for belief in beliefs])
-    return [belief for belief in beliefs if belief.weight >= least]
-
-
 def by_kind(beliefs):
     """What has learned a wave and what knows of none mix among themselves only, or neither would stay so."""
-    return ([belief for belief in beliefs if belief.model < len(PLAIN)],
-            [belief for belief in beliefs if belief.model >= len(PLAIN)])
+    return [[belief for belief in beliefs if len(belief.mean) == size] for size in (3, 5)]
+
+
+def loud(beliefs):
+    """Those that have a say among their kind."""
+    return [belief for kind in by_kind(beliefs) if kind
+            for least in [SILENT * max([belief.weight for belief in kind])]
+            for belief in kind if belief.weight >= least]
 
 
 def mixture(beliefs):
@@ -480,106 +476,81 @@ def awake(beliefs, kinds):
     return models
 
 
-# The path.  So many spreads are remembered: the more, the better the floor is known, and the later is it noticed
-# that it rose by less than queueing.  A floor moved if a mark is under it by FAR typical excesses, or if the
-# last three are as much over it, and by more than twice what they differ among themselves.
+# So many spreads are remembered: with more the floor is known better, but slow changes are noticed later.  The
+# floor has moved if a mark is under it by FAR typical excesses, or if the last three are as much over it, and
+# by more than twice what they differ among themselves.
 PATH_MARKS, FAR = 200, 4.0
-FIRST_EXCESS = 1 / 8  # of the first spread, and for how many marks' worth this is believed
-FIRST_MARKS = 4
-# The least of n excesses is some 0.8 / sqrt(n) of the typical one, as two queues are seldom both empty; 0.7 / n
-# where there is one queue.
-TWO_WAYS, ONE_WAY = 0.8, 0.7
-SCALES = 1.0, 1 / 3, 0.1, 0.03, 0.01, 0.003   # a mark's variance / excess^2: heavy tails, exponential ... none
+FIRST_EXCESS, FIRST_MARKS = 1 / 8, 4  # typical before there are some marks, as a share of the first spread
+TWO_WAYS, ONE_WAY = 0.8, 1.0  # least of n excesses / typical: * n^-0.5, as both queues must be empty; * n^-1
+SCALES = 1.0, 1 / 3, 0.1, 0.03, 0.01, 0.003  # a mark's variance / excess^2: heavy tails, exponential ... none
 SCALE_SHARES = [0.1, 0.7, 0.1, 0.05, 0.03, 0.02]
 SCALE_SWITCH = 0.01   # chance that it changes between two marks
 
 
-class Path:
-    """The way to the server, as the spreads of marks show it: its floor, and what an excess over it means."""
+class Path(collections.namedtuple("Path", "spreads counts first_ns lean scales")):
+    """The way to the server, as marks show it: their spreads since its floor moved, of how many exchanges,
+    the excess that was typical before, the lean and the chances of SCALES."""
 
-    def __init__(self):
-        self.spreads = []       # ns, since the floor moved
-        self.counts = []        # exchanges that each was made from, as planned
-        self.first_ns = 0.0     # the excess that was typical before
-        self.lean = 0.0
-        self.scales = list(SCALE_SHARES)
+    def typical(self):
+        """The median excess."""
+        count = len(self.spreads)
+        if not count:
+            return self.first_ns
+        seen = (sorted(self.spreads)[count // 2] - min(self.spreads)) / (1 - TWO_WAYS / math.sqrt(count + 1))
+        return self.first_ns + (seen - self.first_ns) * count**2 / (count**2 + FIRST_MARKS**2)
 
-    def _typical(self, spreads, first_ns):
-        """The median excess, beginning at first_ns."""
-        count = len(spreads)
-        median = sorted(spreads)[count // 2] - min(spreads)
-        seen = median / (1 - TWO_WAYS / math.sqrt(count + 1))
-        return first_ns + (seen - first_ns) * count**2 / (count**2 + FIRST_MARKS**2)
+    def gap(self):
+        """By how much the least spread is likely to be over the floor."""
+        one_way, count = min(self.lean**2, 1.0), max(len(self.spreads), 1)
+        return self.typical() * ((1 - one_way) * TWO_WAYS / math.sqrt(count) + one_way * ONE_WAY / count)
 
-    def _gap(self, spreads, first_ns):
-        """The least spread is over the floor by about this."""
-        one_way, count = min(self.lean**2, 1.0), len(spreads)
-        return self._typical(spreads, first_ns) * (
-            (1 - one_way) * TWO_WAYS / math.sqrt(count) + one_way * ONE_WAY / count)
-
-    def _since(self, spread_ns):
-        """-> (spreads since the floor moved, typical excess before), this one included."""
+    def after(self, spread_ns, exchanges):
+        """The path with one more mark."""
+        spreads, keep, first_ns = self.spreads + [spread_ns], PATH_MARKS, self.first_ns
         if not self.spreads:
-            return [spread_ns], spread_ns * FIRST_EXCESS
-        typical = self._typical(self.spreads, self.first_ns)
-        if min(self.spreads) - spread_ns > FAR * typical:
-            return [spread_ns], typical
-        before, last = self.spreads[:-2], self.spreads[-2:] + [spread_ns]
-        if before:
-            typical = self._typical(before, self.first_ns)
-            if min(last) - min(before) > max(FAR * typical, 2 * (max(last) - min(last))):
-                return last, typical
-        return (self.spreads + [spread_ns])[-PATH_MARKS:], self.first_ns
-
-    def gap_ns(self):
-        return self._gap(self.spreads, self.first_ns) if self.spreads else 0.0
-
-    def typical_ns(self):
-        return self._typical(self.spreads, self.first_ns) if self.spreads else 0.0
+            first_ns = spread_ns * FIRST_EXCESS
+        elif min(self.spreads) - spread_ns > FAR * self.typical():
+            keep, first_ns = 1, self.typical()
+        elif len(spreads) > 3:
+            before = self._replace(spreads=spreads[:-3])
+            over, among = min(spreads[-3:]) - min(spreads[:-3]), max(spreads[-3:]) - min(spreads[-3:])
+            if over > max(FAR * before.typical(), 2 * among):
+                keep, first_ns = 3, before.typical()
+        counts = self.counts + [exchanges]
+        return self._replace(spreads=spreads[-keep:], counts=counts[-keep:], first_ns=first_ns)
 
     def excess(self, spread_ns):
-        """-> (excess in ns, the variance that it adds to a mark's noise); typical for a mark that doesn't tell."""
-        if spread_ns is None:
-            excess_ns = self.typical_ns()
-        else:
-            spreads, first_ns = self._since(spread_ns)
-            excess_ns = spread_ns - min(spreads) + self._gap(spreads, first_ns)
+        """-> (ns, the variance that it adds to a mark's noise); typical for a mark that doesn't tell."""
+        excess_ns = self.typical()
+        if spread_ns is not None:
+            path = self.after(spread_ns, 1)
+            excess_ns = spread_ns - min(path.spreads) + path.gap()
         return excess_ns, dot(self.scales, SCALES) * excess_ns**2
 
-    def add(self, spread_ns, exchanges):
-        if spread_ns is not None:
-            self.spreads, self.first_ns = self._since(spread_ns)
-            self.counts = (self.counts + [exchanges])[-len(self.spreads):]
-
-    def weigh(self, excess_ns, off_ns, var):
-        """Which scale is it?  A mark was off by off_ns, of which its excess does not explain the variance var."""
+    def weighed(self, excess_ns, off_ns, var):
+        """The path after a mark that was off by off_ns, of which other things explain the variance var."""
         variances = [var + scale * excess_ns**2 for scale in SCALES]
         logs = [-0.5 * (math.log(v) + off_ns**2 / v) for v in variances]
         likely = [share * math.exp(max(log - max(logs), NEVER)) for share, log in zip(self.scales, logs)]
-        self.scales = [(1 - SCALE_SWITCH) * share / sum(likely) + SCALE_SWITCH * share0
-                       for share, share0 in zip(likely, SCALE_SHARES)]
-
-    @classmethod
-    def from_state(cls, state):
-        self = cls()
-        self.spreads, self.counts = list(state["spreads"]), list(state["counts"])
-        self.first_ns, self.lean, self.scales = state["first_ns"], state["lean"], list(state["scales"])
-        if not (len(self.spreads) == len(self.counts) <= PATH_MARKS and len(self.scales) == len(SCALES)
-                and all(is_int(spread) and spread >= 0 for spread in self.spreads)
-                and all(type(count) is int and count in EXCHANGES for count in self.counts)
-                and is_float(self.first_ns, 0, LIMIT_NS) and is_float(self.lean, -1e9, 1e9)
-                and all(is_float(share, 1e-9, 1) for share in self.scales)):
-            raise ValueError("no path")
-        return self
+        return self._replace(scales=[(1 - SCALE_SWITCH) * share / sum(likely) + SCALE_SWITCH * share0
+                                     for share, share0 in zip(likely, SCALE_SHARES)])
 
     def noise_var(self, rest_var, exchanges):
         """What a mark of so many exchanges is worth: of k, the least queue each way is about one k-th."""
         if not self.spreads:
             return rest_var / exchanges
-        least_ns = min(self.spreads) - self.gap_ns()
-        scale = dot(self.scales, SCALES)
-        return len(self.spreads) / sum([1 / (rest_var + scale * ((spread - least_ns) * count / exchanges) ** 2)
-                                        for spread, count in zip(self.spreads, self.counts)])
+        floor_ns, scale = min(self.spreads) - self.gap(), dot(self.scales, SCALES)
+        worths = [1 / (rest_var + scale * ((spread_ns - floor_ns) * count / exchanges) ** 2)
+                  for spread_ns, count in zip(self.spreads, self.counts)]
+        return len(worths) / sum(worths)
+
+    def is_sound(self):
+        """Whether a state can have it."""
+        return (len(self.spreads) == len(self.counts) <= PATH_MARKS and len(self.scales) == len(SCALES)
+                and all(is_int(spread_ns) and spread_ns >= 0 for spread_ns in self.spreads)
+                and all(is_int(count) and count in EXCHANGES for count in self.counts)
+                and is_float(self.first_ns, 0, LIMIT_NS) and is_float(self.lean, -1e9, 1e9)
+                and all(is_float(share, 1e-9, 1) for share in self.scales))
 
 
 def is_int(value):
@@ -639,7 +610,7 @@ class Estimator:
         cov = [[sd**2 if i == j else 0.0 for j in range(5)] for i, sd in enumerate(deviations)]
         self.last = None        # the last mark used: phases are relative to it
         self.held = []          # marks doubted since
-        self.path, self.exchanges = Path(), 1
+        self.path, self.exchanges = Path([], [], 0.0, 0.0, SCALE_SHARES), 1
         self._sum_up([Belief(number, model.share, mean[:model.unknowns],
                              [row[:model.unknowns] for row in cov[:model.unknowns]])
                       for number, model in enumerate(MODELS)])
@@ -656,7 +627,8 @@ class Estimator:
             return "refused"
         evidence, beliefs = self._learn(self.beliefs, self.last, mark)
         if evidence > self._any_size(mark, WILD) and is_possible(summed_up(beliefs)[1]):
-            self._weigh_path(mark)
+            if spread_ns is not None:
+                self._weigh_path(mark)
             self._use(beliefs, [mark])
             return "used"
         self.held.append(mark)
@@ -671,7 +643,8 @@ class Estimator:
 
     def _use(self, beliefs, marks):
         for mark in marks:
-            self.path.add(mark.spread_ns, self.exchanges)
+            if mark.spread_ns is not None:
+                self.path = self.path.after(mark.spread_ns, self.exchanges)
         self.last, self.held = marks[-1], []
         self._sum_up(beliefs)
 
@@ -683,19 +656,17 @@ class Estimator:
         self.wander_var, self.noise_var = [
             math.exp(sum([belief.weight * math.log(MODELS[belief.model][what]) for belief in heard]) / total)
             for what in (0, 1)]
-        self.path.lean = self.mean[LEANING]
+        self.path = self.path._replace(lean=self.mean[LEANING])
         self.beliefs = awake(beliefs, self.kinds)
 
     def _weigh_path(self, mark):
         """Let the path learn from how far the mark is off the prediction."""
-        if mark.spread_ns is None:
-            return
         sec, ahead_ns = gained(self.last, mark)
         mean, cov = carried(self.mean, self.cov, reach(self.last.real_ns, sec), self.wander_var, 0.0)
         excess_ns, _ = self.path.excess(mark.spread_ns)
         lean = [1.0, 0.0, excess_ns, 0.0, 0.0]
-        self.path.weigh(excess_ns, ahead_ns - dot(mean, lean),
-                        dot(lean, [dot(row, lean) for row in cov]) + self.noise_var)
+        self.path = self.path.weighed(excess_ns, ahead_ns - dot(mean, lean),
+                                      dot(lean, [dot(row, lean) for row in cov]) + self.noise_var)
 
     def _gain(self, sec):
         """ns that real time is expected to gain on the counter, sec after (or before) the last mark used."""
@@ -711,13 +682,13 @@ class Estimator:
         """(beliefs, marks) of what explains the held marks better than that they are wild, or None."""
         found = [self._explain(need, how) for need, how in EXPLANATIONS]
         odds, need, beliefs = max(found, key=lambda explanation: explanation[0])
-        possible = is_possible(summed_up(beliefs)[1])
-        if odds > 0 and len(self.held) >= need and possible:
-            return beliefs, self.held[-need:]
-        if len(self.held) < HELD_MAX:
+        desperate = len(self.held) >= HELD_MAX
+        if not (desperate or odds > 0 and len(self.held) >= need):
             return None
-        if possible:
+        if is_possible(summed_up(beliefs)[1]):
             return beliefs, self.held[-need:]
+        if not desperate:
+            return None
         sec, _ = gained(self.last, self.held[-1])   # the time is that of the last mark, the rate as it was
         return anchored(self.beliefs, sec, *self.path.excess(self.held[-1].spread_ns), 0.0), self.held[-1:]
 
@@ -726,27 +697,28 @@ class Estimator:
         first, *later = self.held[-need:]
         sec, ahead_ns = gained(self.last, first)
         excess = self.path.excess(first.spread_ns)
-        heard = [belief for kind in by_kind(self.beliefs) for belief in loud(kind)]
+        heard = loud(self.beliefs)
         if how == "step":       # of real time: phase from the mark, rate as it was
             odds, beliefs = self._any_size(first, STEP), anchored(heard, sec, *excess, 0.0)
         elif how == "anew":     # counter or real time are not what they were
-            odds, beliefs = self._any_size(first, ANEW), anchored(heard, sec, *excess, (UNKNOWN_PPM * 1e3) ** 2)
+            odds, beliefs = self._any_size(first, ANEW), anchored(heard, sec, *excess, 1e6 * UNKNOWN_PPM**2)
         elif how == "bend":     # a jump of the rate at any moment since: as random as a burst of wander
             jump = 2 * (ahead_ns - self._gain(sec)) / sec
-            odds, beliefs = self._any_size(first, BEND), self._learn(heard, self.last, first, jump**2 / sec)[1]
+            odds = self._any_size(first, BEND)
+            _, beliefs = self._learn(heard, self.last, first, jump**2 / sec)
         else:                   # noise or wander grew: the unlikely models were right
             odds, beliefs = self._learn(self.beliefs, self.last, first)
         odds -= self._any_size(first, WILD)
         for before, mark in zip([first] + later, later):
-            evidence, beliefs = self._learn(beliefs, before, mark)
+            evidence, beliefs = self._learn(loud(beliefs), before, mark)
             odds += evidence - self._any_size(mark, WILD)
         return odds, need, beliefs
 
     def _var(self, sec):
         """Square of the expected error of real time in ns^2, sec after (or before) the last mark used."""
         moves = reach(self.last.real_ns, sec)
-        return (max(dot(moves, [dot(row, moves) for row in self.cov]), 0.0) + self.wander_var * abs(sec)**3 / 3
-                + (self.mean[LEANING] * self.path.gap_ns())**2)
+        known_var = max(dot(moves, [dot(row, moves) for row in self.cov]), 0.0)
+        return known_var + self.wander_var * abs(sec)**3 / 3 + (self.mean[LEANING] * self.path.gap())**2
 
     def _error(self, sec):
         return math.sqrt(self._var(sec))
@@ -802,15 +774,15 @@ class Estimator:
         return wait_for(lambda sec: self._error(start + sec), target_ns)
 
     def next_mark_plan(self, tick_ns, target_ns, most=EXCHANGES[-1]):
-        """-> Plan(wait_sec, exchanges): when to take the next mark, and of how many exchanges, at most `most`,
-        for the fewest packets.  What the path learns takes the marks for planned so."""
+        """-> Plan(wait_sec, exchanges): when to take the next mark, and of how many exchanges up to most, for
+        the fewest packets.  The path takes marks for made so."""
         counts = [count for count in EXCHANGES if count <= max(most, 1)]
         if self.last is not None:
             self.exchanges = max(counts, key=lambda count: self._worth(count, target_ns))
         return Plan(max(LEAST_WAIT_SEC, self.next_mark(tick_ns, target_ns)), self.exchanges)
 
     def _worth(self, exchanges, target_ns):
-        """Seconds that each packet buys, in the marks to come: Kalman's filter of (phase, rate) looks ahead."""
+        """Seconds that a packet buys in the marks to come: a Kalman filter of (phase, rate) looks ahead."""
         noise_var, q = self.path.noise_var(self.noise_var, exchanges), self.wander_var
         pp, pv, vv, total = self.cov[PHASE][PHASE], self.cov[PHASE][RATE], self.cov[RATE][RATE], 0.0
         for _ in range(LOOKAHEAD):
@@ -835,61 +807,53 @@ class Estimator:
 
     def state(self):
         """Plain data for JSON, the sleeping models left out.  from_state(state()) goes on to the last bit."""
-        asleep = sleepers(self.kinds)
-        return {"grid": len(MODELS), "last": self.last and list(self.last), "held": [list(mark) for mark in self.held],
+        asleep, marks = sleepers(self.kinds), ([self.last] if self.last else []) + self.held
+        return {"grid": len(MODELS), "marks": [list(mark) for mark in marks],
                 "kinds": [list(kind) for kind in self.kinds], "mean": self.mean, "cov": self.cov,
                 "wander_var": self.wander_var, "noise_var": self.noise_var, "exchanges": self.exchanges,
-                "models": [list(belief) for belief in self.beliefs if belief != asleep[belief.model]],
-                "path": dict(vars(self.path))}
+                "path": list(self.path),
+                "models": [list(belief) for belief in self.beliefs if belief != asleep[belief.model]]}
 
     @classmethod
     def from_state(cls, state):
         """ValueError for what state() can't have given."""
         self = cls()
         try:
-            if state["grid"] != len(MODELS):
-                raise ValueError("another grid")
-            marks = [Mark(*mark) for mark in [state["last"] or []] + state["held"] if mark]
-            if len(marks) != bool(state["last"]) + len(state["held"]) or len(state["held"]) >= HELD_MAX:
-                raise ValueError("no marks")
-            if state["held"] and not state["last"] or not all(is_mark(mark) for mark in marks):
-                raise ValueError("no marks")
-            if any(mark.tick_ns >= after.tick_ns for mark, after in zip(marks, marks[1:])):
-                raise ValueError("marks out of order")
-            self.last, self.held = (marks[0], marks[1:]) if marks else (None, [])
-            self.kinds = [(mean, cov) for mean, cov in state["kinds"]]
-            self.mean, self.cov, self.exchanges = state["mean"], state["cov"], state["exchanges"]
+            marks = [Mark(*mark) for mark in state["marks"]]
+            self.last, self.held = (marks + [None])[0], marks[1:]
+            (plain, wave), self.mean, self.cov = state["kinds"], state["mean"], state["cov"]
+            self.kinds, self.path = [tuple(plain), tuple(wave)], Path(*state["path"])
             self.wander_var, self.noise_var = state["wander_var"], state["noise_var"]
-            self.path = Path.from_state(state["path"])
-            known = [(mean, cov, size) for (mean, cov), size in zip(self.kinds, (3, 5))] + [(self.mean, self.cov, 5)]
+            self.exchanges, self.beliefs = state["exchanges"], sleepers(self.kinds)
+            known = [(*plain, 3), (*wave, 5), (self.mean, self.cov, 5)]
             for belief in [Belief(*belief) for belief in state["models"]]:
-                known.append((belief.mean, belief.cov, MODELS[range(len(MODELS))[belief.model]].unknowns))
-            if len(self.kinds) != 2 or not all(is_known(*each) for each in known):
-                raise ValueError("no covariance")
-            if not is_possible(self.mean):
-                raise ValueError("no counter has a rate of %s ppm" % self.rate()[0])
-            self.beliefs = sleepers(self.kinds)
-            for belief in [Belief(*belief) for belief in state["models"]]:
+                known.append((belief.mean, belief.cov, MODELS[belief.model].unknowns))
                 self.beliefs[belief.model] = belief
-            if not (all(is_float(belief.weight, 1e-99, 2) for belief in self.beliefs) and self.exchanges in EXCHANGES
-                    and is_float(self.wander_var, 1e-12, 1e12) and is_float(self.noise_var, 1, 1e20)):
-                raise ValueError("no weights")
+            sound = (state["grid"] == len(MODELS) and all(is_mark(mark) for mark in marks)
+                     and len(marks) <= HELD_MAX
+                     and all(a.tick_ns < b.tick_ns for a, b in zip(marks, marks[1:]))
+                     and all(is_known(*each) for each in known) and is_possible(self.mean)
+                     and all(belief.model == i and is_float(belief.weight, 1e-99, 2)
+                             for i, belief in enumerate(self.beliefs))
+                     and is_float(self.wander_var, 1e-12, 1e12) and is_float(self.noise_var, 1, 1e20)
+                     and self.exchanges in EXCHANGES and self.path.is_sound())
         except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
             raise ValueError("damaged state: %s" % err)
+        if not sound:
+            raise ValueError("damaged state, or of another release")
         return self
 
 
-# ==== the bound ====
+# ---- the bound ----
 #
-# A mark proves that real time is within its spread and the server's root distance of it, whatever the path's
-# asymmetry.  Between marks the bound grows at the fastest and slowest rate that the counter can have.
-# ASSUMPTION  The mean rate of the time to come differs from the mean rate of a stretch of two days before by
-#             at most 1.1 ppm for a day, and by the square root of the days more after it: that is a room's daily
-#             1 ppm, or four standard deviations of a counter that wanders by 1e-9 per sqrt(s) and more later.
-#             A stretch that is x times shorter or longer tells less: by the square root of x more.
-# The mean rate of the stretch is known from what was proven at both of its ends.  Marks that contradict the
-# bound show that a server did not tell the truth or that the counter is less steady: what is proven begins
-# anew, and twice the change of rate is allowed from then on.
+# A mark proves that real time is within its spread and the server's root distance of it, however the path is.
+# ASSUMPTION  The counter's mean rate over the time to come differs from that over a stretch of two days before
+#             by at most 1.1 ppm for a day, then by that times the square root of the days: a room's daily wave
+#             of 1 ppm, or four standard deviations of a rate that wanders by 1e-9 per sqrt(s).  A stretch x
+#             times as long or as short tells less: the square root of x times as much is allowed.
+# Both ends of the stretch are proven ranges, which bound its mean rate.  A mark that contradicts the bound
+# shows that some server did not tell the truth, or a counter less steady than assumed: what is proven begins
+# anew with it, and twice the change is allowed from then on.
 
 CHANGE_PPM = 1.1
 STRETCH_NS, ANCHORS = 2 * DAY_NS, 8   # and how many proven ranges are kept within it to measure rates from
@@ -905,27 +869,28 @@ class Bound:
     def forget(self):
         """The counter stood still or went back: nothing is known."""
         self.anchors, self.last = [], None
-        self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm = -LIMIT_PPM, LIMIT_PPM, 0.0, CHANGE_PPM
+        self.slow_ppm, self.fast_ppm = -LIMIT_PPM, LIMIT_PPM
+        self.change_ppm, self.allowed_ppm = 0.0, CHANGE_PPM
 
     def mark(self, tick_ns, real_ns, spread_ns, distance_ns):
-        """Real time was within spread and distance of real_ns -> "used", "refused" (proves nothing), or
+        """Real time was within spread and distance of real_ns -> "used", "refused" (it proves nothing), or
         "restarted": it contradicts the bound."""
         if not (all(is_int(value) for value in (tick_ns, real_ns, spread_ns, distance_ns))
                 and min(spread_ns, distance_ns) >= 0 and (self.last is None or tick_ns > self.last.tick_ns)):
             return "refused"
         proven = Range(tick_ns, real_ns - spread_ns - distance_ns, real_ns + spread_ns + distance_ns)
-        if self.last is not None:
-            earliest_ns, latest_ns = self.at(tick_ns)
-            both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
-            if both.earliest_ns <= both.latest_ns:
-                self._measure(both)
-                return "used"
-        outcome, allowed_ppm = "used", self.allowed_ppm
-        if self.last is not None:
-            outcome, allowed_ppm = "restarted", min(2 * allowed_ppm, LIMIT_PPM)
+        if self.last is None:
+            self.last, self.anchors = proven, [proven]
+            return "used"
+        earliest_ns, latest_ns = self.at(tick_ns)
+        both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
+        if both.earliest_ns <= both.latest_ns:
+            self._measure(both)
+            return "used"
+        allowed_ppm = min(2 * self.allowed_ppm, LIMIT_PPM)
         self.forget()
         self.last, self.anchors, self.allowed_ppm = proven, [proven], allowed_ppm
-        return outcome
+        return "restarted"
 
     def _measure(self, last):
         """The rates that the counter can have had since the oldest anchor."""
@@ -953,38 +918,42 @@ class Bound:
                     change_ppm=self.change_ppm)
 
     def at(self, tick_ns):
-        """-> (earliest_ns, latest_ns) of real time at a counter value since the last mark; None if not known."""
+        """-> (earliest_ns, latest_ns) of real time at a counter value from the last mark on, or None."""
         if self.last is None:
             return None
         ticks = tick_ns - self.last.tick_ns
         change_ppm = self.change_ppm * math.sqrt(max(1, ticks / DAY_NS))
-        return (self.last.earliest_ns + ticks + math.floor(ticks * 1e-6 * max(self.slow_ppm - change_ppm, -LIMIT_PPM)),
-                self.last.latest_ns + ticks + math.ceil(ticks * 1e-6 * min(self.fast_ppm + change_ppm, LIMIT_PPM)))
+        slow_ppm = max(self.slow_ppm - change_ppm, -LIMIT_PPM)
+        fast_ppm = min(self.fast_ppm + change_ppm, LIMIT_PPM)
+        return (self.last.earliest_ns + ticks + math.floor(ticks * 1e-6 * slow_ppm),
+                self.last.latest_ns + ticks + math.ceil(ticks * 1e-6 * fast_ppm))
 
     def state(self):
         """Plain data for JSON; from_state(state()) goes on to the last bit."""
-        return dict(vars(self), last=self.last and list(self.last), anchors=[list(each) for each in self.anchors])
+        return {"ranges": [list(each) for each in self.anchors + [self.last] if each],
+                "ppm": [self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm]}
 
     @classmethod
     def from_state(cls, state):
         """ValueError for what state() can't have given."""
         self = cls()
         try:
-            anchors = [Range(*each) for each in state["anchors"]]
-            last = Range(*state["last"]) if state["last"] else None
-            ranges = anchors + [last] if last else anchors
-            ppm = [state[name] for name in ("slow_ppm", "fast_ppm", "change_ppm", "allowed_ppm")]
-            if not (all(is_int(value) for each in ranges for value in each) and bool(anchors) == bool(last)
-                    and all(each.earliest_ns <= each.latest_ns for each in ranges) and len(anchors) <= ANCHORS + 2
-                    and all(one.tick_ns < two.tick_ns for one, two in zip(anchors, anchors[1:]))
-                    and all(one.tick_ns <= last.tick_ns for one in anchors)
-                    and is_float(ppm[0], -LIMIT_PPM, ppm[1]) and is_float(ppm[1], ppm[0], LIMIT_PPM)
-                    and is_float(ppm[2], 0, 1e9) and is_float(ppm[3], CHANGE_PPM, LIMIT_PPM)):
-                raise ValueError("damaged bound")
+            ranges = [Range(*each) for each in state["ranges"]]
+            slow_ppm, fast_ppm, change_ppm, allowed_ppm = state["ppm"]
+            sound = (len(ranges) != 1 and len(ranges) <= ANCHORS + 3
+                     and all(is_int(value) for each in ranges for value in each)
+                     and all(each.earliest_ns <= each.latest_ns for each in ranges)
+                     and all(a.tick_ns < b.tick_ns for a, b in zip(ranges, ranges[1:-1]))
+                     and (not ranges or ranges[-2].tick_ns <= ranges[-1].tick_ns)
+                     and -LIMIT_PPM <= slow_ppm <= fast_ppm <= LIMIT_PPM
+                     and is_float(change_ppm, 0, 1e9) and is_float(allowed_ppm, CHANGE_PPM, LIMIT_PPM))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
             raise ValueError("damaged bound: %s" % err)
-        self.anchors, self.last = anchors, last
-        self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm = ppm
+        if not sound:
+            raise ValueError("damaged bound")
+        if ranges:
+            self.anchors, self.last = ranges[:-1], ranges[-1]
+        self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm = state["ppm"]
         return self
 
 
