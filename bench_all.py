@@ -2,29 +2,41 @@
 """bench_all.py - what the programs reach, and what they cost
 
 SYNOPSIS
-    ./bench_all.py [-s seeds] [estimator | picture | clients | server | faults | programs] ... [word ...]
+    ./bench_all.py [-s seeds] [estimator | clients | server | nts | programs] ...
 
 DESCRIPTION
-    estimator  how near the estimator keeps to real time in simulated worlds, beside the original's
-               two points; medians over the seeds (20 if not given: some ten minutes)
-    picture    draws the README's picture anew, svc/graph.svg
-    clients    the error of one measurement by sntpclock, beside the other clients that are there;
-               root, for network namespaces
-    server     CPU per reply of taiclockd, beside C servers compiled on the spot and those on PATH
-    faults     the time error after each of many faults, beside spoofers and delayers, and what hostile
-               inputs do
-    programs   start-up time and memory of each program, CPU of a day of clockspeed
-    Without a name, all of them but the picture.  Other words choose the estimator's lines that have one of them.
-    Nothing here touches the clock.
+    Without a name, all of them.  Nothing here touches the clock.
+
+    estimator  how near the estimator keeps to real time in simulated worlds, beside the
+               original's two points; medians over the seeds
+    clients    the error of one measurement by sntpclock and taiclock, beside the other clients
+               that are installed; on loopback and over a path with jitter, on an idle and on a
+               busy machine.  Needs root, iproute2 and chronyd: it makes two network namespaces
+    server     CPU per reply of taiclockd, beside servers in C that are compiled on the spot,
+               and those that are installed; for queries of 32 and of 28 bytes
+    nts        CPU and time of NTS's cryptography in ntsclock
+    programs   start-up time and memory of each program, resident size of the daemons, CPU of
+               clockspeed for a mark
+
+    The figures are medians.  What is compared is measured in turns, so that whatever else the
+    machine does meanwhile counts for all; the ratios are those of turns that followed each
+    other.  The servers of `clients` have this machine's own clock, so that any offset they tell
+    is an error.
+
+OPTIONS
+    -s seeds  simulated worlds of each kind (20: some ten minutes)
+
+EXIT STATUS
+    0 measured; 100 wrong usage
 """
 import contextlib
+import getopt
 import heapq
 import importlib.machinery
 import importlib.util
 import itertools
 import math
 import os
-import pathlib
 import random
 import re
 import select
@@ -37,8 +49,10 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+USAGE = "./bench_all.py [-s seeds] [estimator | clients | server | nts | programs] ..."
 # No shim before the interpreter: the programs are measured as they run on a plain host.
 os.environ["PATH"] = "/usr/bin:" + os.environ["PATH"]
+ENV = dict(os.environ, CLOCK_SCALE="utc", TZ="UTC")
 
 
 def load(name):
@@ -50,25 +64,52 @@ def load(name):
     return module
 
 
+def installed(script, *args):
+    """The command of a script, isolated as it is when installed."""
+    return ["python3", "-IS", os.path.join(HERE, script), *args]
+
+
 def medians(rows):
     return [statistics.median(column) for column in zip(*rows)]
 
 
-# Runs a command and tells its ms and the kB it had at most; small itself, since a child begins as a copy of it.
+# Runs a command and tells its ms and the MB it had at most; small itself, since a child begins as its copy.
 METER = """
 import os, sys, time
 start = time.perf_counter()
 pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ,
                       file_actions=[(os.POSIX_SPAWN_OPEN, 1, "/dev/null", 1, 0)])
 usage = os.wait4(pid, 0)[2]
-print((time.perf_counter() - start) * 1e3, usage.ru_maxrss / 1024)
+print((time.perf_counter() - start) * 1e3, usage.ru_maxrss * 1024 / 1e6)
 """
 
 
 def cost(command, runs=15):
-    """-> [ms from start to end, MB at most] of a command, medians."""
-    return medians(map(float, subprocess.run(["python3", "-IS", "-c", METER, *command], stdout=subprocess.PIPE,
-                                             check=True).stdout.split()) for _ in range(runs))
+    """-> [ms from start to end, MB at most] of a command."""
+    meter = ["python3", "-IS", "-c", METER, *command]
+    return medians(map(float, subprocess.run(meter, stdout=subprocess.PIPE, env=ENV, check=True).stdout.split())
+                   for _ in range(runs))
+
+
+@contextlib.contextmanager
+def started(*command, stdout=subprocess.DEVNULL):
+    """A process that is killed at the end."""
+    process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, env=ENV)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def cpu_ns(pid):
+    with open("/proc/%d/schedstat" % pid) as file:
+        return int(file.read().split()[0])
+
+
+def resident_mb(pid):
+    with open("/proc/%d/status" % pid) as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1)) * 1024 / 1e6
 
 
 # ==== the estimator ===============================================================================
@@ -340,46 +381,17 @@ def bench_estimator(seeds=range(20), words=()):
         value * 1e3 for value in cpu_per_mark()))
 
 
-def bench_picture(picture=os.path.join(HERE, "svc", "graph.svg")):
-    """README's svc/graph.svg, by `clockctl graph offset` from 60 simulated days: a counter that is 23 ppm off
-    and wanders by 1e-9 per sqrt(s), a server whose marks are good to 1 ms, CLOCK_ERROR="0.010"."""
-    estimator = Estimator()
-    rng = random.Random(20261122)
-    counter, noise_ns, limit_ns, waits_sec = Counter(rng, wander=1e-9, ppm=23.0), 1e6, 1e7, (541, 2617923)
-    start_ns, sec, wait_sec, lines, off = 1796000000 * 10**9, 0, 0, [], []
-    while sec < 60 * DAY:
-        sec += wait_sec
-        tick_ns = sec * 10**9
-        real_ns = (sec + counter.at(sec)) * 1e9
-        clock_ns = estimator.real(tick_ns)[0] - start_ns if estimator.has_phase() else 0
-        marked_ns = real_ns + rng.gauss(0, noise_ns)
-        outcome = estimator.mark(tick_ns, start_ns + round(marked_ns))
-        off.append(real_ns - clock_ns)
-        label_sec, nano = divmod(start_ns + round(real_ns), 10**9)
-        lines.append("@%016x%08x mark: offset %+.9f s, error %.9f s, rate %+.4f ppm, rate error %.4f ppm, %s\n" % (
-            label_sec + 2**62 + 10, nano, (marked_ns - clock_ns) / 1e9, estimator.real(tick_ns)[1] / 1e9,
-            *estimator.rate(), outcome))
-        wait_sec = min(max(64, int(min(3 * wait_sec or waits_sec[0], estimator.next_mark(tick_ns, limit_ns)))),
-                       waits_sec[1])
-    with tempfile.TemporaryDirectory() as logs:
-        with open(os.path.join(logs, "current"), "w") as file:
-            file.writelines(lines)
-        subprocess.run([os.path.join(HERE, "clockctl"), "graph", "offset", "--svg", picture], check=True,
-                       env=dict(os.environ, CLOCKSPEED_CONF="/dev/null", CLOCKSPEED_LOG=logs, TZ="UTC"))
-    print("%s: %d marks in 60 days, the clock off by %.1f ms rms when they came" % (
-        os.path.basename(picture), len(lines), math.sqrt(sum(each**2 for each in off) / len(off)) / 1e6))
-
-
 # ==== clients =======================================================================================
-RUNS, SLOW_RUNS = 50, 6  # chronyd -Q takes seconds by design
+RUNS, SLOW_RUNS = 50, 6  # chronyd -Q and busybox take seconds by design
 RELAY_DELAY_SEC, RELAY_JITTER_SEC = 0.5e-3, 0.3e-3  # the least and the mean of the rest, each way
+NEAR, FAR = "127.0.0.1", "10.99.99.1"
 
 
-def relay(listen, upstream):
-    """A UDP relay that keeps each packet a while; not every kernel has netem.  Runs until it is killed."""
+def relay(address, port, upstream_port):
+    """A UDP relay to 127.0.0.1 that keeps each packet a while; not every kernel has netem."""
     chance, poller = random.Random(1), select.poll()
     front = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    front.bind(listen)
+    front.bind((address, port))
     poller.register(front, select.POLLIN)
     backs, clients, waiting, count = {}, {}, [], itertools.count()
     while True:
@@ -389,7 +401,7 @@ def relay(listen, upstream):
                 packet, client = front.recvfrom(2048)
                 if client not in backs:
                     backs[client] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-                    backs[client].connect(upstream)
+                    backs[client].connect(("127.0.0.1", upstream_port))
                     clients[backs[client].fileno()] = client
                     poller.register(backs[client], select.POLLIN)
             else:
@@ -406,151 +418,140 @@ def relay(listen, upstream):
 
 
 def packet_offset(done):
-    """A client's stdout -> ns."""
-    sec, nano = int.from_bytes(done.stdout[:8], "big", signed=True), int.from_bytes(done.stdout[8:12], "big")
-    return sec * 10**9 + nano if done.stdout else None
+    """The adjustment on a client's stdout -> (ns, bound in ns or None), or None if there is none."""
+    if not done.stdout:
+        return None
+    view = load("clockview")
+    offset_ns, last = view.unpack(done.stdout)
+    quality = view.unpack_quality(last)
+    return offset_ns, quality and sum(quality)
 
 
 def original_offset(done):
-    """The same of a C original, which by design is off by the leap seconds where the clock shows UTC."""
-    return packet_offset(done) and (packet_offset(done) + 5 * 10**8) % 10**9 - 5 * 10**8
+    """The same of a C original, which is off by whole seconds where the clock counts UTC."""
+    found = packet_offset(done)
+    return found and ((found[0] + 5 * 10**8) % 10**9 - 5 * 10**8, None)
 
 
 def number_after(pattern):
     """-> what finds the seconds after that in a client's output and makes ns of them."""
     def offset(done):
         found = re.search(pattern + rb"([-+]?[\d.]+(?:e-?\d+)?)", done.stdout + done.stderr)
-        return found and float(found.group(1)) * 1e9
+        return found and (float(found.group(1)) * 1e9, None)
     return offset
 
 
-shown_bound = number_after(rb"result: .* bound ")
+def without_kernel_stamps(script):
+    """A command that runs a client of ours without the kernel's stamps."""
+    main, no_stamps = "if __name__ ==", "enable_kernel_stamps = lambda sock: None\n"
+    source = "import sys; sys.argv = sys.argv[1:]; exec(open(sys.argv[0]).read().replace(%r, %r))"
+    return ["python3", "-IS", "-c", source % (main, no_stamps + main), os.path.join(HERE, script), "ADDRESS"]
 
 
-def patched(name, statement):
-    """A command that runs a script of ours with a statement put in before it starts."""
-    source = "import sys; sys.argv = sys.argv[1:]; text = open(sys.argv[0]).read(); " \
-             "exec(compile(text.replace('if __name__ ==', %r, 1), sys.argv[0], 'exec'))"
-    return ["python3", "-IS", "-c", source % (statement + "\nif __name__ =="), os.path.join(HERE, name + ".py")]
-
-
-def clients(home):
-    """[(name, command with ADDRESS, done -> offset in ns or None, runs)]; none of them touches the clock."""
-    ours = [os.path.join(HERE, "sntpclock.py"), "-v", "2", "ADDRESS"]
-    user_stamps = patched("sntpclock", "enable_kernel_stamps = lambda sock: None") + ["-v", "2", "ADDRESS"]
+def rivals(home):
+    """[(name, command with ADDRESS, done -> (offset, bound) in ns or None, runs)], in two groups; none
+    of them touches the clock."""
     chronyd = ["chronyd", "-Q", "-x", "-t", "20", "cmdport 0", "user root", "server ADDRESS iburst",
                "pidfile " + os.path.join(home, "query.pid")]
-    candidates = [("sntpclock.py", ours, packet_offset, RUNS),
-                  ("  user-space stamps", user_stamps, packet_offset, RUNS),
-                  ("ntpdig", ["ntpdig", "-j", "ADDRESS"], number_after(rb'"offset":'), RUNS),
-                  ("ntpdig, 10 samples", ["ntpdig", "-j", "-p", "10", "-g", "10", "ADDRESS"],
-                   number_after(rb'"offset":'), RUNS),
-                  ("chronyd -Q", chronyd, number_after(rb"wrong by "), SLOW_RUNS),
-                  ("busybox ntpd -qw", ["busybox", "ntpd", "-n", "-q", "-w", "-ddd", "-p", "ADDRESS"],
-                   number_after(rb"offset:"), SLOW_RUNS),
-                  ("C sntpclock", ["sntpclock", "ADDRESS"], original_offset, RUNS),
-                  ("s6-sntpclock", ["s6-sntpclock", "ADDRESS"], original_offset, RUNS)]
-    return [client for client in candidates if shutil.which(client[1][0])]
-
-
-@contextlib.contextmanager
-def started(*command, **options):
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    busybox = ["busybox", "ntpd", "-n", "-q", "-w", "-ddd", "-p", "ADDRESS"]
+    groups = [[("sntpclock.py", installed("sntpclock.py", "ADDRESS"), packet_offset, RUNS),
+               ("  user-space stamps", without_kernel_stamps("sntpclock.py"), packet_offset, RUNS),
+               ("ntpdig", ["ntpdig", "-j", "ADDRESS"], number_after(rb'"offset":'), RUNS),
+               ("ntpdig, 10 samples", ["ntpdig", "-j", "-p", "10", "-g", "10", "ADDRESS"],
+                number_after(rb'"offset":'), RUNS),
+               ("chronyd -Q", chronyd, number_after(rb"wrong by "), SLOW_RUNS),
+               ("busybox ntpd -qw", busybox, number_after(rb"offset:"), SLOW_RUNS),
+               ("C sntpclock", ["sntpclock", "ADDRESS"], original_offset, RUNS),
+               ("s6-sntpclock", ["s6-sntpclock", "ADDRESS"], original_offset, RUNS)],
+              [("taiclock.py", installed("taiclock.py", "ADDRESS"), packet_offset, RUNS),
+               ("  user-space stamps", without_kernel_stamps("taiclock.py"), packet_offset, RUNS),
+               ("C taiclock", ["taiclock", "ADDRESS"], original_offset, RUNS),
+               ("s6-taiclock", ["s6-taiclock", "ADDRESS"], original_offset, RUNS)]]
+    return [[client for client in group if shutil.which(client[1][0])] for group in groups]
 
 
 @contextlib.contextmanager
 def network(home):
-    """Two network namespaces joined by a veth: ours with a chronyd on 127.0.0.1, another with a chronyd
-    behind the relay on 10.99.99.1; on port 123, as not all clients can choose.  -> a prefix for commands"""
+    """Two network namespaces joined by a veth: ours with servers on 127.0.0.1, another with servers behind
+    relays on 10.99.99.1; on the usual ports, as not all clients can choose.  -> a prefix for commands"""
     here, there = "clockbench%d-a" % os.getpid(), "clockbench%d-b" % os.getpid()
-
-    elsewhere = ["nice", "-n", "-15"]  # another machine has cores of its own
 
     def ip(*words):
         subprocess.run(("ip",) + words, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def chronyd(name, port):
-        conf = os.path.join(home, name + ".conf")
-        with open(conf, "w") as file:
-            file.write("local stratum 1\nallow\nuser root\ncmdport 0\nbindcmdaddress /\nport %d\npidfile %s\n"
-                       % (port, os.path.join(home, name + ".pid")))
-        return started("ip", "netns", "exec", name, *(elsewhere if name == there else []),
-                       "chronyd", "-x", "-d", "-f", conf)
     with contextlib.ExitStack() as stack:
+        def start(name, *command):
+            nice = ["nice", "-n", "-15"] if name == there else []  # another machine has cores of its own
+            stack.enter_context(started("ip", "netns", "exec", name, *nice, *command))
+
+        def start_servers(name, ntp_port, tai_port):
+            start(name, "chronyd", "-x", "-d", "local stratum 1", "allow", "user root", "cmdport 0",
+                  "bindcmdaddress /", "port %d" % ntp_port, "pidfile " + os.path.join(home, name + ".pid"))
+            start(name, *installed("taiclockd.py", "-p", str(tai_port)))
         for name in here, there:
             ip("netns", "add", name)
             stack.callback(ip, "netns", "del", name)
             ip("-n", name, "link", "set", "lo", "up")
         ip("-n", here, "link", "add", "veth0", "type", "veth", "peer", "name", "veth0", "netns", there)
-        for name, address in (here, "10.99.99.2/24"), (there, "10.99.99.1/24"):
+        for name, address in (here, "10.99.99.2/24"), (there, FAR + "/24"):
             ip("-n", name, "address", "add", address, "dev", "veth0")
             ip("-n", name, "link", "set", "veth0", "up")
-        stack.enter_context(chronyd(here, 123))
-        stack.enter_context(chronyd(there, 10123))
-        stack.enter_context(started("ip", "netns", "exec", there, *elsewhere, sys.executable, __file__,
-                                    "relay", "10.99.99.1", "123", "127.0.0.1", "10123"))
+        start_servers(here, 123, 4014)
+        start_servers(there, 10123, 14014)
+        for port, upstream_port in (123, 10123), (4014, 14014):
+            start(there, sys.executable, __file__, "relay", FAR, str(port), str(upstream_port))
         time.sleep(2)  # for chronyd's start
         yield ["ip", "netns", "exec", here]
 
 
-def measure(command, offset_of, runs):
-    """-> (errors in ns, how many were over the bound shown, or None)"""
-    errors, over = [], None
-    for _ in range(runs):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        offset_ns = offset_of(done)
-        if offset_ns is None:
+def compare_clients(group, prefix, address):
+    """Print a line for each client of the group."""
+    first = None
+    for name, command, offset_of, runs in group:
+        command = prefix + [word.replace("ADDRESS", address) for word in command]
+        found = [offset_of(subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV))
+                 for _ in range(runs)]
+        found = [(abs(offset_ns), bound_ns) for offset_ns, bound_ns in filter(None, found)]
+        if not found:
+            print("%-20s no answer" % name)
             continue
-        errors.append(abs(offset_ns))  # the clocks are one: what they differ by is the error
-        bound_ns = shown_bound(done)
-        if bound_ns is not None:
-            over = (over or 0) + (errors[-1] > bound_ns + 1)
-    return errors, over
+        errors = sorted(error for error, _ in found)
+        median, first = statistics.median(errors), first or statistics.median(errors)
+        bounds = [bound for _, bound in found if bound is not None]
+        print("%-20s %9.2f %9.2f %9s %4s %5d %7.1f" % (
+            name, median / 1e3, errors[int(len(errors) * 0.95)] / 1e3,
+            "%.2f" % (statistics.median(bounds) / 1e3) if bounds else "-",
+            sum(error > bound for error, bound in found if bound is not None) if bounds else "-",
+            len(found), median / first), flush=True)
 
 
 def bench_clients():
-    """|error| of one measurement; the servers have this machine's own clock, so that the truth is known."""
+    """|error| of one measurement in us; the bound that it told, and how many errors were over it."""
     if os.getuid() or not shutil.which("ip") or not shutil.which("chronyd"):
-        print("clients: needs root, iproute2 and chronyd, for two network namespaces and a server")
+        print("needs root, iproute2 and chronyd, for two network namespaces and a server")
         return
-    places = [("loopback", "127.0.0.1"),
-              ("veth and a relay, %.1f ms + %.1f ms jitter each way"
-               % (RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3), "10.99.99.1")]
+    far = "a relay, %.1f ms + %.1f ms jitter each way" % (RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3)
     with tempfile.TemporaryDirectory() as home, network(home) as prefix:
-        print("|error| of one measurement in us, and how many errors were over the bound that was shown")
-        for place, address in places:
+        for place, address in ("loopback", NEAR), (far, FAR):
             for state, hogs in ("idle", 0), ("all cores busy", os.cpu_count()):
-                print("\n%s, %s\n%-20s %9s %9s %6s %5s %7s"
-                      % (place, state, "", "median", "95%", "over", "runs", "x ours"))
+                print("\n%s, %s\n%-20s %9s %9s %9s %4s %5s %7s" % (
+                    place, state, "", "median", "95%", "bound", "over", "runs", "x ours"))
                 with contextlib.ExitStack() as stack:
                     for _ in range(hogs):
                         stack.enter_context(started(sys.executable, "-c", "while True: pass"))
-                    ours = None
-                    for name, command, offset_of, runs in clients(home):
-                        command = [word.replace("ADDRESS", address) for word in command]
-                        errors, over = measure(prefix + command, offset_of, runs)
-                        if not errors:
-                            print("%-20s no answer" % name)
-                            continue
-                        median = statistics.median(errors)
-                        ours = ours or median
-                        print("%-20s %9.2f %9.2f %6s %5d %7.1f"
-                              % (name, median / 1e3, sorted(errors)[int(len(errors) * 0.95)] / 1e3,
-                                 "-" if over is None else over, len(errors), median / ours))
-        print("\nsntpclock.py, start to answer on loopback: %.0f ms, %.1f MB (wanted: 60 ms, 12 MB)"
-              % tuple(cost(prefix + [os.path.join(HERE, "sntpclock.py"), "0"])))
+                    for group in rivals(home):
+                        compare_clients(group, prefix, address)
+        for name in ("sntpclock.py", "taiclock.py"):
+            print("\n%s, start to answer on loopback: %.0f ms, %.1f MB" % (
+                name, *cost(prefix + installed(name, NEAR))))
 
 
-# ==== taiclockd ===================================================================================
-# Queries to one server, `outstanding` at a time, each batch sent and received by one system call.
+# ==== server ========================================================================================
+SERVER_ROUNDS, ROUND_SEC = 25, 0.1
+# Sends queries of that size to a server, `outstanding` at a time, each batch by one system call.
 LOAD = r'''
 import ctypes, socket, struct, sys, time
-port, outstanding, sec = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+port, size, outstanding, sec = *map(int, sys.argv[1:4]), float(sys.argv[4])
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 sock.connect(("127.0.0.1", port))
 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, 200000))
@@ -563,7 +564,7 @@ def headers(data):
     return [ctypes.c_void_p(place(b"".join(
         struct.pack("@PIPNPNi0PI0P", 0, 0, place(struct.pack("@PN", place(data), len(data))), 1, 0, 0, 0, 0)
         for _ in range(outstanding))))][0]
-queries, replies = headers(b"ctai" + bytes(28)), headers(bytes(64))
+queries, replies = headers(b"ctai" + bytes(size - 4)), headers(bytes(64))
 fd, answered, lost, waits, begin = sock.fileno(), 0, 0, [], time.perf_counter()
 now = begin
 while now < begin + sec:
@@ -631,366 +632,113 @@ int main(void) {
     for (i = 0; i < received; ++i) vectors[i].iov_len = headers[i].msg_len;
     for (i = 0; i < received; i += sent > 0 ? sent : 1) sent = sendmmsg(fd, headers + i, received - i, 0); } }
 '''
+C_SERVERS = ("C by one", C_PLAIN), ("C by the batch", C_LIMIT)
 
 
-def bench_server(rounds=25, round_sec=0.1):
-    """taiclockd: CPU per reply, replies per second, and the wait of the slowest 1%, beside C's.
-
-    The servers take turns, and all figures are medians, ratios those of turns that followed each other:
-    so what else the machine does meanwhile counts for all.  CPU is the server's own.
-    """
-    ours = os.path.join(HERE, "taiclockd.py")
-    env = dict(os.environ, CLOCK_SCALE="utc", TZ="UTC")
-    with tempfile.TemporaryDirectory() as directory:
-        commands = {"taiclockd.py": [ours, "-p", "0"]}
-        if shutil.which("gcc"):
-            for name, source in (("C by one (stand-in)", C_PLAIN), ("C by the batch (limit)", C_LIMIT)):
-                binary = os.path.join(directory, name.replace(" ", "_"))
-                subprocess.run(["gcc", "-O2", "-xc", "-o", binary, "-"], input=source.encode(), check=True)
-                commands[name] = [binary]
-        for name, args in (("taiclockd", []), ("s6-taiclockd", ["-i", "127.0.0.1", "-p", "4015"])):
-            if shutil.which(name):
-                commands[name] = [name] + args
-        print("taiclockd, one worker: CPU per reply, replies per second, 99% answered within")
-        servers = {name: start_server(name, command, env) for name, command in commands.items()}
-        try:
-            for outstanding in (1, 8, 64, 256):
-                compare_servers(servers, outstanding, rounds, round_sec)
-            flood_server(*servers["taiclockd.py"])
-        finally:
-            for process, _ in servers.values():
-                process.kill()
-                process.communicate()
-    bench_workers(ours, env)
+@contextlib.contextmanager
+def serving(command, port=None):
+    """A server -> (process, port), which it prints if it is not known."""
+    with started(*command, stdout=subprocess.PIPE) as process:
+        yield process, port or int(re.search(rb"port (\d+)", process.stdout.readline()).group(1))
 
 
-def flood_server(process, port, sec=60):
-    """As many queries as it can take for a minute, which is an hour of thousands per second, and its memory."""
-    before_kb, most_kb, answered = resident_kb(process.pid), 0, 0
-    for _ in range(sec):
-        command = [sys.executable, "-IS", "-c", LOAD, str(port), "256", "1"]
-        answered += int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()[0])
-        most_kb = max(most_kb, resident_kb(process.pid))
-    print("  a minute of flood: %d answered, %.1f MB resident before, %.1f MB at most in it" % (
-        answered, before_kb * 1024 / 1e6, most_kb * 1024 / 1e6))
-
-
-def start_server(name, command, env):
-    """-> process, port; what does not print its port has the usual one, or that of its arguments."""
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    if "taiclockd" in name and not name.endswith(".py"):
-        time.sleep(0.5)
-        return process, int(command[-1]) if len(command) > 1 else 4014
-    return process, int(re.search(rb"port (\d+)", process.stdout.readline()).group(1))
-
-
-def cpu_ns(pid):
-    with open("/proc/%d/schedstat" % pid) as file:
-        return int(file.read().split()[0])
-
-
-def resident_kb(pid):
-    with open("/proc/%d/status" % pid) as file:
-        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
-
-
-def compare_servers(servers, outstanding, rounds, round_sec):
-    figures = {name: [] for name in servers}  # CPU us per reply, replies per second, p99 us
-    lost = dict.fromkeys(servers, 0)
-    for _ in range(rounds):
+def compare_servers(servers, size, outstanding):
+    """Print a line for each server."""
+    figures, lost = {name: [] for name in servers}, dict.fromkeys(servers, 0)
+    for _ in range(SERVER_ROUNDS):
         for name, (process, port) in servers.items():
             before_ns = cpu_ns(process.pid)
-            command = [sys.executable, "-IS", "-c", LOAD, str(port), str(outstanding), str(round_sec)]
+            command = ["python3", "-IS", "-c", LOAD, *map(str, (port, size, outstanding, ROUND_SEC))]
             load = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()
-            used_us = (cpu_ns(process.pid) - before_ns) / 1000
-            answered, lost[name] = int(load[0]), lost[name] + int(load[1])
+            used_us, answered = (cpu_ns(process.pid) - before_ns) / 1000, int(load[0])
+            lost[name] += int(load[1])
             figures[name].append((used_us / answered, answered / float(load[2]), float(load[3]) * 1e6))
+    (first, ours), *others = figures.items()
     for name, rows in figures.items():
-        ratios = ["%.2f of %s" % (statistics.median(a[0] / b[0] for a, b in zip(rows, figures[other])), other)
-                  for other in figures if other != name and name == "taiclockd.py"]
-        print("  %4d outstanding  %-22s %6.2f us %8.0f/s %6.0f us%s  %s" % (
-            (outstanding, name) + tuple(map(statistics.median, zip(*rows)))
-            + (", %d lost" % lost[name] if lost[name] else "", ", ".join(ratios))))
+        print("  %d bytes, %3d outstanding  %-22s %6.2f us %8.0f/s %6.0f us%s" % (
+            size, outstanding, name, *medians(rows), ", %d lost" % lost[name] if lost[name] else ""), end="")
+        for other, theirs in others if name == first else ():
+            share = statistics.median(our[0] / their[0] for our, their in zip(ours, theirs))
+            print(", %.2f of %s" % (share, other), end="")
+        print(flush=True)
 
 
-def bench_workers(ours, env, rounds=15, round_sec=0.5, loads=8):
-    """What more workers are worth: replies per second on this machine, of which the load takes its part; and
-    by the CPU per reply how many times those of one worker if each has a core of its own."""
-    cores = len(os.sched_getaffinity(0))
-    rates, used = {}, {}
-    for workers in sorted({1, 2, cores}):
-        process, port = start_server("taiclockd.py", [ours, "-p", "0", "-j", str(workers)], env)
-        try:
-            time.sleep(0.3)  # for all to be there
-            pids = [process.pid]
-            if workers > 1:
-                with open("/proc/%d/task/%d/children" % (process.pid, process.pid)) as file:
-                    pids = [int(pid) for pid in file.read().split()]
-            command = [sys.executable, "-IS", "-c", LOAD, str(port), str(256 // loads), str(round_sec)]
-            figures = []
-            for _ in range(rounds):
-                before_ns = sum(map(cpu_ns, pids))
-                processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(loads)]
-                told = [process.communicate()[0].split() for process in processes]
-                used_us = (sum(map(cpu_ns, pids)) - before_ns) / 1000
-                figures.append((used_us / sum(int(answered) for answered, *_ in told),
-                                sum(int(answered) / float(sec) for answered, _, sec, _ in told)))
-            used[workers], rates[workers] = map(statistics.median, zip(*figures))
-            print("  %d worker%s, %d x %d outstanding  %6.2f us %8.0f/s, %.2f of one; on as many free cores %.2f;"
-                  " %.1f MB" % (workers, "s"[workers == 1:], loads, 256 // loads, used[workers], rates[workers],
-                                rates[workers] / rates[1], workers * used[1] / used[workers],
-                                max(map(resident_kb, pids)) * 1024 / 1e6))
-        finally:
-            process.terminate()
-            process.communicate()
+def bench_server():
+    """CPU per reply, the server's own; replies per second; 99% answered within."""
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        servers = {"taiclockd.py": stack.enter_context(serving(installed("taiclockd.py", "-p", "0")))}
+        for name, source in C_SERVERS if shutil.which("gcc") else ():
+            binary = os.path.join(directory, name.replace(" ", "_"))
+            subprocess.run(["gcc", "-O2", "-xc", "-o", binary, "-"], input=source.encode(), check=True)
+            servers[name] = stack.enter_context(serving([binary]))
+        for name, port, args in (("taiclockd", 4014, ()), ("s6-taiclockd", 4015, ("-i", NEAR, "-p", "4015"))):
+            if shutil.which(name):
+                servers[name] = stack.enter_context(serving([name, *args], port))
+        time.sleep(0.5)  # for those that don't say when they are ready
+        for size, outstanding in itertools.product((32, 28), (1, 8, 64, 256)):
+            compare_servers(servers, size, outstanding)
+        print("  taiclockd.py, resident after that: %.1f MB" % resident_mb(servers["taiclockd.py"][0].pid))
 
 
-# ==== faults ========================================================================================
-FAULT_RUNS = 5
-SPOOFED_EXCHANGES = 200
-DELAYS_SEC = ((0.01, 0), (0, 0.01), (0.1, 0), (0, 0.1), (0.03, 0.07))  # at most: on the way there, and back
-FUZZ_SHARE = 10  # a tenth of what test_all.py tries, which is a million
-NIGHT_SEC, DAY_SEC = 8 * 3600, 86400
+# ==== nts ===========================================================================================
+def bench_nts():
+    """NTS's cryptography."""
 
 
-def faults(tests):
-    """[(what happens, function(simulation, kernel, rng) that lets it, the server's error in ns since)]"""
-    def month(simulation, kernel, rng):
-        simulation.run(30 * DAY_SEC)
-
-    def wild(simulation, kernel, rng):
-        simulation.mark(rng.choice((-1, 1)) * 10 ** rng.randrange(7, 12))
-        simulation.run(3600)
-
-    def back_3_s_off(simulation, kernel, rng):
-        simulation.run(DAY_SEC)
-
-    def moved(sec):
-        def move(simulation, kernel, rng):
-            kernel.clock += sec * 1e9
-            simulation.run(600)
-        return move
-
-    def restart(simulation, kernel, rng):
-        kernel.sleep(600)
-        simulation.start()
-
-    def reboot(simulation, kernel, rng):
-        kernel.boot, kernel.tick = "boot-2", 10**9
-        kernel.clock += rng.gauss(0, 3e8)
-        kernel.fields.update(freq=0, status=0x40)
-        simulation.start()
-
-    def suspend(simulation, kernel, rng):
-        kernel.tai += NIGHT_SEC * 10**9
-        kernel.slept_ns += NIGHT_SEC * 10**9
-        kernel.clock += rng.gauss(0, 2e8)
-        simulation.run(60)
-
-    def restored(simulation, kernel, rng):
-        kernel.tick -= rng.randrange(1, 36000) * 10**9
-        simulation.run(60)
-
-    def paused(simulation, kernel, rng):
-        kernel.tai += 60 * 10**9
-        kernel.clock -= 60e9
-        simulation.run(60)
-
-    def damaged(simulation, kernel, rng):
-        path = simulation.directory / "state"
-        path.write_bytes(tests.mutated(rng, path.read_bytes()))
-        simulation.start()
-
-    def unwritable(simulation, kernel, rng):
-        simulation.etc_fd = simulation.daemon.etc_fd = -1
-        simulation.run(3600)
-
-    def denied(simulation, kernel, rng):
-        kernel.denied = True
-        simulation.run(3600)
-        kernel.denied = False
-
-    def foreign(simulation, kernel, rng):
-        for _ in range(10):
-            kernel.fields["freq"] = rng.randrange(-10**6, 10**6)
-            simulation.run(120)
-
-    def garbage(simulation, kernel, rng):
-        for _ in range(1000):
-            simulation.daemon.mark(bytes(rng.getrandbits(8) for _ in range(rng.randrange(40))))
-
-    return [("a month without a mark", month, 0), ("a wild mark, 10 ms to 100 s off", wild, 0),
-            ("a day silent, then 3 s off", back_3_s_off, 3 * 10**9), ("killed, started 10 min later", restart, 0),
-            ("a reboot", reboot, 0), ("a night suspended", suspend, 0), ("the counter goes back", restored, 0),
-            ("paused for a minute", paused, 0), ("date -s, an hour", moved(3600), 0),
-            ("20 years ahead", moved(20 * 31556952), 0), ("etc/state damaged, restarted", damaged, 0),
-            ("etc can not be written", unwritable, 0), ("an hour of EPERM", denied, 0),
-            ("another program at the rate", foreign, 0), ("1000 of garbage in the FIFO", garbage, 0)]
-
-
-def fault_error(tests, directory, happen, server_ns, seed):
-    """-> the error of what is believed, and of the clock, in ns, three marks after the fault."""
-    rng = random.Random(seed)
-    kernel = tests.FakeKernel(ppm=rng.uniform(-80, 80), bias_ppm=rng.uniform(-2, 2))
-    simulation = tests.Simulation(directory, kernel)
-
-    def mark(error_ns, wait_sec):
-        real_tai_ns = kernel.tai + error_ns + round(rng.gauss(0, 2 * 10**4))
-        clock_tai_ns = simulation.module.to_tai(kernel.clock_ns(), simulation.daemon.rows)
-        simulation.daemon.mark(tests.CODES.pack((real_tai_ns - clock_tai_ns) * 10**9))
-        simulation.due = simulation.daemon.wake(True)
-        simulation.run(wait_sec)
-    for wait_sec in (64, 541, 1623, 3600, 3600, 3600):
-        mark(0, wait_sec)
-    happen(simulation, kernel, rng)
-    for wait_sec in (541, 541, 1200):
-        mark(server_ns, wait_sec)
-    believed_ns = simulation.daemon.estimator.real(kernel.tick)[0] - kernel.tai - server_ns
-    return abs(believed_ns), abs(kernel.clock - server_ns)
-
-
-def microseconds(ns):
-    return "%.0f us" % (ns / 1e3) if ns < 1e8 else "%.3g s" % (ns / 1e9)
-
-
-def bench_neighbours(tests):
-    """sntpclock and taiclock on loopback, beside a true server and this clock, so that 0 is the right offset."""
-    print("\n%-32s %9s %9s %9s   %12s %12s" % (
-        "spoofer", "a second", "exchanges", "answered", "error", "bound"))
-    for name, answer in tests.PROTOCOLS:
-        for spoofer in tests.SPOOFERS:
-            with tempfile.TemporaryDirectory() as directory:
-                path, exchanges = os.path.join(HERE, name + ".py"), SPOOFED_EXCHANGES
-                if spoofer == "no kernel filter":
-                    path, exchanges = tests.patched(name, tests.NO_FILTER, pathlib.Path(directory)), 20
-                done, tried, _, rate, _ = tests.ask_in_a_flood(path, answer, spoofer, exchanges)
-            lost = done.stderr.count("warning: unable to ask")
-            error, bound = "refused", ""
-            if done.returncode == 0:
-                error, bound = (microseconds(abs(each)) for each in tests.result_of(done))
-            print("%-32s %9d %9d %9d   %12s %12s" % (
-                name + ", " + spoofer, rate, tried, tried - lost, error, bound), flush=True)
-    print("\n%-32s %9s %9s %11s   %12s %12s" % (
-        "delayer, up to", "tried", "within", "shift/bound", "worst shift", "its bound"))
-    for name, answer in tests.PROTOCOLS:
-        for to_sec, back_sec in DELAYS_SEC:
-            rng = random.Random(1)
-            found = [tests.ask_past_a_delayer(name, answer, to_sec, back_sec, rng, 4)
-                     for _ in range(FAULT_RUNS)]
-            worst = max(found, key=lambda each: abs(each[0]) / each[1])
-            print("%-32s %9d %9d %11.3f   %12s %12s" % (
-                "%s, %g ms there, %g back" % (name, to_sec * 1e3, back_sec * 1e3), len(found),
-                sum(abs(shift) <= bound + 1 for shift, bound in found), abs(worst[0]) / worst[1],
-                microseconds(abs(worst[0])), microseconds(worst[1])), flush=True)
-
-
-def bench_faults():
-    """The time error three marks (of 20 us noise) and 38 minutes after each fault, on test_all.py's
-    simulated kernel; what the clock is off more than that is still being slewed.  Then what hostile neighbours
-    and inputs do."""
-    tests = load("test_all")  # needs pytest, as test_all.py installs it
-    os.environ.update(CLOCK_SCALE="utc", LEAPSECS=tests.LEAP_TABLE.name, TZ="UTC")
-    stderr, quiet = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 2)  # the warnings are the tests' matter
-    print("%-32s %5s %8s   %12s %12s   %12s" % ("fault", "tried", "survived", "believed", "worst", "clock"))
-    for name, happen, server_ns in faults(tests):
-        errors = []
-        for seed in range(FAULT_RUNS):
-            with tempfile.TemporaryDirectory() as directory:
-                try:
-                    errors.append(fault_error(tests, pathlib.Path(directory), happen, server_ns, seed))
-                except Exception as err:
-                    print("%s: %r" % (name, err))
-        believed, clock = zip(*errors)
-        print("%-32s %5d %8d   %12s %12s   %12s" % (
-            name, FAULT_RUNS, len(errors), microseconds(statistics.median(believed)), microseconds(max(believed)),
-            microseconds(statistics.median(clock))))
-    bench_neighbours(tests)
-    print("\n%-32s %9s %9s %9s %9s" % ("hostile inputs to", "tried", "survived", "refused", "each"))
-    rng, tried, total = random.Random(1), 0, 0
-    with tempfile.TemporaryDirectory() as directory:
-        for name, (count, examples, allowed, function) in tests.fuzz_targets(pathlib.Path(directory)).items():
-            inputs = [tests.mutated(rng, rng.choice(examples)) for _ in range(count // FUZZ_SHARE)]
-            survived = refused = 0
-            begin = time.perf_counter()
-            for data in inputs:
-                try:
-                    refused += not function(data)
-                except allowed:
-                    refused += 1
-                survived += 1
-            each_us = (time.perf_counter() - begin) / len(inputs) * 1e6
-            tried, total = tried + len(inputs), total + survived
-            print("%-32s %9d %9d %9d %6.1f us" % (name, len(inputs), survived, refused, each_us))
-    print("%-32s %9d %9d" % ("in total", tried, total))
-    os.dup2(stderr, 2)
-
-
-# ==== programs ====================================================================================
-WAKES_A_DAY, STATUSES_A_DAY, STATES_A_DAY = 1440, 144, 24  # of a settled clockspeed
+# ==== programs ======================================================================================
+PROGRAMS = ("clockview.py", "clockadd.py", "sntpclock.py", "taiclock.py", "ntsclock.py", "taiclockd.py",
+            "clockspeed.py", "clockctl", "clockctl-check", "clockctl-graph")
+MARKS = 50
 
 
 def bench_programs():
-    """Start-up and memory of each program, asked for its manual; the resident size of the daemons; a day's CPU."""
-    print("%-14s %6s %6s" % ("--help", "ms", "MB"))
-    for name in ("clockadd.py", "clockspeed.py", "clockview.py", "sntpclock.py", "taiclock.py", "taiclockd.py",
-                 "clockctl"):
-        print("%-14s %6.1f %6.1f" % (name, *cost([os.path.join(HERE, name), "--help"])))
-    print("%-14s %6.1f %6.1f" % ("python3 alone", *cost(["python3", "-IS", "-c", "pass"])))
-    with tempfile.TemporaryDirectory() as home:
-        process = subprocess.Popen([os.path.join(HERE, "clockspeed.py"), "-n", home], stdout=subprocess.PIPE)
-        try:
+    """Start-up, resident memory, CPU; as installed."""
+    print("%-16s %6s %6s" % ("--help", "ms", "MB"))
+    for name in PROGRAMS:
+        if os.path.exists(os.path.join(HERE, name)):
+            print("%-16s %6.1f %6.1f" % (name, *cost(installed(name, "--help"))))
+    print("%-16s %6.1f %6.1f" % ("python3 alone", *cost(["python3", "-IS", "-c", "pass"])))
+    with serving(installed("taiclockd.py", "-p", "0")) as (process, _):
+        time.sleep(0.5)
+        print("taiclockd.py, resident: %.1f MB" % resident_mb(process.pid))
+    with tempfile.TemporaryDirectory() as home, started(*installed("clockspeed.py", "-n", home),
+                                                        stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        started_ms, used_ns = cpu_ns(process.pid) / 1e6, []
+        for _ in range(MARKS):
+            time.sleep(0.02)
+            before_ns = cpu_ns(process.pid)
+            with open(home + "/adjust", "wb", buffering=0) as fifo:
+                fifo.write(bytes(16))
             process.stdout.readline()
-            for _ in range(5):
-                time.sleep(0.2)
-                with open(home + "/adjust", "wb", buffering=0) as fifo:
-                    fifo.write(bytes(16))
-                process.stdout.readline()
-            time.sleep(1)
-            print("clockspeed.py, resident after 5 marks: %.1f MB (wanted 13)" % (resident_kb(process.pid) / 1024))
-        finally:
-            process.terminate()
-            process.communicate()
-    print("clockspeed.py, CPU of a settled day: %.2f s (wanted 1)" % cpu_of_a_day())
+            time.sleep(0.02)  # for the files that it writes after the line
+            used_ns.append(cpu_ns(process.pid) - before_ns)
+        print("clockspeed.py, resident after %d marks: %.1f MB; CPU: %.0f ms to start, %.2f ms for a mark" % (
+            MARKS, resident_mb(process.pid), started_ms, statistics.median(used_ns) / 1e6))
 
 
-def cpu_of_a_day():
-    """s that the wake-ups and files of a day cost, with a kernel that is read but not set."""
-    module = load("clockspeed")
-    with tempfile.TemporaryDirectory() as etc:
-        etc_fd = os.open(etc, os.O_RDONLY)
-        clock = module.KernelClock(adjtimex=lambda **_: module.adjtimex())
-        daemon = module.Clockspeed(clock, etc_fd, False, lambda line: None)
-        for _ in range(50):
-            time.sleep(0.01)
-            daemon.mark(bytes(16))
-
-        def cpu(act, count):
-            start = time.process_time()
-            for _ in range(50):
-                act()
-            return (time.process_time() - start) / 50 * count
-        used = (cpu(daemon.wake, WAKES_A_DAY) + cpu(daemon.save_status, STATUSES_A_DAY)
-                + cpu(daemon.save_state, STATES_A_DAY))
-        os.close(etc_fd)
-    return used
-
-
-BENCHES = {"estimator": bench_estimator, "picture": bench_picture, "clients": bench_clients, "server": bench_server,
-           "faults": bench_faults, "programs": bench_programs}
+BENCHES = {"estimator": bench_estimator, "clients": bench_clients, "server": bench_server, "nts": bench_nts,
+           "programs": bench_programs}
 
 
 def main(argv):
-    words, seeds = argv[1:], 20
-    if words[:1] == ["relay"]:  # of bench_clients, in a network namespace
-        relay((words[1], int(words[2])), (words[3], int(words[4])))
-    if words[:1] == ["-s"]:
-        words, seeds = words[2:], int(words[1])
-    others = [word for word in words if word not in BENCHES]
-    for name, bench in BENCHES.items():
-        if name in words or not words and name != "picture" or others and name == "estimator":
-            print("\n== %s: %s" % (name, bench.__doc__.strip().splitlines()[0]))
-            bench(*[range(seeds), others] if name == "estimator" else [])
+    if argv[1:2] == ["relay"]:  # of bench_clients, in a network namespace; it runs until it is killed
+        relay(argv[2], *map(int, argv[3:]))
+    if argv[1:] in (["-h"], ["--help"]):
+        sys.stdout.write(__doc__)
+        return 0
+    try:
+        options, names = getopt.getopt(argv[1:], "s:")
+        seeds = range(int(dict(options).get("-s", "20")))
+        if not seeds or not set(names) <= set(BENCHES):
+            raise ValueError
+    except (ValueError, getopt.GetoptError):
+        sys.stderr.write("bench_all.py: usage: %s\n" % USAGE)
+        return 100
+    for name in names or BENCHES:
+        bench = BENCHES[name]
+        print("\n== %s: %s" % (name, bench.__doc__.strip().splitlines()[0]), flush=True)
+        bench(*[seeds] * (bench is bench_estimator))
     return 0
 
 

@@ -1,6 +1,5 @@
-#!/bin/sh
-"""exec" python3 -IS -c 'import sys; del sys.argv[0]; __file__ = sys.argv[0]; exec(compile(open(__file__, "rb").read(), __file__, "exec"))' "$0" "$@"
-sntpclock - ask NTP servers how far the system clock is off
+#!/usr/bin/env python3
+"""sntpclock - ask NTP servers how far the system clock is off
 
 SYNOPSIS
     sntpclock [options] host... | clockview
@@ -8,92 +7,89 @@ SYNOPSIS
 
 DESCRIPTION
     Asks each host (an IPv4 or IPv6 address or a name; `0` is 127.0.0.1) by NTP and writes
-    one adjustment, real time minus system clock, to standard output: 16 bytes of TAI64NA.
+    one adjustment to standard output: real time minus system clock, 16 bytes of TAI64NA.
     Sets nothing, needs no privilege.
 
-    Each exchange of two packets proves a range in which the offset lies; the result is the
-    middle of the intersection of all the ranges.  Linux stamps the packets in the kernel,
-    so that the result doesn't depend on when this program gets to run.  A slew of the clock
-    during the measurement is seen by the system's unsteered counter, and allowed for.
+    Each exchange of two packets proves a range in which the offset lies.  The result is the
+    middle of the intersection of all ranges.  Linux stamps the packets in the kernel, so
+    that it does not matter when this program gets to run.  A slew or step of the clock
+    during the measurement is seen by the system's unsteered counter and allowed for.
 
-    With several servers (a name with several addresses counts as up to 4) each range is
-    widened by how far that server may be off true time, its root distance.  A majority of
-    those that answered must then agree, the others are named on stderr.
+    A name counts as up to 4 servers, one for each of its addresses.  With several servers,
+    each range is widened by how far that server may be off true time, its root distance.
+    A majority of those that answered must then agree.  The others are named on stderr.
 
-    Leap seconds cancel between NTP and a clock on the utc scale; on the tai scale they come
-    from the leap second table.
+    A server that answers with a kiss-o'-death is not asked again in this run.  What it said
+    before counts after RATE, and does not after DENY and RSTR.
 
 OPTIONS
-    -r n        exchanges with each server: else 10 when its address is a loopback, private or
-                link-local one, 4 when it is public
-    -h ms       pause between them: else none, 2000 when it is public
-    -t ms       longest wait for each answer (1000)
-    -T ms       longest wait for all of them (10000)
-    -e ms       largest uncertainty accepted (any)
-    -l days     largest offset accepted (2; 0 is any)
-    -f          output even if -e or -l are exceeded
-    -p port     (123)
-    -4, -6      use IPv4 only, IPv6 only
-    -k file     chrony's key file, which others must not be able to read
-    -K id       accept only answers authenticated with that key of it: MD5, SHA1, SHA256,
-                SHA384 or SHA512
-    -s dir      keep in dir/kisses which servers asked not to be asked (the kiss-o'-death of
-                NTP) and until when, and obey it: RATE is 1024 s, DENY and RSTR are a day,
-                twice as long each next time up to 30 days.  On the last UTC day of June and of
-                December keep in dir/leap which leap second a majority of the agreeing servers
-                announces; clockspeed heeds it when dir is its etc
-    -c url      https://host/...; may be given several times.  At least one of these servers
-                must confirm the result by the Date in its answer, which is to come within 2 s,
-                and none contradict it, else it is refused, -f or not.  TLS is verified, but for
-                the time: whether the certificates are valid is judged by the time measured, not
-                by this clock (Python before 3.10 does not show those of the authorities, only
-                the host's)
-    -v n        0 fatal errors only; 1 warnings too; 2 a line for each server too, with offset,
-                bound, delay, stratum and reference id, and one for the result (1)
+    -r n     exchanges with each server: else 10 when its address is a loopback, private or
+             link-local one, 4 when it is public
+    -h ms    pause between them: else none, 2000 when the address is public
+    -t ms    longest wait for each answer (1000)
+    -T ms    longest wait for everything, names included (10000)
+    -e ms    largest spread accepted (any)
+    -l days  largest offset accepted (2; 0 is any)
+    -f       output even if -e or -l is exceeded
+    -p port  (123)
+    -4, -6   use IPv4 only, IPv6 only
+    -k file  chrony's key file, which others must not be able to read
+    -K id    accept only answers authenticated with that key of it: MD5, SHA1, SHA256,
+             SHA384 or SHA512, of 16 bytes or more
+    -s dir   write to dir/sources what each server said
+    -v n     0 fatal errors only; 1 warnings too; 2 a line for each server too, and one for
+             the result (1)
+
+OUTPUT
+    The last four bytes are a number that tells how good the measurement is, ESSSSDDCC in
+    decimal digits.  The spread, half the width of the range that the exchanges prove, is
+    S.SSS * 10^E nanoseconds.  The root distance is 10^(DD/14) microseconds, or nothing for
+    00.  CC makes the number 1 modulo 97.  Real time is within spread plus root distance,
+    if the servers tell the truth.  0 tells nothing.
+
+FILES
+    dir/sources  of -s, replaced by each run that asked anybody, a line for each server:
+                 the Unix second, `ntp`, its name, offset, spread, delay and root distance
+                 in nanoseconds, stratum, reference id in hexadecimal, and `agreed`,
+                 `falseticker` or `failed:` and the reason; `-` for what is not known
 
 ENVIRONMENT
     CLOCK_SCALE  what the system clock counts: utc, or tai (the right/ time zones);
                  without it the time zone tells
-    LEAPSECS     a leap second table to use before the system's own
-    SSL_CERT_FILE, SSL_CERT_DIR  the authorities to trust for -c, instead of the system's
-
-FILES
-    dir/kisses   of -s: a line for each server, with its address, until which Unix second it
-                 is not to be asked, the seconds of that rest, and the word
-    dir/leap     of -s, on such a day only: the Unix second after the leap second, and +1 or -1
 
 EXIT STATUS
     0 measured; 100 wrong usage; 111 no usable answer, refused, or a system error
 
 SEE ALSO
-    taiclock, clockview, clockadd, clockspeed, clockctl
+    taiclock, ntsclock, clockview, clockadd, clockspeed, clockctl
 """
+try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even while it loads
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+except KeyboardInterrupt:
+    raise SystemExit(130)
 import collections
+import getopt
 import os
 import select
 import socket
 import struct
 import sys
+import threading
 import time
 
 PROGRAM = "sntpclock"
-USAGE = "sntpclock [-46f] [-r exchanges] [-t ms] [-T ms] [-h ms] [-e ms] [-l days] [-p port] [-v n] " \
-        "[-k file -K id] [-s dir] [-c url]... host..."
+USAGE = "sntpclock [-46f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] " \
+        "[-k file -K id] [-s dir] host... | clockview"
+KIND = "ntp"  # in dir/sources
 
-# ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
-# The file's second line is sh.  It starts Python isolated, so that neither PYTHONPATH nor the current
-# directory can inject code, and has it compile the file as a string, since of a program that is a file
-# it would keep the syntax tree, some 3 MB, to the end.
-#
-# An adjustment is real time minus system clock.  A label is an absolute TAI time.  Both are
-# seconds in two's complement, nanoseconds and attoseconds, the fraction always counted upwards.
+
+# ==== shared by all: messages and TAI64NA ====
+# An adjustment is real time minus system clock; a label is an absolute TAI time.  Both are seconds in
+# two's complement, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and
+# in etc/atto, and in an adjustment what the mark tells of itself.
+RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
 TAI64NA = struct.Struct(">qII")
-LABEL_ZERO_SEC = 2**62  # the seconds of the label of 1970-01-01 00:00:00 TAI
-LEAP_FILES = ("/usr/local/etc/leapsecs.dat", "/etc/leapsecs.dat", "/usr/share/zoneinfo/leap-seconds.list")
-# The days since 1970-01-01 that began right after a leap second; none is announced after the last.
-LEAP_DAYS = (912, 1096, 1461, 1826, 2191, 2557, 2922, 3287, 3652, 4199, 4564, 4929, 5660, 6574, 7305,
-             7670, 8217, 8582, 8947, 9496, 10043, 10592, 13149, 14245, 15522, 16617, 17167)
-BEFORE_LEAPS = (-2**63, 10)  # TAI - UTC was 10 s in 1972, and by djb's convention ever before
 
 
 def complain(kind, text):
@@ -105,14 +101,9 @@ def complain(kind, text):
 
 
 def emit(data):
-    """All of the bytes to stdout."""
+    """Write all of the bytes to stdout; OSError."""
     while data:
         data = data[os.write(1, data):]
-
-
-def emit_manual():
-    """The docstring but for its first line, which starts Python."""
-    emit(__doc__.partition("\n")[2].encode())
 
 
 def reason(err):
@@ -120,135 +111,211 @@ def reason(err):
     return getattr(err, "strerror", None) or str(err)
 
 
-def pack(atto):
-    """Signed attoseconds -> 16 bytes of TAI64NA."""
-    nano, atto = divmod(atto, 10**9)
-    return TAI64NA.pack(*divmod(nano, 10**9), atto)
+def begin(argv):
+    """Open descriptors 0 to 2 where they are closed, lest a socket or file be taken for one of them; print
+    the manual or the version if that is all argv asks for -> whether it was; OSError."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # so that writing a result there still fails
+    if argv[1:] in (["-h"], ["--help"]):
+        emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
+    elif argv[1:] == ["--version"]:
+        emit(("%s %s\n" % (PROGRAM, RELEASE)).encode())
+    else:
+        return False
+    return True
+
+
+def pack(ns, last=0):
+    """Signed nanoseconds and the last number -> 16 bytes of TAI64NA."""
+    return TAI64NA.pack(*divmod(ns, 10**9), last)
 
 
 def unpack(packet):
-    """16 bytes of TAI64NA, or 12 of TAI64N -> signed attoseconds, exact; ValueError when they are neither."""
+    """16 bytes of TAI64NA, or 12 of TAI64N -> (signed nanoseconds, last number); ValueError."""
     if len(packet) not in (12, 16):
         raise ValueError("%d bytes, not 16" % len(packet))
-    sec, nano, atto = TAI64NA.unpack(packet.ljust(16, b"\0"))
-    if max(nano, atto) >= 10**9:
+    sec, nano, last = TAI64NA.unpack(packet.ljust(16, b"\0"))
+    if max(nano, last) >= 10**9:
         raise ValueError("not a TAI64NA packet")
-    return (sec * 10**9 + nano) * 10**9 + atto
-
-
-def parse_leap_table(data):
-    """A leapsecs.dat or leap-seconds.list -> (rows, expiry in Unix seconds or None); ValueError if damaged.
-
-    A row is (first UTC second as Unix counts, TAI - UTC from then on), oldest first.
-    """
-    rows, expiry = [BEFORE_LEAPS], None
-    if data and len(data) % 8 == 0 and data[0] == 0x40:  # djb's: the TAI64 label of each 23:59:60
-        for count, (label,) in enumerate(struct.iter_unpack(">Q", data)):
-            rows.append((label - LABEL_ZERO_SEC - 10 - count, 11 + count))
-    else:  # NTP's: seconds since 1900 and TAI - UTC, the first row being 1972-01-01 and 10
-        for line in data.decode("ascii").splitlines():
-            words = line.partition("#")[0].split()
-            if line.startswith("#@"):
-                expiry = int(line[2:]) - 2208988800
-            elif words:
-                rows.append((int(words[0]) - 2208988800, int(words[1])))
-        if rows.pop(1)[1] != 10:
-            raise ValueError
-    for (start, offset), (next_start, next_offset) in zip(rows, rows[1:]):
-        if next_start <= start or next_start % 86400 or abs(next_offset - offset) != 1:
-            raise ValueError
-    return rows, expiry
-
-
-def read_leap_table():
-    """-> (rows, expiry or None, the file's name) of the first table that can be read, else of the one
-    built in; ValueError when the first one is damaged: a wrong table is worse than none."""
-    for path in (os.environ.get("LEAPSECS", ""),) + LEAP_FILES:
-        try:
-            with open(path, "rb") as file:
-                data = file.read(65536)  # the real ones have 216 and 5000 bytes
-        except OSError:
-            continue
-        try:
-            return parse_leap_table(data) + (path,)
-        except (ValueError, IndexError):
-            raise ValueError("leap second table %s is damaged" % path) from None
-    return [BEFORE_LEAPS] + [(day * 86400, 11 + n) for n, day in enumerate(LEAP_DAYS)], None, "built in"
-
-
-def clock_table(leap_rows):
-    """The rows of the system clock itself: on the utc scale it is off TAI by the leap seconds so far, on
-    the tai scale always by 10 s.  CLOCK_SCALE tells, else the time zone: a right/ one has 23:59:60."""
-    scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
-    if scale not in ("tai", "utc"):
-        raise ValueError("CLOCK_SCALE is neither utc nor tai")
-    return leap_rows if scale == "utc" else [BEFORE_LEAPS]
-
-
-def to_tai(clock_ns, rows):
-    """Nanoseconds of the clock with that table -> nanoseconds of TAI since 1970-01-01 00:00:00 TAI."""
-    return clock_ns + next(offset for start, offset in reversed(rows) if clock_ns >= start * 10**9) * 10**9
-
-
-def from_tai(tai_ns, rows):
-    """The inverse; within a leap second the clock shows 23:59:59 again, as kernels do."""
-    for (start, offset), (_, offset_before) in zip(rows[:0:-1], rows[-2::-1]):
-        if tai_ns >= (start + min(offset, offset_before)) * 10**9:
-            return tai_ns - offset * 10**9
-    return tai_ns - 10 * 10**9
+    return sec * 10**9 + nano, last
 # ==== end shared ====
 
 
-# ==== shared with some: measurement (the same bytes in each script that has it) ====
-# An exchange: a query leaves at t0 and its answer comes at t1 by the system clock, and between
-# them the server's clock showed T2 <= T3.  It proves T3 - t1 <= offset <= T2 - t0.
-# All times are integer nanoseconds; the servers' are TAI, and ours become TAI when they meet.
-LETTERS = "46fe:h:l:p:r:t:v:T:"
+# ==== shared by some: clock scale ====
+TAI_MINUS_UTC_SEC = 37  # since 2017; there are no leap seconds any more
+
+
+def scale_offset_sec():
+    """TAI minus system clock: 37 s on the utc scale, 10 s on the tai scale; ValueError.
+
+    CLOCK_SCALE tells which it is, else the time zone: a right/ one shows the 23:59:60 of June 1972.
+    """
+    scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
+    if scale not in ("utc", "tai"):
+        raise ValueError("CLOCK_SCALE is neither utc nor tai")
+    return TAI_MINUS_UTC_SEC if scale == "utc" else 10
+# ==== end shared ====
+
+
+# ==== shared by some: the exchange ====
+# A query leaves at t0 and its answer comes at t1 by the system clock; between them the server's clock showed
+# T2 <= T3.  That proves T3 - t1 <= offset <= T2 - t0, and the offset is real time minus system clock.
+#
+# A script sets KIND, and ECHO to where an answer repeats its query: the place in the answer, the place in the
+# query, and how many bytes.  It gives measure() two functions: make_query(server) -> bytes, and
+# decode(server, query, packet) -> Answer, or None when that does not answer the query; ValueError, Dismissed.
+LETTERS = "46fe:h:l:p:r:s:t:T:v:"
+LINUX = sys.platform.startswith("linux")
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
-COUNTER_PPM = 500  # a counter is not further off than this, for no kernel's clock could make up for it
-READING_NS = 1000  # the clock and the counter are read this close to each other
-QUEUED = 2  # an exchange of this times the least delay waited in some queue: its range says nothing more
-MOST_ADDRESSES = 4  # of one name: the least with which three still outvote one
-# What Python's socket module lacks of Linux's <linux/net_tstamp.h> and <asm-generic/socket.h>.
+COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
+READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
+QUEUED = 2  # an exchange that took this times the least delay waited in a queue: it tells nothing more
+MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
+DAY_NS = 86400 * 10**9
+# What Python's socket module lacks of <linux/net_tstamp.h> and <asm-generic/socket.h>.
 SO_ATTACH_FILTER, SO_TIMESTAMPNS, SO_TIMESTAMPING = 26, 35, 37
-TX_SOFTWARE, RX_SOFTWARE, REPORT_SOFTWARE = 2, 8, 16
+SOFTWARE_STAMPS = 2 | 8 | 16  # of what leaves, of what arrives, and report them
 TIMESPEC = struct.Struct("@ll")
 FILTER_STEP = struct.Struct("=HBBI")  # <linux/filter.h>: code, steps to skip if so and if not, number
 LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
 UDP_HEADER_BYTES = 8
 
-# T2 and T3 in TAI, each rounded so that the range holds; how far the server may be off; more to show of it;
-# whether it says that the UTC day or month ends with a second more (1), less (-1) or neither.
-Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns about leap", defaults=(0,))
+# T2 rounded up and T3 rounded down, as a right clock on our scale shows them, and what else the server said.
+Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns stratum reference")
+Reading = collections.namedtuple("Reading", "clock_ns tick_ns")  # system clock and counter at one moment
+Sample = collections.namedtuple("Sample", "answer own kernel")  # own and kernel: Readings at t0 and t1
+Range = collections.namedtuple("Range", "least_ns most_ns")  # of the offset
+Result = collections.namedtuple("Result", "range distance_ns agreed end")  # of the Servers that agreed
 
 
 class Dismissed(Exception):
-    """(text, may its earlier answers be used): the server does not want to be asked."""
+    """(words, may its earlier answers be used): the server does not want to be asked."""
+
+
+class Settings:
+    """The command line; getopt.GetoptError when it is wrong."""
+
+    def __init__(self, words, port, more_letters=""):
+        options, self.hosts = getopt.getopt(words, LETTERS + more_letters)
+        self.letters = letters = dict(options)
+
+        def number(letter, default, unit=1, least=0):
+            value = round(float(letters[letter]) * unit) if letter in letters else default
+            if value is not None and value < least:
+                raise ValueError
+            return value
+        try:  # without -r and -h the address decides
+            self.exchanges, self.pause_ns = number("-r", None, least=1), number("-h", None, 10**6)
+            self.wait_ns, self.total_ns = number("-t", 10**9, 10**6), number("-T", 10 * 10**9, 10**6)
+            self.most_spread_ns, self.limit_ns = number("-e", None, 10**6), number("-l", 2 * DAY_NS, DAY_NS)
+            self.port, self.verbosity = number("-p", port, least=1), number("-v", 1)
+        except (OverflowError, ValueError):
+            raise getopt.GetoptError("") from None
+        if self.port > 65535 or not self.hosts:
+            raise getopt.GetoptError("")
+        self.family = {(True, False): socket.AF_INET, (False, True): socket.AF_INET6}.get(
+            ("-4" in letters, "-6" in letters), socket.AF_UNSPEC)
+        self.force, self.folder = "-f" in letters, letters.get("-s")
+        self.end_ns = time.monotonic_ns() + self.total_ns
+
+    def warn(self, text):
+        if self.verbosity >= 1:
+            complain("warning", text)
+
+
+class Server:
+    """One address, the exchanges with it and what became of them."""
+
+    def __init__(self, name, family=None, address=None):
+        self.name, self.family, self.address = name, family, address
+        self.samples, self.failures, self.kiss, self.told_all = [], {}, None, False
+        self.range = None  # which the samples prove
+        self.certain = None  # that, widened by how far the server may be off true time
+        self.verdict = None  # "agreed" or "falseticker"
+
+    def failed(self, why):
+        self.failures[why] = self.failures.get(why, 0) + 1
+
+    def delay_ns(self):
+        """The least round trip, without the time that the server took."""
+        return min(t1.clock_ns - t0.clock_ns - (answer.sent_ns - answer.received_ns)
+                   for answer, _, (t0, t1) in self.samples)
+
+
+def in_parallel(function, arguments, end_ns):
+    """Call it with each argument in a thread of its own -> what each returned or raised.  TimeoutError stands
+    for a call that has not ended by then: nothing else bounds getaddrinfo()."""
+    results = [TimeoutError("timed out") for _ in arguments]
+
+    def call(place):
+        try:
+            results[place] = function(arguments[place])
+        except Exception as err:  # whatever it is, the main thread is to tell it
+            results[place] = err
+    threads = [threading.Thread(target=call, args=(place,), daemon=True) for place in range(len(arguments))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(end_ns - time.monotonic_ns(), 0) / 1e9)
+    return list(results)
+
+
+def find_servers(hosts, port, settings):
+    """Names and addresses -> Servers, without an address for what was not found; OSError when that is all.
+    `0` is this host, as in the original."""
+    def look_up(host):
+        # In bytes, since for a str Python loads its megabyte of international names.
+        found = socket.getaddrinfo(b"127.0.0.1" if host == "0" else os.fsencode(host), port, settings.family,
+                                   socket.SOCK_DGRAM)
+        return [(family, address) for family, _, _, _, address in found[:MOST_ADDRESSES]]
+    servers, known = [], set()
+    for_others_ns = min(settings.wait_ns, settings.total_ns // 2)  # when the name of one is never found
+    for host, found in zip(hosts, in_parallel(look_up, hosts, settings.end_ns - for_others_ns)):
+        if isinstance(found, Exception):
+            servers.append(Server(host))
+            servers[-1].failed(reason(found))
+            continue
+        for family, address in found:
+            numeric = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+            if (family, address) not in known:
+                known.add((family, address))
+                name = numeric if host in (numeric, "0") else "%s/%s" % (host, numeric)
+                servers.append(Server(name, family, address))
+    if not known:
+        raise OSError(next(iter(servers[0].failures)))
+    return servers
+
+
+def is_near(address):
+    """Is that a loopback, private or link-local address?  Its owner is then the one who asks it."""
+    import ipaddress  # here, where the time that it takes to load is spent beside the first exchange
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_private
 
 
 def read_clocks():
-    """-> (system clock, counter), read together; again when the scheduler came between."""
-    best_ns = None
+    """-> Reading; again when the scheduler came between clock and counter."""
+    readings = []
     for _ in range(5):
         before_ns = time.clock_gettime_ns(COUNTER)
         clock_ns = time.time_ns()
-        after_ns = time.clock_gettime_ns(COUNTER)
-        if best_ns is None or after_ns - before_ns < best_ns:
-            best_ns, best = after_ns - before_ns, (clock_ns, (before_ns + after_ns) // 2)
-        if best_ns <= READING_NS:
+        took_ns = time.clock_gettime_ns(COUNTER) - before_ns
+        readings.append((took_ns, Reading(clock_ns, before_ns + took_ns // 2)))
+        if took_ns <= READING_NS:
             break
-    return best
+    return min(readings)[1]
 
 
 def enable_kernel_stamps(sock):
-    """Have the kernel stamp what arrives, and what leaves where it can; user-space stamps do elsewhere."""
-    if sys.platform.startswith("linux"):
-        for option, value in ((SO_TIMESTAMPING, TX_SOFTWARE | RX_SOFTWARE | REPORT_SOFTWARE),
-                              (SO_TIMESTAMPNS, 1)):
-            try:
-                return sock.setsockopt(socket.SOL_SOCKET, option, value)
-            except OSError:
-                continue
+    """Have Linux stamp what arrives, and what leaves where it can; elsewhere our own readings do."""
+    for option, value in ((SO_TIMESTAMPING, SOFTWARE_STAMPS), (SO_TIMESTAMPNS, 1)) if LINUX else ():
+        try:
+            return sock.setsockopt(socket.SOL_SOCKET, option, value)
+        except OSError:
+            continue
 
 
 def kernel_stamp(ancillary):
@@ -260,11 +327,35 @@ def kernel_stamp(ancillary):
     return None
 
 
+def sent_stamp(sock, query):
+    """The kernel's stamp of the query, or None.  Linux puts a copy of what leaves into the error queue."""
+    stamp_ns = None
+    while LINUX:
+        try:
+            packet, ancillary, _, _ = sock.recvmsg(2048, 512, socket.MSG_ERRQUEUE)
+        except OSError:  # the queue is empty
+            break
+        if packet.endswith(query):
+            stamp_ns = kernel_stamp(ancillary)
+    return stamp_ns
+
+
+def kernel_readings(own, sent_ns, received_ns):
+    """Our Readings at t0 and t1, and the kernel's stamps -> better Readings.  The stamps are nearer to the
+    wire, but count only when they lie between ours; the counter that belongs to them is interpolated."""
+    t0, t1 = own
+
+    def better(kernel_ns, reading):
+        if kernel_ns is None or not t0.clock_ns <= kernel_ns <= t1.clock_ns:
+            return reading
+        passed_ns = (kernel_ns - t0.clock_ns) * (t1.tick_ns - t0.tick_ns) // max(t1.clock_ns - t0.clock_ns, 1)
+        return Reading(kernel_ns, t0.tick_ns + passed_ns)
+    return better(sent_ns, t0), better(received_ns, t1)
+
+
 def admit_only_answers(sock, query):
-    """Have the kernel drop what does not repeat the query's cookie.  Who knows our port, and no more, could
-    else fill the socket's queue with forgeries, for which the kernel then drops the true answer."""
-    if not sys.platform.startswith("linux"):
-        return
+    """Have Linux drop what does not repeat the query's cookie.  An attacker who knows only our port could
+    otherwise fill the socket's queue, so that the true answer finds no room in it."""
     at, query_at, size = ECHO
     steps = []
     for i in range(0, size, 4):
@@ -276,355 +367,256 @@ def admit_only_answers(sock, query):
         import array  # which tells its place in memory
         program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
         where = struct.pack("@HP", len(steps), program.buffer_info()[0])
-        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, where)
+        if LINUX:
+            sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, where)
     except (ImportError, OSError):  # decode() tells them apart too, only later
         pass
 
 
-def is_near(family, address):
-    """Is that a loopback, private or link-local address?  Its owner is then the one who asks it."""
-    packed = socket.inet_pton(family, address.partition("%")[0])
-    if packed.startswith(bytes(10) + b"\xff\xff"):  # IPv4 in IPv6
-        family, packed = socket.AF_INET, packed[12:]
-    high = packed[0] << 8 | packed[1]
-    if family == socket.AF_INET:
-        return packed[0] in (10, 127) or high in (0xa9fe, 0xc0a8) or high >> 4 == 0xac1
-    return packed == bytes(15) + b"\1" or high >> 9 == 0xfc >> 1 or high >> 6 == 0xfe80 >> 6
-
-
-class Exchange:
-    """A query and its answer, and when each passed: by us, with the counter, and by the kernel if it told."""
-
-    def __init__(self, query, sent):
-        self.query, self.sent, self.kernel_sent = query, sent, None
-        self.answer = self.received = self.kernel_received = None
-
-    def stamps(self):
-        """-> (clock, counter) at t0 and at t1.  A kernel's stamp is the truer one, but counts only when it
-        lies between ours; the counter that belongs to it is interpolated."""
-        (sent_ns, sent_ticks), (received_ns, received_ticks) = self.sent, self.received
-
-        def better(kernel_ns, own):
-            if kernel_ns is None or not sent_ns <= kernel_ns <= received_ns:
-                return own
-            share_ns = (kernel_ns - sent_ns) * (received_ticks - sent_ticks)
-            return kernel_ns, sent_ticks + share_ns // max(received_ns - sent_ns, 1)
-        return better(self.kernel_sent, self.sent), better(self.kernel_received, self.received)
-
-
-class Server:
-    """One address and the exchanges with it; `due_ns`, by time.monotonic_ns(), is when to act again."""
-
-    def __init__(self, name, settings, family, address):
-        self.name, self.settings, self.family, self.address = name, settings, family, address
-        self.exchanges, self.current, self.due_ns, self.dismissed = [], None, 0, None
-        self.agrees = False  # with the majority
-        near = is_near(family, address[0])
-        self.left = (10 if near else 4) if settings.exchanges is None else settings.exchanges
-        self.pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
-
-    def connect(self):
-        self.socket = socket.socket(self.family, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
-        enable_kernel_stamps(self.socket)
-        self.socket.connect(self.address)  # from now on the kernel drops what other addresses send
-
-    def failed(self, why):
-        self.settings.warn("unable to ask %s: %s" % (self.name, why))
-
-    def ended(self):
-        self.current, self.due_ns = None, time.monotonic_ns() + self.pause_ns
-
-    def act(self, make_query, clocks, end_ns):
-        """What is due: to give up the exchange, to begin the next."""
-        now_ns = time.monotonic_ns()
-        if now_ns < self.due_ns:
-            return
-        if self.current:
-            self.failed("timed out")
-            self.ended()
-        if now_ns >= end_ns:
-            self.left = 0
-        elif self.left and now_ns >= self.due_ns:
-            self.left -= 1
-            self.due_ns = min(now_ns + self.settings.wait_ns, end_ns)
-            query = make_query()
-            admit_only_answers(self.socket, query)
-            self.current = Exchange(query, clocks())
-            try:
-                self.socket.send(query)
-            except OSError as err:
-                self.failed(reason(err))
-                self.ended()
-
-    def collect_sent_stamps(self):
-        """From the socket's error queue, where the kernel puts each packet that left, with its stamp.  It
-        does so before the packet is on its way, but a stamp that comes later still finds its exchange."""
-        while True:
-            try:
-                packet, ancillary, _, _ = self.socket.recvmsg(2048, 512, socket.MSG_ERRQUEUE)
-            except (AttributeError, OSError):  # not on this system; the queue is empty
-                return
-            for exchange in self.exchanges + [self.current]:
-                if exchange and packet.endswith(exchange.query):
-                    exchange.kernel_sent = exchange.kernel_sent or kernel_stamp(ancillary)
-
-    def receive(self, events, received, decode):
-        """One datagram at most: `received` tells only of the first that it can't have come later."""
-        self.collect_sent_stamps()
+def exchange(sock, server, query, decode, end_ns, clocks):
+    """Send the query and wait for its answer -> Sample; OSError, ValueError, Dismissed."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    admit_only_answers(sock, query)
+    sent = clocks()
+    sock.send(query)
+    sent_ns = sent_stamp(sock, query)  # mostly it is there at once
+    while time.monotonic_ns() < end_ns:
+        events = poller.poll(max((end_ns - time.monotonic_ns()) // 10**6 + 1, 0))
+        received = clocks()
+        sent_ns = sent_stamp(sock, query) or sent_ns
         try:
-            if not events & select.POLLIN:  # an ICMP error, or nothing but a stamp
-                error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if error:
-                    raise OSError(error, os.strerror(error))
-                return
-            packet, ancillary, _, _ = self.socket.recvmsg(2048, 512)
-            answer = self.current and decode(self.current.query, packet)
-        except BlockingIOError:  # its checksum was wrong
-            return
-        except (OSError, ValueError) as err:
-            if self.current:
-                self.failed(reason(err))
-                self.ended()
-        except Dismissed as err:
-            self.dismissed, usable = err.args
-            self.left, self.exchanges = 0, self.exchanges if usable else []
-            self.failed(self.dismissed)
-            self.ended()
-        else:
-            if answer:  # else it is none to this query: late, doubled or forged; the right one may yet come
-                self.current.answer, self.current.received = answer, received
-                self.current.kernel_received = kernel_stamp(ancillary)
-                self.exchanges.append(self.current)
-                self.ended()
-
-
-def find_servers(hosts, settings):
-    """Names and addresses -> Servers; `0` is this host, as in the original.  OSError when there is none."""
-    servers, troubles = [], []
-    for host in hosts:
-        try:
-            # In bytes, since for a str Python loads its megabyte of international names.
-            found = socket.getaddrinfo(b"127.0.0.1" if host == "0" else os.fsencode(host), settings.port,
-                                       settings.family, socket.SOCK_DGRAM)
-        except (OSError, ValueError) as err:  # not found; a zero byte
-            troubles.append((host, err))
+            packet, ancillary, _, _ = sock.recvmsg(2048, 512)
+        except BlockingIOError:  # there was only a stamp, or a wrong checksum
             continue
-        for family, _, _, _, address in found[:MOST_ADDRESSES]:
-            name = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
-            if host not in (name, "0"):
-                name = "%s (%s)" % (host, name)
-            if (family, address) not in [(server.family, server.address) for server in servers]:
-                servers.append(Server(name, settings, family, address))
-    if not servers:
-        raise troubles[0][1]
-    for host, err in troubles:
-        settings.warn("unable to find %s: %s" % (host, reason(err)))
-    return servers
+        if not events or not events[0][1] & select.POLLIN:
+            received = clocks()  # it came after poll() had seen something else
+        answer = decode(server, query, packet)
+        if answer:  # else it is late, doubled or forged, and the right one may yet come
+            own = sent, received
+            return Sample(answer, own, kernel_readings(own, sent_ns, kernel_stamp(ancillary)))
+    raise TimeoutError("timed out")
 
 
 def ask(servers, settings, make_query, decode, clocks=read_clocks):
-    """All exchanges with all of the servers at once -> (clock, counter) at the end.
-
-    make_query() -> bytes that no other query has; decode(query, packet) -> Answer, or None when the packet
-    is no answer to that query, ValueError when it is one that can't be used, Dismissed.
-    """
-    poller, asked = select.poll(), {}
-    for server in servers:
-        try:
-            server.connect()
-        except OSError as err:  # no route, as to IPv6 from where there is none
-            server.failed(reason(err))
-            continue
-        poller.register(server.socket, select.POLLIN)
-        asked[server.socket.fileno()] = server
-    end_ns = time.monotonic_ns() + settings.total_ns
-    while True:
-        satisfied = any(server.exchanges and not (server.current or server.left)
-                        for server in asked.values())
-        for server in asked.values():
-            if satisfied and not server.exchanges and not server.current:
-                server.left = 0  # it has been silent, and another has told all: one timeout is enough
-            server.act(make_query, clocks, end_ns)
-        due_ns = [server.due_ns for server in asked.values() if server.current or server.left]
-        if not due_ns:
-            break
-        wait_ns = min(min(due_ns), end_ns) - time.monotonic_ns()
-        found = poller.poll(max(-(-wait_ns // 10**6), 0))
-        received = clocks()
-        for descriptor, events in found:
-            asked[descriptor].receive(events, received, decode)
-    for server in asked.values():
-        server.collect_sent_stamps()
-        server.socket.close()
+    """All exchanges with all servers at once -> Reading at the end."""
+    def ask_server(server):
+        near = is_near(server.address[0])
+        pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
+        with socket.socket(server.family, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            enable_kernel_stamps(sock)
+            sock.connect(server.address)  # from now on the kernel drops what other addresses send
+            for left in reversed(range(settings.exchanges or (10 if near else 4))):
+                end_ns = min(time.monotonic_ns() + settings.wait_ns, settings.end_ns)
+                try:
+                    server.samples.append(exchange(sock, server, make_query(server), decode, end_ns, clocks))
+                except (OSError, ValueError) as err:
+                    server.failed(reason(err))
+                if not left or time.monotonic_ns() + pause_ns >= settings.end_ns:
+                    break
+                if not server.samples and any(other.told_all for other in servers):
+                    break  # it is silent, and another has told all: one timeout is enough
+                time.sleep(pause_ns / 1e9)
+        server.told_all = bool(server.samples)
+    found = [server for server in servers if server.address]
+    for server, err in zip(found, in_parallel(ask_server, found, settings.end_ns + DAY_NS)):  # ends by itself
+        if isinstance(err, Dismissed):
+            server.kiss, usable = err.args
+            server.samples = server.samples if usable else []
+        if err:
+            server.failed(reason(err) if server.kiss is None else server.kiss)
     return clocks()
 
 
 def gained(then, now):
-    """-> (least, most) that real time can have gained on the clock between two (clock, counter).
+    """-> (least, most) that real time can have gained on the clock between two Readings.
 
     It went at the clock's pace, at the counter's, or at one between.  When those are further apart than a
     counter can be off, the clock was slewed or set meanwhile, and only the counter tells.
     """
-    elapsed_ns = now[1] - then[1]
-    gain_ns = elapsed_ns - (now[0] - then[0])
-    spread_ns = elapsed_ns * COUNTER_PPM // 10**6 + READING_NS
-    if abs(gain_ns) <= spread_ns:
+    elapsed_ns = now.tick_ns - then.tick_ns
+    gain_ns = elapsed_ns - (now.clock_ns - then.clock_ns)
+    doubt_ns = elapsed_ns * COUNTER_PPM // 10**6 + READING_NS
+    if abs(gain_ns) <= doubt_ns:
         return min(0, gain_ns), max(0, gain_ns)
-    return gain_ns - spread_ns, gain_ns + spread_ns
+    return gain_ns - doubt_ns, gain_ns + doubt_ns
 
 
-def offset_range(exchange, end, local):
-    """-> (least, most) that the offset can be at `end`, by that exchange; local() makes TAI of our clock."""
-    (t0, t0_ticks), (t1, t1_ticks) = [(local(clock_ns), ticks) for clock_ns, ticks in exchange.stamps()]
-    end = local(end[0]), end[1]
-    return (exchange.answer.sent_ns - t1 + gained((t1, t1_ticks), end)[0],
-            exchange.answer.received_ns - t0 + gained((t0, t0_ticks), end)[1])
+def sample_range(answer, stamps, end):
+    """-> the Range that an exchange proves for the Reading `end`."""
+    t0, t1 = stamps
+    return Range(answer.sent_ns - t1.clock_ns + gained(t1, end)[0],
+                 answer.received_ns - t0.clock_ns + gained(t0, end)[1])
 
 
-def combine(ranges):
-    """One server's ranges -> (least, most, do they all agree).
+def server_range(ranges):
+    """One server's Ranges -> their intersection; ValueError when each contradicts itself.
 
-    Their intersection.  Where it is empty the clock was set, or one of them is wrong and it can't be seen
-    which: then all that those of the least delay allow.
+    Where it is empty, a clock was set or one of them is wrong, and it can't be seen which: then it is all
+    that those of the least delay allow.
     """
-    least, most = max(lo for lo, _ in ranges), min(hi for _, hi in ranges)
-    if least <= most:
-        return least, most, True
-    shortest_ns = min(hi - lo for lo, hi in ranges if lo <= hi)  # ValueError: each contradicts itself
-    ranges = [(lo, hi) for lo, hi in ranges if 0 <= hi - lo <= QUEUED * shortest_ns]
-    return min(lo for lo, _ in ranges), max(hi for _, hi in ranges), False
+    least_ns, most_ns = max(lo for lo, _ in ranges), min(hi for _, hi in ranges)
+    if least_ns <= most_ns:
+        return Range(least_ns, most_ns)
+    possible = [(lo, hi) for lo, hi in ranges if lo <= hi]
+    if not possible:
+        raise ValueError("it says that its answers took longer than we waited for them")
+    width_ns = QUEUED * min(hi - lo for lo, hi in possible)
+    short = [(lo, hi) for lo, hi in possible if hi - lo <= width_ns]
+    return Range(min(lo for lo, _ in short), max(hi for _, hi in short))
 
 
-def agreement(ranges):
-    """The servers' ranges -> (least, most, how many agree): Marzullo's, from the first to the last point
-    that is in the most of them."""
+def vote(ranges):
+    """The servers' Ranges -> (Range from the first to the last point that is in the most of them, how many);
+    the algorithm is Marzullo's."""
     def votes(point):
         return sum(lo <= point <= hi for lo, hi in ranges)
     most_votes = max(votes(lo) for lo, _ in ranges)
-    return (min(lo for lo, _ in ranges if votes(lo) == most_votes),
-            max(hi for _, hi in ranges if votes(hi) == most_votes), most_votes)
+    return Range(min(lo for lo, _ in ranges if votes(lo) == most_votes),
+                 max(hi for _, hi in ranges if votes(hi) == most_votes)), most_votes
+
+
+def half_ns(range_ns):
+    """Half the width of a Range, rounded up."""
+    return (range_ns.most_ns - range_ns.least_ns + 1) // 2
 
 
 def describe(range_ns):
-    return "offset %+.9f s, bound %.9f s" % (sum(range_ns) / 2e9, (range_ns[1] - range_ns[0]) / 2e9)
+    return "offset %+.9f s, spread %.9f s" % (sum(range_ns) / 2e9, half_ns(range_ns) / 1e9)
 
 
-def weigh(server, settings, end, local):
-    """One server's exchanges -> (least, most) of the offset, or None when they are not to be used."""
-    if not server.exchanges:
-        return None
+def weigh(server, settings, end):
+    """Set the Ranges that this server's samples prove, if they do."""
+    answer = server.samples[-1].answer
     try:
-        least, most, agree = combine([offset_range(exchange, end, local) for exchange in server.exchanges])
-    except ValueError:
-        server.failed("it says that its answers took longer than we waited for them")
-        return None
-    if not agree:
-        settings.warn("%s: the exchanges contradict each other, taking those of least delay; was a clock set?"
-                      % server.name)
+        server.range = server_range([sample_range(sample.answer, sample.kernel, end)
+                                     for sample in server.samples])
+    except ValueError as err:
+        return server.failed(reason(err))
+    server.certain = Range(server.range[0] - answer.distance_ns, server.range[1] + answer.distance_ns)
     if settings.verbosity >= 2:
-        delays_ns = [t1 - t0 - (exchange.answer.sent_ns - exchange.answer.received_ns)
-                     for exchange in server.exchanges for (t0, _), (t1, _) in [exchange.stamps()]]
-        about = server.exchanges[-1].answer.about
-        complain("info", "%s: %s, delay %.9f s%s"
-                 % (server.name, describe((least, most)), min(delays_ns) / 1e9, about))
-    if settings.limit_ns and abs(least + most) > 2 * settings.limit_ns and not settings.force:
-        server.failed("its time is %.1f days away" % (abs(least + most) / 2 / 86400e9))
-        return None
-    return least, most
+        complain("info", "%s: %s, delay %.9f s, root distance %.9f s, stratum %s, reference %s"
+                 % (server.name, describe(server.range), server.delay_ns() / 1e9,
+                    answer.distance_ns / 1e9, answer.stratum, answer.reference))
 
 
-def conclude(servers, settings, end, local):
-    """-> (least, most) of the offset; ValueError when that can't be told well enough."""
-    found = [(server, weigh(server, settings, end, local)) for server in servers]
-    found = [(server, range_ns) for server, range_ns in found if range_ns]
-    if not found:
-        dismissed = [server.dismissed for server in servers if server.dismissed]
-        raise ValueError(dismissed[0] if dismissed else "time uncertainty too large")
-    if len(found) > 1:  # good servers still differ, by as much as each may be off true time
-        distances_ns = [server.exchanges[-1].answer.distance_ns for server, _ in found]
-        found = [(server, (lo - distance_ns, hi + distance_ns))
-                 for (server, (lo, hi)), distance_ns in zip(found, distances_ns)]
-    least, most, votes = agreement([range_ns for _, range_ns in found])
-    if 2 * votes <= len(found):
+def refusal(result_ns, spread_ns, settings):
+    """Why not to use that result, or None."""
+    days = abs(sum(result_ns)) / 2 / DAY_NS
+    if settings.limit_ns and days * DAY_NS > settings.limit_ns:
+        away = "%.1f days" % days if days < 1000 else "%.1f years" % (days / 365.25)
+        side = "behind" if sum(result_ns) > 0 else "ahead"
+        return "this clock is %s %s; `clockctl set` sets it" % (away, side)
+    if settings.most_spread_ns is not None and spread_ns > settings.most_spread_ns:
+        return "time uncertainty too large, %.6f s" % (spread_ns / 1e9)
+    return None
+
+
+def conclude(servers, settings, end):
+    """What the servers prove together -> Result; ValueError when that is not enough.  Sets their verdicts."""
+    for server in servers:
+        if server.samples:
+            weigh(server, settings, end)
+    voters = [server for server in servers if server.range]
+    if not voters:
+        raise ValueError(next((server.kiss for server in servers if server.kiss), "no usable answer"))
+    result, votes = vote([server.certain for server in voters])
+    if 2 * votes <= len(voters):
         raise ValueError("no majority of the servers agrees")
-    for server, (lo, hi) in found:
-        server.agrees = lo <= most and least <= hi
-        if not server.agrees:
-            settings.warn("%s is a falseticker: %s" % (server.name, describe((lo, hi))))
+    for server in voters:
+        agrees = server.certain.least_ns <= result.most_ns and result.least_ns <= server.certain.most_ns
+        server.verdict = "agreed" if agrees else "falseticker"
+        if not agrees:
+            settings.warn("%s is a falseticker: %s" % (server.name, describe(server.range)))
+    agreed = [server for server in voters if server.verdict == "agreed"]
+    distance_ns = min(server.samples[-1].answer.distance_ns for server in agreed)
+    spread_ns = max(half_ns(result) - distance_ns, 1)
+    why = refusal(result, spread_ns, settings)
+    if why and not settings.force:
+        raise ValueError(why)
+    return Result(result, distance_ns, agreed, end)
+
+
+def pack_quality(spread_ns, distance_ns):
+    """What clockview's unpack_quality() reads, both rounded up; 0 for what it has no digits for."""
+    exponent = len(str(spread_ns)) - 1
+    digits = -(-spread_ns * 1000 // 10**exponent)
+    if digits == 10**4:
+        exponent, digits = exponent + 1, 1000
+    steps = [step for step in range(100) if (round(10 ** (3 + step / 14)) if step else 0) >= distance_ns]
+    if spread_ns < 1 or exponent > 9 or not steps:
+        return 0
+    last = exponent * 10**8 + digits * 10**4 + steps[0] * 100
+    return last + (1 - last) % 97
+
+
+def pack_mark(result, value_ns, settings):
+    """The 16 bytes of an adjustment: real time is within spread and root distance of the value."""
+    bound_ns = max(result.range.most_ns - value_ns, value_ns - result.range.least_ns)
+    spread_ns = max(bound_ns - result.distance_ns, 1)
     if settings.verbosity >= 2:
-        complain("info", "result: " + describe((least, most)))
-    bound_ns = (most - least) / 2
-    if settings.most_error_ns is not None and bound_ns > settings.most_error_ns and not settings.force:
-        raise ValueError("time uncertainty too large, %.6f s" % (bound_ns / 1e9))
-    return least, most
+        complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
+                 % (value_ns / 1e9, spread_ns / 1e9, result.distance_ns / 1e9))
+    return pack(value_ns, pack_quality(spread_ns, result.distance_ns))
 
 
-def split_options(words, letters):
-    """getopt.getopt(words, letters, ["help"]), which would load half a megabyte to translate its errors."""
-    options, words = [], list(words)
-    while words and words[0].startswith("-") and words[0] != "-":
-        word = words.pop(0)
-        letter, rest = word[1], word[2:]
-        if word == "--":
-            break
-        if word == "--help":
-            options.append((word, ""))
-        elif letter + ":" in letters and (rest or words):
-            options.append(("-" + letter, rest or words.pop(0)))
-        elif letter in letters.replace(":", "") and letter + ":" not in letters:
-            options.append(("-" + letter, ""))
-            words[:0] = ["-" + rest] * bool(rest)
-        else:
-            raise ValueError
-    return options, words
+def replace_file(path, data, mode=0o644):
+    """Write a file whole; the temporary one is always new, so that no planted link is followed; OSError."""
+    temporary = path + ".tmp"
+    if os.path.lexists(temporary):
+        os.unlink(temporary)
+    with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        os.fchmod(file.fileno(), mode)  # whatever the umask
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
 
 
-class Settings:
-    """The command line; ValueError or OverflowError when it is wrong."""
+def source_line(server, now_sec):
+    """The line of dir/sources for this server."""
+    words = [now_sec, KIND, "".join(server.name.split())] + 6 * ["-"]
+    if server.range:
+        answer = server.samples[-1].answer
+        words[3:] = (sum(server.range) // 2, half_ns(server.range), server.delay_ns(),
+                     answer.distance_ns, answer.stratum, answer.reference)
+    failures = list(server.failures) or ["no majority of the servers agrees"]
+    return " ".join(map(str, words + [server.verdict or "failed: " + failures[-1]])) + "\n"
 
-    def __init__(self, words, port, letters=""):
-        self.options, self.hosts = split_options(words, LETTERS + letters)
-        options = dict(self.options)
 
-        def number(letter, default, unit=1, least=0):
-            if letter not in options:
-                return default
-            value = round(float(options[letter]) * unit)
-            if value < least:
-                raise ValueError
-            return value
-        self.help, self.force = "--help" in options, "-f" in options
-        self.exchanges = number("-r", None, least=1)
-        self.wait_ns, self.total_ns = number("-t", 10**9, 10**6), number("-T", 10 * 10**9, 10**6)
-        self.pause_ns, self.most_error_ns = number("-h", None, 10**6), number("-e", None, 10**6)
-        self.limit_ns = number("-l", 2 * 86400 * 10**9, 86400 * 10**9)
-        self.port, self.verbosity = number("-p", port, least=1), number("-v", 1)
-        self.family = {(True, False): socket.AF_INET, (False, True): socket.AF_INET6}.get(
-            ("-4" in options, "-6" in options), socket.AF_UNSPEC)
-        if self.port > 65535 or not self.hosts and not self.help:
-            raise ValueError
-
-    def warn(self, text):
-        if self.verbosity >= 1:
-            complain("warning", text)
-# ==== end shared with some ====
+def measure(servers, settings, make_query, decode):
+    """Ask, conclude, tell what failed and keep what each server said -> Result; ValueError."""
+    end = ask(servers, settings, make_query, decode)
+    try:
+        return conclude(servers, settings, end)
+    finally:
+        for server in servers:
+            for why, times in server.failures.items():
+                count = " (%d times)" % times if times > 1 else ""
+                settings.warn("unable to ask %s: %s%s" % (server.name, why, count))
+        if settings.folder is not None:
+            path = os.path.join(settings.folder, "sources")
+            try:
+                text = "".join(source_line(server, end.clock_ns // 10**9) for server in servers)
+                replace_file(path, text.encode(errors="replace"))
+            except OSError as err:
+                settings.warn("unable to write %s: %s" % (path, reason(err)))
+# ==== end shared ====
 
 
 # flags (leap indicator, version, mode), stratum, poll, precision, root delay, root dispersion,
 # reference id, and the stamps reference, originate, receive, transmit; fixed point, 16.16 and 32.32
 NTP = struct.Struct(">BBbbII4sQQQQ")
-ECHO = 24, 40, 8  # an answer has there (originate) the bytes that the query has there (transmit), so many
+ECHO = 24, 40, 8  # the answer's originate stamp is the query's transmit stamp
+NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
+MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
+KISSES = {"RATE": True, "DENY": False, "RSTR": False}  # may what came before be used?
 MAC_BYTES = 20  # of a digest: NTPv4 cuts longer ones, which could be taken for extension fields
 KEY_TYPES = ("MD5", "SHA1", "SHA256", "SHA384", "SHA512")
-NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
-RELEASE_SEC = 1793491200  # 2026-11-01: no answer can be from long before this program
-REST_SEC = {"RATE": 1024, "DENY": 86400, "RSTR": 86400}  # after a kiss-o'-death, twice as long after the next
-MOST_REST_SEC = 30 * 86400
-NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which ssl has no name
-HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"  # no program calls setlocale(), so that the names are English
-MOST_HTTPS_SEC = 2  # who holds up the answer weakens what its Date, true for a second, tells by as much
-MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
+LEAST_KEY_BYTES = 16
+
+Key = collections.namedtuple("Key", "ident kind secret")
 
 
 def make_query():
@@ -632,29 +624,32 @@ def make_query():
     return NTP.pack(4 << 3 | 3, 0, 0, 0, 0, 0, bytes(4), 0, 0, 0, int.from_bytes(os.urandom(8), "big"))
 
 
-def stamp_ns(stamp, pivot_sec):
-    """An NTP stamp -> its Unix time in ns, rounded down, in the era that brings it nearest to pivot_sec."""
-    sec = (stamp >> 32) - NTP_UNIX_SEC
-    sec += (pivot_sec - sec + 2**31) >> 32 << 32
+def stamp_ns(stamp):
+    """An NTP stamp -> its Unix time in ns, rounded down.  Its seconds wrap every 136 years; no answer is from
+    before this program's release, whatever this clock says."""
+    sec = RELEASE_SEC + ((stamp >> 32) - NTP_UNIX_SEC - RELEASE_SEC) % 2**32
     return sec * 10**9 + ((stamp & 0xffffffff) * 10**9 >> 32)
 
 
-def decode_answer(query, packet, pivot_sec, authentic=None):
-    """-> Answer in UTC as Unix counts it, None when that is no answer to this query; ValueError, Dismissed.
-    authentic(packet) tells whether its MAC is right."""
+def decode_answer(query, packet, ahead_ns=0, key=None):
+    """-> Answer, None when that is no answer to this query; ValueError, Dismissed.
+
+    ahead_ns is what a right clock on our scale is ahead of Unix time.  With a key, its MAC must be right.
+    """
     if len(packet) < NTP.size:
         return None
-    flags, stratum, _, _, delay, dispersion, reference, _, originate, received, sent = NTP.unpack_from(packet)
+    (flags, stratum, _, precision, delay, dispersion, reference, _, originate, received,
+     sent) = NTP.unpack_from(packet)
     if originate != NTP.unpack_from(query)[-1]:
         return None
-    if authentic and not authentic(packet):
+    if key and not is_authentic(packet, key):
         raise ValueError("answer not authenticated with the key")
     leap, version, mode = flags >> 6, flags >> 3 & 7, flags & 7
     if mode not in (2, 4) or version == 0:
         raise ValueError("answer of mode %d, version %d" % (mode, version))
     word = "".join(chr(byte) if 32 < byte < 127 else "?" for byte in reference.rstrip(b"\0"))
-    if stratum == 0 and word in REST_SEC:
-        raise Dismissed("kiss-o'-death " + word, word == "RATE")
+    if stratum == 0 and word in KISSES:
+        raise Dismissed("kiss-o'-death " + word, KISSES[word])
     if stratum == 0 and word:
         raise ValueError("stratum 0, %s" % word)
     if leap == 3 or not 1 <= stratum <= 15:
@@ -664,302 +659,90 @@ def decode_answer(query, packet, pivot_sec, authentic=None):
     distance_ns = (delay // 2 + dispersion) * 10**9 >> 16
     if distance_ns > MOST_DISTANCE_NS:
         raise ValueError("the server is up to %.1f s off" % (distance_ns / 1e9))
-    received_ns, sent_ns = stamp_ns(received, pivot_sec), stamp_ns(sent, pivot_sec)
-    if sent_ns < received_ns:
+    if precision > 0:
+        raise ValueError("the server's clock is precise to %d s only" % 2**precision)
+    # A server randomises the bits below its precision, so that each stamp is off by up to that.
+    coarse_ns = (10**9 >> -precision) + 1
+    received_ns, sent_ns = stamp_ns(received), stamp_ns(sent)
+    if sent_ns < received_ns - coarse_ns:
         raise ValueError("answer sent before the query came")
-    about = ", stratum %d, reference %s" % (stratum, reference.hex())
-    # both times rounded to the safe side
-    return Answer(received_ns + 1, sent_ns, distance_ns, about, (0, 1, -1)[leap])
+    return Answer(received_ns + ahead_ns + coarse_ns, sent_ns + ahead_ns - coarse_ns, distance_ns, stratum,
+                  reference.hex())
 
 
 def read_key(path, ident):
-    """-> (name of the hash, key) of chrony's key file; OSError, ValueError."""
-    with open(path, "rb") as file:
+    """-> the Key of that number in chrony's key file; OSError, ValueError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if os.fstat(file.fileno()).st_mode & 0o007:
             raise ValueError("others can read or write it")
         lines = file.read(10**6).decode("latin-1").splitlines()
-    for line in lines:
-        words = line.split()
-        if len(words) not in (2, 3) or words[0] != str(ident):  # a comment, another key
-            continue
-        kind, key = words[1:] if len(words) == 3 else ("MD5", words[1])
-        if kind not in KEY_TYPES:
-            raise ValueError("it is of type %s, and only %s will do" % (kind, ", ".join(KEY_TYPES)))
-        if key.startswith("HEX:"):
-            return kind, bytes.fromhex(key[4:])
-        return kind, key[6 if key.startswith("ASCII:") else 0:].encode("latin-1")
-    raise ValueError("it is not there")
+    words = next((line.split() for line in lines if line.split()[:1] == [str(ident)]), None)
+    if words is None:
+        raise ValueError("it is not there")
+    if len(words) != 3 or words[1] not in KEY_TYPES:
+        raise ValueError("its line is not the number, %s, and the key" % " or ".join(KEY_TYPES))
+    text = words[2]
+    if text.startswith("HEX:"):
+        secret = bytes.fromhex(text[4:])
+    else:
+        secret = text[6 if text.startswith("ASCII:") else 0:].encode("latin-1")
+    if len(secret) < LEAST_KEY_BYTES:
+        raise ValueError("it has %d bytes, and %d are the least" % (len(secret), LEAST_KEY_BYTES))
+    return Key(ident, words[1], secret)
 
 
-class Signer:
-    """NTP's MAC: the number of the key and the hash of key and message."""
-
-    def __init__(self, ident, kind, secret):
-        import hashlib  # here, since few need it
-        self.ident, self.hash = struct.pack(">I", ident), hashlib.new(kind, secret)  # ValueError: FIPS mode
-
-    def mac(self, message):
-        digest = self.hash.copy()
-        digest.update(message)
-        return self.ident + digest.digest()[:MAC_BYTES]
-
-    def authentic(self, packet):
-        import hmac
-        return hmac.compare_digest(packet[NTP.size:], self.mac(packet[:NTP.size]))
+def mac(key, message):
+    """NTP's: the number of the key and the hash of key and message; ValueError where policy forbids MD5."""
+    import hashlib  # here, since few need it
+    return struct.pack(">I", key.ident) + hashlib.new(key.kind, key.secret + message).digest()[:MAC_BYTES]
 
 
-def replace_file(path, text):
-    """Write a file whole; the temporary one is always new, so that no planted link is followed."""
-    temporary = path + ".tmp"
-    try:
-        os.unlink(temporary)
-    except FileNotFoundError:
-        pass
-    with open(temporary, "x") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-
-
-def announced_leap(servers, now_sec):
-    """What dir/leap is to hold by the true time now; empty unless a leap second is announced for today."""
-    midnight_sec = (now_sec // 86400 + 1) * 86400
-    leaps = [server.exchanges[-1].answer.leap for server in servers if server.agrees]
-    if time.gmtime(midnight_sec)[1:3] in ((1, 1), (7, 1)):
-        for sign in (1, -1):
-            if 2 * leaps.count(sign) > len(leaps):
-                return "%d %+d\n" % (midnight_sec, sign)
-    return ""
-
-
-def keep_leap(folder, text, settings):
-    path = os.path.join(folder, "leap")
-    try:
-        if text:
-            replace_file(path, text)
-        elif os.path.lexists(path):
-            os.unlink(path)
-    except OSError as err:
-        settings.warn("unable to write %s: %s" % (path, reason(err)))
-
-
-class Kisses:
-    """The file of the servers that are not to be asked; it survives us, for a supervisor starts the next.
-    `known` is {address: (until Unix second, seconds of rest, word)}."""
-
-    def __init__(self, folder):
-        self.path, self.known = os.path.join(folder, "kisses"), {}
-        try:
-            with open(self.path, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
-                for line in file:
-                    address, until_sec, rest_sec, word = line.split()
-                    self.known[address] = int(until_sec), int(rest_sec), word
-        except (FileNotFoundError, ValueError):  # a damaged line ends it
-            pass
-
-    def awake(self, servers, now_sec):
-        """Those that may be asked; ValueError when none may."""
-        awake = []
-        for server in servers:
-            until_sec, rest_sec, word = self.known.get(server.address[0], (0, 0, ""))
-            if now_sec < until_sec <= now_sec + rest_sec:  # else it is over, or the clock was set back
-                why = "kiss-o'-death %s, not to be asked for another %d s" % (word, until_sec - now_sec)
-                server.failed(why)
-            else:
-                awake.append(server)
-        if not awake:
-            raise ValueError(why)
-        return awake
-
-    def remember(self, servers, settings, now_sec):
-        """Those that were asked; the file is replaced whole."""
-        before = dict(self.known)
-        for server in servers:
-            address = server.address[0]
-            if server.dismissed:
-                word = server.dismissed.split()[-1]
-                _, rest_sec, _ = self.known.get(address, (0, REST_SEC[word] // 2, word))
-                rest_sec = min(2 * rest_sec, MOST_REST_SEC)
-                self.known[address] = now_sec + rest_sec, rest_sec, word
-            elif server.exchanges:
-                self.known.pop(address, None)
-        if self.known == before:
-            return
-        try:
-            replace_file(self.path, "".join("%s %d %d %s\n" % (address, *kiss)
-                                            for address, kiss in self.known.items()))
-        except OSError as err:
-            settings.warn("unable to write %s: %s" % (self.path, reason(err)))
-
-
-def http_date(answer):
-    """The bytes of an HTTP answer -> Unix second of its Date; ValueError."""
-    import calendar
-    head, end, _ = answer.partition(b"\r\n\r\n")
-    status, *lines = head.decode("latin-1").split("\r\n")
-    if not end or not status.startswith("HTTP/1."):
-        raise ValueError("no HTTP answer, or not the whole head of one")
-    dates = [line[5:].strip(" \t") for line in lines if line[:5].lower() == "date:"]
-    if len(dates) != 1:
-        raise ValueError("answer with %d Dates" % len(dates))
-    try:
-        date_sec = calendar.timegm(time.strptime(dates[0], HTTP_DATE))
-    except ValueError:  # its text has all that came
-        date_sec = 0
-    # and back, since strptime() knows no 30 February and takes other spaces and a second 61
-    if time.strftime(HTTP_DATE, time.gmtime(date_sec)) != dates[0]:
-        raise ValueError("answer with a Date that is none")
-    return date_sec
-
-
-def validity(certificate):
-    """What ssl tells of a certificate -> the Unix seconds from and to which it is valid; ValueError."""
-    import ssl
-    return tuple(ssl.cert_time_to_seconds(certificate[name]) for name in ("notBefore", "notAfter"))
-
-
-def ask_https(url, timeout_sec, now_ns=time.time_ns):
-    """-> (Unix second of its Date, our clock before and after in ns, [(from, to) of each certificate]).
-
-    The certificates are verified but for their time, which the result has to judge.  OSError, ValueError.
-    """
-    import re
-    import ssl
-    parts = re.fullmatch(r"https://(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z.-]+))(?::([0-9]{1,5}))?(/[!-~]*|)",
-                         url)
-    if not parts or int(parts.group(3) or 443) > 65535:
-        raise ValueError("not a https:// address")
-    host = parts.group(1) or parts.group(2)
-    context = ssl.create_default_context()
-    context.verify_flags |= NO_CHECK_TIME
-    end_sec = time.monotonic() + timeout_sec
-
-    def left_sec():
-        if time.monotonic() >= end_sec:
-            raise TimeoutError("timed out")
-        return end_sec - time.monotonic() + 1e-6  # zero would be no limit
-    plain = socket.create_connection((host, int(parts.group(3) or 443)), timeout_sec)
-    with plain:
-        plain.settimeout(left_sec())
-        with context.wrap_socket(plain, server_hostname=host) as tls:
-            end_sec = min(end_sec, time.monotonic() + MOST_HTTPS_SEC)
-            before_ns = now_ns()
-            tls.sendall(("HEAD %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
-                         % (parts.group(4) or "/", url.split("/")[2])).encode())
-            answer = b""
-            while b"\r\n\r\n" not in answer and len(answer) < 65536:
-                tls.settimeout(left_sec())
-                more = tls.recv(65536)
-                if not more:
-                    break
-                answer += more
-            after_ns = now_ns()
-            try:  # the authorities' too; no public name for it before Python 3.13
-                certificates = [certificate.get_info() for certificate in tls._sslobj.get_verified_chain()]
-            except AttributeError:  # before Python 3.10
-                certificates = [tls.getpeercert()]
-    return http_date(answer), before_ns, after_ns, list(map(validity, certificates))
-
-
-def disagreement(offset_range_ns, answer, utc):
-    """What is wrong with the offset, by an ask_https() answer, or None; utc() makes Unix time of our clock
-    and an offset."""
-    date_sec, before_ns, after_ns, validities = answer
-    least_ns, most_ns = utc(before_ns, offset_range_ns[0]), utc(after_ns, offset_range_ns[1])
-    if most_ns < date_sec * 10**9 or (date_sec + 1) * 10**9 <= least_ns:  # a Date is true for a second
-        return "it is %+.0f s from what was measured" % (date_sec + 0.5 - (least_ns + most_ns) / 2e9)
-    if any(most_ns < since * 10**9 or until * 10**9 < least_ns for since, until in validities):
-        return "its certificate is not valid at the time measured"
-    return None
-
-
-def confirm(urls, offset_range_ns, settings, utc):
-    """ValueError unless one of the HTTPS servers confirms the offset and none of them contradicts it."""
-    confirmed = False
-    for url in urls:
-        try:
-            answer = ask_https(url, settings.total_ns / 1e9)
-        except (OSError, ValueError) as err:
-            settings.warn("unable to ask %s: %s" % (url, reason(err)))
-            continue
-        contradiction = disagreement(offset_range_ns, answer, utc)
-        if contradiction:
-            raise ValueError("%s contradicts: %s" % (url, contradiction))
-        confirmed = True
-    if urls and not confirmed:
-        raise ValueError("no HTTPS server confirms it")
+def is_authentic(packet, key):
+    import hmac
+    return hmac.compare_digest(packet[NTP.size:], mac(key, packet[:NTP.size]))
 
 
 def main(argv):
     try:
-        settings = Settings(argv[1:], 123, "c:k:K:s:")
-        options = dict(settings.options)
-        ident = int(options.get("-K", 0))
-        if ("-k" in options) is not (ident > 0) or not 0 <= ident < 2**32:
-            raise ValueError
-    except (OverflowError, ValueError):
-        complain("usage", USAGE)
-        return 100
-    try:
         doing = "write output"
-        if settings.help:
-            emit_manual()
+        if begin(argv):
             return 0
-        doing = "read leap seconds"
-        leap_rows, expiry, source = read_leap_table()
-        clock_rows = clock_table(leap_rows)
-        # on the utc scale they cancel; of the system's own table the daemons tell, once
-        if clock_rows is not leap_rows and source != LEAP_FILES[-1] and expiry and expiry < time.time():
-            settings.warn("the leap second table has expired")
-        signer = kisses = None
+        settings = Settings(argv[1:], 123, "k:K:")
+        ident = settings.letters.get("-K", "")
+        if ("-k" in settings.letters) is not (ident.isdecimal() and 0 < int(ident) < 2**32):
+            raise getopt.GetoptError("")
+        if os.isatty(1):
+            complain("usage", "the result is 16 raw bytes: " + USAGE)
+            return 100
+        doing = "tell this clock's scale"
+        ahead_ns = (TAI_MINUS_UTC_SEC - scale_offset_sec()) * 10**9
+        key = None
         if ident:
-            doing = "take key %d from %s" % (ident, options["-k"])
-            signer = Signer(ident, *read_key(options["-k"], ident))
-        if "-s" in options:
-            doing = "read %s/kisses" % options["-s"]
-            kisses = Kisses(options["-s"])
+            doing = "take key %s from %s" % (ident, settings.letters["-k"])
+            key = read_key(settings.letters["-k"], int(ident))
+            mac(key, b"")
 
-        def query():
-            message = make_query()
-            return message + signer.mac(message) if signer else message
+        def signed_query(server):
+            query = make_query()
+            return query + mac(key, query) if key else query
 
-        def decode(query, packet):
-            pivot_sec = max(int(time.time()), RELEASE_SEC)
-            answer = decode_answer(query, packet, pivot_sec, signer and signer.authentic)
-            return answer and answer._replace(received_ns=to_tai(answer.received_ns, leap_rows),
-                                              sent_ns=to_tai(answer.sent_ns, leap_rows))
-
-        def local(clock_ns):
-            return to_tai(clock_ns, clock_rows)
+        def decode(server, query, packet):
+            return decode_answer(query, packet, ahead_ns, key)
         doing = "find " + ", ".join(settings.hosts)
-        servers = find_servers(settings.hosts, settings)
+        servers = find_servers(settings.hosts, settings.port, settings)
         doing = "get the time from " + ", ".join(settings.hosts)
-        if kisses:
-            servers = kisses.awake(servers, int(time.time()))
-        end = ask(servers, settings, query, decode)
-        if kisses:
-            kisses.remember(servers, settings, int(time.time()))
-        offset_range_ns = conclude(servers, settings, end, local)
-
-        def utc(clock_ns, offset_ns):
-            return from_tai(local(clock_ns) + offset_ns, leap_rows)
-        urls = [value for letter, value in settings.options if letter == "-c"]
-        confirm(urls, offset_range_ns, settings, utc)
-        if kisses:
-            true_sec = utc(end[0], sum(offset_range_ns) // 2) // 10**9
-            keep_leap(options["-s"], announced_leap(servers, true_sec), settings)
-        packet = pack(sum(offset_range_ns) * 10**9 // 2)
+        result = measure(servers, settings, signed_query, decode)
+        packet = pack_mark(result, sum(result.range) // 2, settings)
         doing = "write output"
         emit(packet)
-    except (OSError, OverflowError, ValueError, struct.error) as err:
+    except getopt.GetoptError:
+        complain("usage", USAGE)
+        return 100
+    except (OSError, OverflowError, RuntimeError, ValueError, struct.error) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv))
-    except KeyboardInterrupt:
-        sys.exit(111)
+    sys.exit(main(sys.argv))

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""badday.py - bad days on a real kernel: a clock set by hand, a read-only etc, a FIFO that is deleted
+
+Guest A serves NTP, 100 s ahead of B.  B runs the services as svc/install sets them up, and its hardware clock
+is read all the time from outside of them.
+"""
+import os
+import subprocess
+import sys
+import threading
+import time
+
+sys.path.insert(0, "/rig/main/.ci/vm")
+from rig import HOME, PROJECT, SERVER, ask, check, finish, raw_ns, say, serve, until, wait_for_server
+
+LOG = "/var/multilog/clockspeed/current"
+HOUR_SEC = 3600
+RTC_SEC = 2  # the hardware clock has seconds, and is read a little later
+
+
+class Watch(threading.Thread):
+    """Looks at the system clock and the hardware clock a few times a second."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.samples = []  # (counter in ns, system clock's error in s, hardware clock's error in s)
+        self.start()
+
+    def run(self):
+        while True:
+            look = ask(1)
+            with open("/sys/class/rtc/rtc0/since_epoch") as file:
+                rtc_sec = int(file.read())
+            if look:
+                real_sec = (look.clock_ns + look.offset_ns) / 1e9
+                self.samples.append((raw_ns(), look.offset_ns / 1e9, rtc_sec + 0.5 - real_sec))
+            time.sleep(0.2)
+
+    def now(self):
+        return self.samples[-1]
+
+    def since(self, tick_ns):
+        return [sample for sample in self.samples if sample[0] >= tick_ns]
+
+
+def sh(command):
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    return done.stdout
+
+
+def lines(word=""):
+    with open(LOG) as file:
+        return [line.split(" ", 1)[1] for line in file if word in line]
+
+
+def mark():
+    before = len(lines("mark: "))
+    said = sh("setuidgid clocksd clockctl mark")
+    return until(lambda: len(lines("mark: ")) > before, 30) or say("no mark: " + said)
+
+
+def running():
+    """The process that clockspeed is, or None while supervise waits."""
+    words = sh("svstat /service/clockspeed").split()
+    return words[3].rstrip(")") if words[1:2] == ["up"] else None
+
+
+if os.environ["RIG_GUEST"] == "A":
+    serve(50, 100 * 10**9)
+wait_for_server()
+os.makedirs("/service")
+subprocess.Popen(["svscan", "/service"])
+time.sleep(1)
+say(sh("cd %s && svc/install --no-set --server ntp:%s --start" % (PROJECT, SERVER)))
+watch = Watch()
+until(lambda: os.path.exists(LOG) and lines("mark: "), 60)
+for _ in range(5):
+    time.sleep(6)
+    mark()
+check("the first mark steps the clock", abs(watch.now()[1]) < 0.01, "off by %+.6f s" % watch.now()[1])
+check("the kernel sets the hardware clock right", until(lambda: abs(watch.now()[2]) < RTC_SEC, 90),
+      "off by %+.1f s" % watch.now()[2])
+
+set_at_ns, steps = raw_ns(), len(lines("step: "))
+time.clock_settime(time.CLOCK_REALTIME, time.time() + HOUR_SEC)
+back = until(lambda: raw_ns() - set_at_ns > 10**9 and abs(watch.now()[1]) < 0.5, 120)
+check("a clock set by hand is set back", back, "after %.0f s" % ((raw_ns() - set_at_ns) / 1e9))
+time.sleep(15)
+check("once, and says so", len(lines("step: ")) == steps + 1 and lines("moved: "))
+mark()
+time.sleep(30)
+mark()
+worst = max((rtc for _, _, rtc in watch.since(set_at_ns)), key=abs)
+check("and the hardware clock stays right all the while", abs(worst) < RTC_SEC, "worst %+.1f s" % worst)
+check("the clock is right again", abs(watch.now()[1]) < 0.01, "off by %+.6f s" % watch.now()[1])
+
+sh("mount --bind {0} {0} && mount -o remount,bind,ro {0}".format(HOME + "/etc"))
+starts = len(lines("start: "))
+sh("svc -t /service/clockspeed")
+until(lambda: len(lines("start: ")) > starts, 30)
+pid = running()
+time.sleep(8)
+check("with etc read-only it starts, stays and steers",
+      pid and running() == pid and lines("start: steering") and len(lines("start: ")) == starts + 1)
+check("and says what it can't keep", lines("Read-only file system"))
+mark()
+check("and takes marks", lines("mark: ")[-1].rstrip().endswith("used"), lines("mark: ")[-1].strip())
+sh("umount " + HOME + "/etc")
+
+os.unlink(HOME + "/adjust")
+there = until(lambda: sh("stat -c '%F %U' " + HOME + "/adjust") == "fifo clocksd\n", 120)
+check("a FIFO that was deleted is made anew", there)
+check("and takes marks", until(mark, 60))
+os.unlink(HOME + "/adjust")
+open(HOME + "/adjust", "w").close()
+check("of a file in its place a line says what to remove", until(lambda: lines("adjust: "), 120), (lines("adjust") or [""])[-1])
+os.unlink(HOME + "/adjust")
+check("and when that was done it goes on", until(lambda: sh("stat -c '%F %U' " + HOME + "/adjust") == "fifo clocksd\n", 120)
+      and until(mark, 60))
+say(sh("tail -n 60 %s | cut -d' ' -f2- | cut -c1-200" % LOG))
+finish()

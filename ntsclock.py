@@ -1,0 +1,1271 @@
+#!/usr/bin/env python3
+"""ntsclock - ask NTS servers how far the system clock is off
+
+SYNOPSIS
+    ntsclock [options] host... | clockview
+    ntsclock -s /usr/local/clockspeed/mark host... > /usr/local/clockspeed/adjust
+
+DESCRIPTION
+    Asks each host (an IPv4 or IPv6 address or a name; `0` is 127.0.0.1) by NTP with Network
+    Time Security, RFC 8915, and writes one adjustment to standard output: real time minus
+    system clock, 16 bytes of TAI64NA.  Sets nothing, needs no privilege.
+
+    The host proves by its certificate who it is, over TLS 1.3, and gives keys and eight
+    cookies for its NTP server.  Each NTP query takes one of the cookies, the answer brings
+    a new one.  An answer counts only if it is authentic: on the way it can be delayed or
+    lost, but not forged.  A delay makes the spread larger.
+
+    The certificate has to be valid at the time that was measured.  The system clock is not
+    asked, since it is the one in question.  Python before 3.10 shows only the host's
+    certificate for that, not those of the authorities.
+
+    Exchanges, kernel stamps, several servers and votes are as in sntpclock.  The keys are
+    used up to 28 days; a server that does not know them any more gives new ones, once in a
+    run.  A kiss-o'-death counts only if it is authentic.
+
+    AES is computed in plain Python, by tables.  Who runs programs on this machine could find
+    out the keys by timing its cache, and then forge the time as if there were no NTS; with
+    plain NTP everybody on the way can.  No other secret is encrypted with them.
+
+OPTIONS
+    -r n     exchanges with each server: else 10 when its address is a loopback, private or
+             link-local one, 4 when it is public
+    -h ms    pause between them: else none, 2000 when the address is public
+    -t ms    longest wait for each answer (1000)
+    -T ms    longest wait for everything, names and keys included (10000); for keys it is
+             half of that, and 5000 at most
+    -e ms    largest spread accepted (any)
+    -l days  largest offset accepted (2; 0 is any)
+    -f       output even if -e or -l is exceeded
+    -p port  of key establishment (4460)
+    -4, -6   use IPv4 only, IPv6 only
+    -c file  certificates of the authorities to trust instead of the system's
+    -s dir   keep keys and cookies in dir/nts, so that the next run need not ask for new
+             ones, and write to dir/sources what each server said
+    -v n     0 fatal errors only; 1 warnings too; 2 a line for each server too, and one for
+             the result (1)
+
+OUTPUT
+    As of sntpclock: the last four bytes tell spread and root distance.
+
+FILES
+    dir/nts      of -s, mode 0600: a line for each host and port, with the address and port
+                 of its NTP server, from and to which Unix second its keys are to be used,
+                 two keys and the cookies.  A run takes it away and writes it again at its
+                 end, so that no cookie is sent twice.  Who does not own dir leaves it alone.
+                 Remove it to have new keys, as when authorities are no longer trusted
+    dir/sources  of -s: see sntpclock; the kind is `nts`
+
+ENVIRONMENT
+    CLOCK_SCALE  what the system clock counts: utc, or tai (the right/ time zones);
+                 without it the time zone tells
+    SSL_CERT_FILE, SSL_CERT_DIR
+                 the authorities, instead of the system's
+
+EXIT STATUS
+    0 measured; 100 wrong usage; 111 no usable answer, refused, or a system error
+
+SEE ALSO
+    sntpclock, taiclock, clockview, clockadd, clockspeed, clockctl
+"""
+try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even while it loads
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+except KeyboardInterrupt:
+    raise SystemExit(130)
+import collections
+import contextlib
+import fcntl
+import getopt
+import os
+import select
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+
+PROGRAM = "ntsclock"
+USAGE = "ntsclock [-46f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] " \
+        "[-c file] [-s dir] host... | clockview"
+KIND = "nts"  # in dir/sources
+
+
+# ==== shared by all: messages and TAI64NA ====
+# An adjustment is real time minus system clock; a label is an absolute TAI time.  Both are seconds in
+# two's complement, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and
+# in etc/atto, and in an adjustment what the mark tells of itself.
+RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
+TAI64NA = struct.Struct(">qII")
+
+
+def complain(kind, text):
+    """One line on stderr, `PROGRAM: kind: text`; a stderr that can't take it is no reason to stop."""
+    try:
+        os.write(2, ("%s: %s: %s\n" % (PROGRAM, kind, text)).encode(errors="replace"))
+    except OSError:
+        pass
+
+
+def emit(data):
+    """Write all of the bytes to stdout; OSError."""
+    while data:
+        data = data[os.write(1, data):]
+
+
+def reason(err):
+    """What an exception says, without its number and path."""
+    return getattr(err, "strerror", None) or str(err)
+
+
+def begin(argv):
+    """Open descriptors 0 to 2 where they are closed, lest a socket or file be taken for one of them; print
+    the manual or the version if that is all argv asks for -> whether it was; OSError."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # so that writing a result there still fails
+    if argv[1:] in (["-h"], ["--help"]):
+        emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
+    elif argv[1:] == ["--version"]:
+        emit(("%s %s\n" % (PROGRAM, RELEASE)).encode())
+    else:
+        return False
+    return True
+
+
+def pack(ns, last=0):
+    """Signed nanoseconds and the last number -> 16 bytes of TAI64NA."""
+    return TAI64NA.pack(*divmod(ns, 10**9), last)
+
+
+def unpack(packet):
+    """16 bytes of TAI64NA, or 12 of TAI64N -> (signed nanoseconds, last number); ValueError."""
+    if len(packet) not in (12, 16):
+        raise ValueError("%d bytes, not 16" % len(packet))
+    sec, nano, last = TAI64NA.unpack(packet.ljust(16, b"\0"))
+    if max(nano, last) >= 10**9:
+        raise ValueError("not a TAI64NA packet")
+    return sec * 10**9 + nano, last
+# ==== end shared ====
+
+
+# ==== shared by some: clock scale ====
+TAI_MINUS_UTC_SEC = 37  # since 2017; there are no leap seconds any more
+
+
+def scale_offset_sec():
+    """TAI minus system clock: 37 s on the utc scale, 10 s on the tai scale; ValueError.
+
+    CLOCK_SCALE tells which it is, else the time zone: a right/ one shows the 23:59:60 of June 1972.
+    """
+    scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
+    if scale not in ("utc", "tai"):
+        raise ValueError("CLOCK_SCALE is neither utc nor tai")
+    return TAI_MINUS_UTC_SEC if scale == "utc" else 10
+# ==== end shared ====
+
+
+# ==== shared by some: the exchange ====
+# A query leaves at t0 and its answer comes at t1 by the system clock; between them the server's clock showed
+# T2 <= T3.  That proves T3 - t1 <= offset <= T2 - t0, and the offset is real time minus system clock.
+#
+# A script sets KIND, and ECHO to where an answer repeats its query: the place in the answer, the place in the
+# query, and how many bytes.  It gives measure() two functions: make_query(server) -> bytes, and
+# decode(server, query, packet) -> Answer, or None when that does not answer the query; ValueError, Dismissed.
+LETTERS = "46fe:h:l:p:r:s:t:T:v:"
+LINUX = sys.platform.startswith("linux")
+COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
+COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
+READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
+QUEUED = 2  # an exchange that took this times the least delay waited in a queue: it tells nothing more
+MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
+DAY_NS = 86400 * 10**9
+# What Python's socket module lacks of <linux/net_tstamp.h> and <asm-generic/socket.h>.
+SO_ATTACH_FILTER, SO_TIMESTAMPNS, SO_TIMESTAMPING = 26, 35, 37
+SOFTWARE_STAMPS = 2 | 8 | 16  # of what leaves, of what arrives, and report them
+TIMESPEC = struct.Struct("@ll")
+FILTER_STEP = struct.Struct("=HBBI")  # <linux/filter.h>: code, steps to skip if so and if not, number
+LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
+UDP_HEADER_BYTES = 8
+
+# T2 rounded up and T3 rounded down, as a right clock on our scale shows them, and what else the server said.
+Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns stratum reference")
+Reading = collections.namedtuple("Reading", "clock_ns tick_ns")  # system clock and counter at one moment
+Sample = collections.namedtuple("Sample", "answer own kernel")  # own and kernel: Readings at t0 and t1
+Range = collections.namedtuple("Range", "least_ns most_ns")  # of the offset
+Result = collections.namedtuple("Result", "range distance_ns agreed end")  # of the Servers that agreed
+
+
+class Dismissed(Exception):
+    """(words, may its earlier answers be used): the server does not want to be asked."""
+
+
+class Settings:
+    """The command line; getopt.GetoptError when it is wrong."""
+
+    def __init__(self, words, port, more_letters=""):
+        options, self.hosts = getopt.getopt(words, LETTERS + more_letters)
+        self.letters = letters = dict(options)
+
+        def number(letter, default, unit=1, least=0):
+            value = round(float(letters[letter]) * unit) if letter in letters else default
+            if value is not None and value < least:
+                raise ValueError
+            return value
+        try:  # without -r and -h the address decides
+            self.exchanges, self.pause_ns = number("-r", None, least=1), number("-h", None, 10**6)
+            self.wait_ns, self.total_ns = number("-t", 10**9, 10**6), number("-T", 10 * 10**9, 10**6)
+            self.most_spread_ns, self.limit_ns = number("-e", None, 10**6), number("-l", 2 * DAY_NS, DAY_NS)
+            self.port, self.verbosity = number("-p", port, least=1), number("-v", 1)
+        except (OverflowError, ValueError):
+            raise getopt.GetoptError("") from None
+        if self.port > 65535 or not self.hosts:
+            raise getopt.GetoptError("")
+        self.family = {(True, False): socket.AF_INET, (False, True): socket.AF_INET6}.get(
+            ("-4" in letters, "-6" in letters), socket.AF_UNSPEC)
+        self.force, self.folder = "-f" in letters, letters.get("-s")
+        self.end_ns = time.monotonic_ns() + self.total_ns
+
+    def warn(self, text):
+        if self.verbosity >= 1:
+            complain("warning", text)
+
+
+class Server:
+    """One address, the exchanges with it and what became of them."""
+
+    def __init__(self, name, family=None, address=None):
+        self.name, self.family, self.address = name, family, address
+        self.samples, self.failures, self.kiss, self.told_all = [], {}, None, False
+        self.range = None  # which the samples prove
+        self.certain = None  # that, widened by how far the server may be off true time
+        self.verdict = None  # "agreed" or "falseticker"
+
+    def failed(self, why):
+        self.failures[why] = self.failures.get(why, 0) + 1
+
+    def delay_ns(self):
+        """The least round trip, without the time that the server took."""
+        return min(t1.clock_ns - t0.clock_ns - (answer.sent_ns - answer.received_ns)
+                   for answer, _, (t0, t1) in self.samples)
+
+
+def in_parallel(function, arguments, end_ns):
+    """Call it with each argument in a thread of its own -> what each returned or raised.  TimeoutError stands
+    for a call that has not ended by then: nothing else bounds getaddrinfo()."""
+    results = [TimeoutError("timed out") for _ in arguments]
+
+    def call(place):
+        try:
+            results[place] = function(arguments[place])
+        except Exception as err:  # whatever it is, the main thread is to tell it
+            results[place] = err
+    threads = [threading.Thread(target=call, args=(place,), daemon=True) for place in range(len(arguments))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(end_ns - time.monotonic_ns(), 0) / 1e9)
+    return list(results)
+
+
+def find_servers(hosts, port, settings):
+    """Names and addresses -> Servers, without an address for what was not found; OSError when that is all.
+    `0` is this host, as in the original."""
+    def look_up(host):
+        # In bytes, since for a str Python loads its megabyte of international names.
+        found = socket.getaddrinfo(b"127.0.0.1" if host == "0" else os.fsencode(host), port, settings.family,
+                                   socket.SOCK_DGRAM)
+        return [(family, address) for family, _, _, _, address in found[:MOST_ADDRESSES]]
+    servers, known = [], set()
+    for_others_ns = min(settings.wait_ns, settings.total_ns // 2)  # when the name of one is never found
+    for host, found in zip(hosts, in_parallel(look_up, hosts, settings.end_ns - for_others_ns)):
+        if isinstance(found, Exception):
+            servers.append(Server(host))
+            servers[-1].failed(reason(found))
+            continue
+        for family, address in found:
+            numeric = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+            if (family, address) not in known:
+                known.add((family, address))
+                name = numeric if host in (numeric, "0") else "%s/%s" % (host, numeric)
+                servers.append(Server(name, family, address))
+    if not known:
+        raise OSError(next(iter(servers[0].failures)))
+    return servers
+
+
+def is_near(address):
+    """Is that a loopback, private or link-local address?  Its owner is then the one who asks it."""
+    import ipaddress  # here, where the time that it takes to load is spent beside the first exchange
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_private
+
+
+def read_clocks():
+    """-> Reading; again when the scheduler came between clock and counter."""
+    readings = []
+    for _ in range(5):
+        before_ns = time.clock_gettime_ns(COUNTER)
+        clock_ns = time.time_ns()
+        took_ns = time.clock_gettime_ns(COUNTER) - before_ns
+        readings.append((took_ns, Reading(clock_ns, before_ns + took_ns // 2)))
+        if took_ns <= READING_NS:
+            break
+    return min(readings)[1]
+
+
+def enable_kernel_stamps(sock):
+    """Have Linux stamp what arrives, and what leaves where it can; elsewhere our own readings do."""
+    for option, value in ((SO_TIMESTAMPING, SOFTWARE_STAMPS), (SO_TIMESTAMPNS, 1)) if LINUX else ():
+        try:
+            return sock.setsockopt(socket.SOL_SOCKET, option, value)
+        except OSError:
+            continue
+
+
+def kernel_stamp(ancillary):
+    """What recvmsg() got beside a packet -> the kernel's stamp of it, in ns of the system clock, or None."""
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind in (SO_TIMESTAMPNS, SO_TIMESTAMPING):
+            sec, nano = TIMESPEC.unpack_from(data)
+            return sec * 10**9 + nano or None  # zero: this packet has none
+    return None
+
+
+def sent_stamp(sock, query):
+    """The kernel's stamp of the query, or None.  Linux puts a copy of what leaves into the error queue."""
+    stamp_ns = None
+    while LINUX:
+        try:
+            packet, ancillary, _, _ = sock.recvmsg(2048, 512, socket.MSG_ERRQUEUE)
+        except OSError:  # the queue is empty
+            break
+        if packet.endswith(query):
+            stamp_ns = kernel_stamp(ancillary)
+    return stamp_ns
+
+
+def kernel_readings(own, sent_ns, received_ns):
+    """Our Readings at t0 and t1, and the kernel's stamps -> better Readings.  The stamps are nearer to the
+    wire, but count only when they lie between ours; the counter that belongs to them is interpolated."""
+    t0, t1 = own
+
+    def better(kernel_ns, reading):
+        if kernel_ns is None or not t0.clock_ns <= kernel_ns <= t1.clock_ns:
+            return reading
+        passed_ns = (kernel_ns - t0.clock_ns) * (t1.tick_ns - t0.tick_ns) // max(t1.clock_ns - t0.clock_ns, 1)
+        return Reading(kernel_ns, t0.tick_ns + passed_ns)
+    return better(sent_ns, t0), better(received_ns, t1)
+
+
+def admit_only_answers(sock, query):
+    """Have Linux drop what does not repeat the query's cookie.  An attacker who knows only our port could
+    otherwise fill the socket's queue, so that the true answer finds no room in it."""
+    at, query_at, size = ECHO
+    steps = []
+    for i in range(0, size, 4):
+        word, = struct.unpack_from(">I", query, query_at + i)
+        steps += [(LOAD_WORD, 0, 0, UDP_HEADER_BYTES + at + i), (JUMP_IF_EQUAL, 1, 0, word),
+                  (PASS_BYTES, 0, 0, 0)]
+    steps.append((PASS_BYTES, 0, 0, 0xffff))
+    try:
+        import array  # which tells its place in memory
+        program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
+        where = struct.pack("@HP", len(steps), program.buffer_info()[0])
+        if LINUX:
+            sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, where)
+    except (ImportError, OSError):  # decode() tells them apart too, only later
+        pass
+
+
+def exchange(sock, server, query, decode, end_ns, clocks):
+    """Send the query and wait for its answer -> Sample; OSError, ValueError, Dismissed."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    admit_only_answers(sock, query)
+    sent = clocks()
+    sock.send(query)
+    sent_ns = sent_stamp(sock, query)  # mostly it is there at once
+    while time.monotonic_ns() < end_ns:
+        events = poller.poll(max((end_ns - time.monotonic_ns()) // 10**6 + 1, 0))
+        received = clocks()
+        sent_ns = sent_stamp(sock, query) or sent_ns
+        try:
+            packet, ancillary, _, _ = sock.recvmsg(2048, 512)
+        except BlockingIOError:  # there was only a stamp, or a wrong checksum
+            continue
+        if not events or not events[0][1] & select.POLLIN:
+            received = clocks()  # it came after poll() had seen something else
+        answer = decode(server, query, packet)
+        if answer:  # else it is late, doubled or forged, and the right one may yet come
+            own = sent, received
+            return Sample(answer, own, kernel_readings(own, sent_ns, kernel_stamp(ancillary)))
+    raise TimeoutError("timed out")
+
+
+def ask(servers, settings, make_query, decode, clocks=read_clocks):
+    """All exchanges with all servers at once -> Reading at the end."""
+    def ask_server(server):
+        near = is_near(server.address[0])
+        pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
+        with socket.socket(server.family, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            enable_kernel_stamps(sock)
+            sock.connect(server.address)  # from now on the kernel drops what other addresses send
+            for left in reversed(range(settings.exchanges or (10 if near else 4))):
+                end_ns = min(time.monotonic_ns() + settings.wait_ns, settings.end_ns)
+                try:
+                    server.samples.append(exchange(sock, server, make_query(server), decode, end_ns, clocks))
+                except (OSError, ValueError) as err:
+                    server.failed(reason(err))
+                if not left or time.monotonic_ns() + pause_ns >= settings.end_ns:
+                    break
+                if not server.samples and any(other.told_all for other in servers):
+                    break  # it is silent, and another has told all: one timeout is enough
+                time.sleep(pause_ns / 1e9)
+        server.told_all = bool(server.samples)
+    found = [server for server in servers if server.address]
+    for server, err in zip(found, in_parallel(ask_server, found, settings.end_ns + DAY_NS)):  # ends by itself
+        if isinstance(err, Dismissed):
+            server.kiss, usable = err.args
+            server.samples = server.samples if usable else []
+        if err:
+            server.failed(reason(err) if server.kiss is None else server.kiss)
+    return clocks()
+
+
+def gained(then, now):
+    """-> (least, most) that real time can have gained on the clock between two Readings.
+
+    It went at the clock's pace, at the counter's, or at one between.  When those are further apart than a
+    counter can be off, the clock was slewed or set meanwhile, and only the counter tells.
+    """
+    elapsed_ns = now.tick_ns - then.tick_ns
+    gain_ns = elapsed_ns - (now.clock_ns - then.clock_ns)
+    doubt_ns = elapsed_ns * COUNTER_PPM // 10**6 + READING_NS
+    if abs(gain_ns) <= doubt_ns:
+        return min(0, gain_ns), max(0, gain_ns)
+    return gain_ns - doubt_ns, gain_ns + doubt_ns
+
+
+def sample_range(answer, stamps, end):
+    """-> the Range that an exchange proves for the Reading `end`."""
+    t0, t1 = stamps
+    return Range(answer.sent_ns - t1.clock_ns + gained(t1, end)[0],
+                 answer.received_ns - t0.clock_ns + gained(t0, end)[1])
+
+
+def server_range(ranges):
+    """One server's Ranges -> their intersection; ValueError when each contradicts itself.
+
+    Where it is empty, a clock was set or one of them is wrong, and it can't be seen which: then it is all
+    that those of the least delay allow.
+    """
+    least_ns, most_ns = max(lo for lo, _ in ranges), min(hi for _, hi in ranges)
+    if least_ns <= most_ns:
+        return Range(least_ns, most_ns)
+    possible = [(lo, hi) for lo, hi in ranges if lo <= hi]
+    if not possible:
+        raise ValueError("it says that its answers took longer than we waited for them")
+    width_ns = QUEUED * min(hi - lo for lo, hi in possible)
+    short = [(lo, hi) for lo, hi in possible if hi - lo <= width_ns]
+    return Range(min(lo for lo, _ in short), max(hi for _, hi in short))
+
+
+def vote(ranges):
+    """The servers' Ranges -> (Range from the first to the last point that is in the most of them, how many);
+    the algorithm is Marzullo's."""
+    def votes(point):
+        return sum(lo <= point <= hi for lo, hi in ranges)
+    most_votes = max(votes(lo) for lo, _ in ranges)
+    return Range(min(lo for lo, _ in ranges if votes(lo) == most_votes),
+                 max(hi for _, hi in ranges if votes(hi) == most_votes)), most_votes
+
+
+def half_ns(range_ns):
+    """Half the width of a Range, rounded up."""
+    return (range_ns.most_ns - range_ns.least_ns + 1) // 2
+
+
+def describe(range_ns):
+    return "offset %+.9f s, spread %.9f s" % (sum(range_ns) / 2e9, half_ns(range_ns) / 1e9)
+
+
+def weigh(server, settings, end):
+    """Set the Ranges that this server's samples prove, if they do."""
+    answer = server.samples[-1].answer
+    try:
+        server.range = server_range([sample_range(sample.answer, sample.kernel, end)
+                                     for sample in server.samples])
+    except ValueError as err:
+        return server.failed(reason(err))
+    server.certain = Range(server.range[0] - answer.distance_ns, server.range[1] + answer.distance_ns)
+    if settings.verbosity >= 2:
+        complain("info", "%s: %s, delay %.9f s, root distance %.9f s, stratum %s, reference %s"
+                 % (server.name, describe(server.range), server.delay_ns() / 1e9,
+                    answer.distance_ns / 1e9, answer.stratum, answer.reference))
+
+
+def refusal(result_ns, spread_ns, settings):
+    """Why not to use that result, or None."""
+    days = abs(sum(result_ns)) / 2 / DAY_NS
+    if settings.limit_ns and days * DAY_NS > settings.limit_ns:
+        away = "%.1f days" % days if days < 1000 else "%.1f years" % (days / 365.25)
+        side = "behind" if sum(result_ns) > 0 else "ahead"
+        return "this clock is %s %s; `clockctl set` sets it" % (away, side)
+    if settings.most_spread_ns is not None and spread_ns > settings.most_spread_ns:
+        return "time uncertainty too large, %.6f s" % (spread_ns / 1e9)
+    return None
+
+
+def conclude(servers, settings, end):
+    """What the servers prove together -> Result; ValueError when that is not enough.  Sets their verdicts."""
+    for server in servers:
+        if server.samples:
+            weigh(server, settings, end)
+    voters = [server for server in servers if server.range]
+    if not voters:
+        raise ValueError(next((server.kiss for server in servers if server.kiss), "no usable answer"))
+    result, votes = vote([server.certain for server in voters])
+    if 2 * votes <= len(voters):
+        raise ValueError("no majority of the servers agrees")
+    for server in voters:
+        agrees = server.certain.least_ns <= result.most_ns and result.least_ns <= server.certain.most_ns
+        server.verdict = "agreed" if agrees else "falseticker"
+        if not agrees:
+            settings.warn("%s is a falseticker: %s" % (server.name, describe(server.range)))
+    agreed = [server for server in voters if server.verdict == "agreed"]
+    distance_ns = min(server.samples[-1].answer.distance_ns for server in agreed)
+    spread_ns = max(half_ns(result) - distance_ns, 1)
+    why = refusal(result, spread_ns, settings)
+    if why and not settings.force:
+        raise ValueError(why)
+    return Result(result, distance_ns, agreed, end)
+
+
+def pack_quality(spread_ns, distance_ns):
+    """What clockview's unpack_quality() reads, both rounded up; 0 for what it has no digits for."""
+    exponent = len(str(spread_ns)) - 1
+    digits = -(-spread_ns * 1000 // 10**exponent)
+    if digits == 10**4:
+        exponent, digits = exponent + 1, 1000
+    steps = [step for step in range(100) if (round(10 ** (3 + step / 14)) if step else 0) >= distance_ns]
+    if spread_ns < 1 or exponent > 9 or not steps:
+        return 0
+    last = exponent * 10**8 + digits * 10**4 + steps[0] * 100
+    return last + (1 - last) % 97
+
+
+def pack_mark(result, value_ns, settings):
+    """The 16 bytes of an adjustment: real time is within spread and root distance of the value."""
+    bound_ns = max(result.range.most_ns - value_ns, value_ns - result.range.least_ns)
+    spread_ns = max(bound_ns - result.distance_ns, 1)
+    if settings.verbosity >= 2:
+        complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
+                 % (value_ns / 1e9, spread_ns / 1e9, result.distance_ns / 1e9))
+    return pack(value_ns, pack_quality(spread_ns, result.distance_ns))
+
+
+def replace_file(path, data, mode=0o644):
+    """Write a file whole; the temporary one is always new, so that no planted link is followed; OSError."""
+    temporary = path + ".tmp"
+    if os.path.lexists(temporary):
+        os.unlink(temporary)
+    with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        os.fchmod(file.fileno(), mode)  # whatever the umask
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+
+
+def source_line(server, now_sec):
+    """The line of dir/sources for this server."""
+    words = [now_sec, KIND, "".join(server.name.split())] + 6 * ["-"]
+    if server.range:
+        answer = server.samples[-1].answer
+        words[3:] = (sum(server.range) // 2, half_ns(server.range), server.delay_ns(),
+                     answer.distance_ns, answer.stratum, answer.reference)
+    failures = list(server.failures) or ["no majority of the servers agrees"]
+    return " ".join(map(str, words + [server.verdict or "failed: " + failures[-1]])) + "\n"
+
+
+def measure(servers, settings, make_query, decode):
+    """Ask, conclude, tell what failed and keep what each server said -> Result; ValueError."""
+    end = ask(servers, settings, make_query, decode)
+    try:
+        return conclude(servers, settings, end)
+    finally:
+        for server in servers:
+            for why, times in server.failures.items():
+                count = " (%d times)" % times if times > 1 else ""
+                settings.warn("unable to ask %s: %s%s" % (server.name, why, count))
+        if settings.folder is not None:
+            path = os.path.join(settings.folder, "sources")
+            try:
+                text = "".join(source_line(server, end.clock_ns // 10**9) for server in servers)
+                replace_file(path, text.encode(errors="replace"))
+            except OSError as err:
+                settings.warn("unable to write %s: %s" % (path, reason(err)))
+# ==== end shared ====
+
+
+# ==== shared by some: NTP packets ====
+# flags (leap indicator, version, mode), stratum, poll, precision, root delay, root dispersion,
+# reference id, and the stamps reference, originate, receive, transmit; fixed point, 16.16 and 32.32
+NTP = struct.Struct(">BBbbII4sQQQQ")
+ECHO = 24, 40, 8  # the answer's originate stamp is the query's transmit stamp
+NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
+MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
+KISSES = {"RATE": True, "DENY": False, "RSTR": False}  # may what came before be used?
+
+
+def make_query():
+    """Client mode, version 4; the random transmit stamp says nothing of our clock and can't be guessed."""
+    return NTP.pack(4 << 3 | 3, 0, 0, 0, 0, 0, bytes(4), 0, 0, 0, int.from_bytes(os.urandom(8), "big"))
+
+
+def stamp_ns(stamp):
+    """An NTP stamp -> its Unix time in ns, rounded down.  Its seconds wrap every 136 years; no answer is from
+    before this program's release, whatever this clock says."""
+    sec = RELEASE_SEC + ((stamp >> 32) - NTP_UNIX_SEC - RELEASE_SEC) % 2**32
+    return sec * 10**9 + ((stamp & 0xffffffff) * 10**9 >> 32)
+
+
+def answers(query, packet):
+    """Does it repeat the cookie of that query?"""
+    return len(packet) >= NTP.size and NTP.unpack_from(packet)[8] == NTP.unpack_from(query)[-1]
+
+
+def decode_answer(packet, ahead_ns=0):
+    """-> Answer; ValueError, Dismissed.  A right clock on our scale is ahead_ns ahead of Unix time."""
+    flags, stratum, _, precision, delay, dispersion, reference, _, _, received, sent = NTP.unpack_from(packet)
+    leap, version, mode = flags >> 6, flags >> 3 & 7, flags & 7
+    if mode not in (2, 4) or version == 0:
+        raise ValueError("answer of mode %d, version %d" % (mode, version))
+    word = "".join(chr(byte) if 32 < byte < 127 else "?" for byte in reference.rstrip(b"\0"))
+    if stratum == 0 and word in KISSES:
+        raise Dismissed("kiss-o'-death " + word, KISSES[word])
+    if stratum == 0 and word:
+        raise ValueError("stratum 0, %s" % word)
+    if leap == 3 or not 1 <= stratum <= 15:
+        raise ValueError("the server is not synchronised")
+    if not received or not sent:
+        raise ValueError("answer without time")
+    distance_ns = (delay // 2 + dispersion) * 10**9 >> 16
+    if distance_ns > MOST_DISTANCE_NS:
+        raise ValueError("the server is up to %.1f s off" % (distance_ns / 1e9))
+    if precision > 0:
+        raise ValueError("the server's clock is precise to %d s only" % 2**precision)
+    # A server randomises the bits below its precision, so that each stamp is off by up to that.
+    coarse_ns = (10**9 >> -precision) + 1
+    received_ns, sent_ns = stamp_ns(received), stamp_ns(sent)
+    if sent_ns < received_ns - coarse_ns:
+        raise ValueError("answer sent before the query came")
+    return Answer(received_ns + ahead_ns + coarse_ns, sent_ns + ahead_ns - coarse_ns, distance_ns, stratum,
+                  reference.hex())
+# ==== end shared ====
+
+
+# Key establishment, RFC 8915 section 4: records of a type, a length and a body.
+KE_PORT, NTP_PORT = 4460, 123
+PROTOCOL = "ntske/1"
+KE_NS, KE_BYTES = 5 * 10**9, 65536  # for each host, with names and connections; a true answer has 1000 bytes
+RECORD, CRITICAL = struct.Struct(">HH"), 0x8000
+END, NEXT_PROTOCOL, ERROR, WARNING, ALGORITHM, NEW_COOKIE, SERVER, PORT = range(8)
+NTPV4, AES_SIV_CMAC_256 = 0, 15
+KE_ERRORS = {0: "it does not know a critical record", 1: "bad request", 2: "internal error"}
+NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which ssl has no name
+KEY_BYTES, IDENTIFIER_BYTES, NONCE_BYTES = 32, 32, 16
+RENEW_SEC = 28 * 86400  # so that a host whose certificate was revoked is not trusted much longer
+
+# Extension fields of NTP packets, RFC 8915 section 5: a type, a length that counts these too, and a body.
+FIELD = struct.Struct(">HH")
+IDENTIFIER, COOKIE, PLACEHOLDER, AUTHENTICATOR = 0x0104, 0x0204, 0x0304, 0x0404
+COOKIES = 8  # as the RFC proposes: a server is not left without one until eight packets in a row are lost
+COOKIE_BYTES = 1024  # real ones have about a hundred
+QUERY_BYTES = 1232  # fits the least packet that IPv6 carries without fragments
+STORE_BYTES = 65536
+
+
+# AES-128 of FIPS 197, and on it CMAC of RFC 4493 and SIV of RFC 5297.  A block of 16 bytes is an integer.
+WORDS = struct.Struct(">4I")
+BLOCK_ONES = 2**128 - 1
+CARRIES = 2**128 - 1 - 2**63 - 2**31  # RFC 5297 clears these two bits of the counter
+
+
+class Aes:
+    """AES-128, to encrypt only, by tables that join the substitution and the mixing of columns."""
+    box = tables = None
+
+    def __init__(self, key):
+        if Aes.tables is None:
+            self.make_tables()
+        words, constant = list(WORDS.unpack(key)), 1
+        for i in range(4, 44):
+            word = words[-1]
+            if i % 4 == 0:
+                rotated = (word << 8 | word >> 24) & 0xffffffff
+                word = int.from_bytes(rotated.to_bytes(4, "big").translate(Aes.box), "big") ^ constant << 24
+                constant = self.double(constant)
+            words.append(words[-4] ^ word)
+        self.words = words
+
+    @staticmethod
+    def double(x):
+        """Twice a byte in the field of 2^8."""
+        return x << 1 ^ 0x11b if x & 0x80 else x << 1
+
+    @classmethod
+    def make_tables(cls):
+        powers = [1]  # of 3, which generates the field
+        for _ in range(254):
+            powers.append(powers[-1] ^ cls.double(powers[-1]))
+        inverse = dict(zip(powers, [1] + powers[:0:-1]))
+        twice = [inverse.get(x, 0) * 0x101 for x in range(256)]  # so that a shift rotates the byte
+        cls.box = bytes((y >> 8 ^ y >> 7 ^ y >> 6 ^ y >> 5 ^ y >> 4) & 255 ^ 0x63 for y in twice)
+        cls.tables = [], [], [], []
+        for s in cls.box:
+            word = cls.double(s) << 24 | s << 16 | s << 8 | cls.double(s) ^ s
+            for table in cls.tables:
+                table.append(word)
+                word = word >> 8 | word << 24 & 0xffffffff
+
+    def encrypt(self, block):
+        k, (t0, t1, t2, t3) = self.words, self.tables
+        a, b = block >> 96 ^ k[0], block >> 64 & 0xffffffff ^ k[1]
+        c, d = block >> 32 & 0xffffffff ^ k[2], block & 0xffffffff ^ k[3]
+        for i in range(4, 40, 4):
+            a, b, c, d = (t0[a >> 24] ^ t1[b >> 16 & 255] ^ t2[c >> 8 & 255] ^ t3[d & 255] ^ k[i],
+                          t0[b >> 24] ^ t1[c >> 16 & 255] ^ t2[d >> 8 & 255] ^ t3[a & 255] ^ k[i + 1],
+                          t0[c >> 24] ^ t1[d >> 16 & 255] ^ t2[a >> 8 & 255] ^ t3[b & 255] ^ k[i + 2],
+                          t0[d >> 24] ^ t1[a >> 16 & 255] ^ t2[b >> 8 & 255] ^ t3[c & 255] ^ k[i + 3])
+        rows = (a << 96 | b << 64 | c << 32 | d).to_bytes(16, "big")
+        last = (rows * 5)[::5].translate(self.box)  # every fifth byte, going round: the shift of the rows
+        return int.from_bytes(last, "big") ^ (k[40] << 96 | k[41] << 64 | k[42] << 32 | k[43])
+
+
+def doubled(block):
+    """Twice a block in the field of 2^128."""
+    return block << 1 & BLOCK_ONES ^ (0x87 if block >> 127 else 0)
+
+
+def cmac(aes, message):
+    subkey = doubled(aes.encrypt(0))
+    rest = len(message) % 16 or min(len(message), 16)
+    state = 0
+    for at in range(0, len(message) - rest, 16):
+        state = aes.encrypt(state ^ int.from_bytes(message[at:at + 16], "big"))
+    last = message[len(message) - rest:]
+    if rest < 16:
+        last, subkey = padded(last), doubled(subkey)
+    return aes.encrypt(state ^ int.from_bytes(last, "big") ^ subkey)
+
+
+def padded(part):
+    """A block that is not whole, with a bit of 1 and zeros after it."""
+    return (part + b"\x80").ljust(16, b"\0")
+
+
+class Siv:
+    """AEAD_AES_SIV_CMAC_256: one key authenticates and another one encrypts, each of 128 bits."""
+
+    def __init__(self, key):
+        self.mac, self.cipher = Aes(key[:16]), Aes(key[16:])
+
+    def tag(self, associated, plain):
+        """RFC 5297's S2V -> block."""
+        state = cmac(self.mac, bytes(16))
+        for part in associated:
+            state = doubled(state) ^ cmac(self.mac, part)
+        if len(plain) < 16:
+            plain, state = padded(plain), doubled(state)
+        end = int.from_bytes(plain[-16:], "big") ^ state
+        return cmac(self.mac, plain[:-16] + end.to_bytes(16, "big"))
+
+    def cover(self, tag, data):
+        """Encrypt or decrypt: add the key stream that the tag begins."""
+        count = -(-len(data) // 16)
+        stream = b"".join(self.cipher.encrypt((tag & CARRIES) + i & BLOCK_ONES).to_bytes(16, "big")
+                          for i in range(count))
+        return bytes(x ^ y for x, y in zip(data, stream))
+
+    def seal(self, associated, plain):
+        tag = self.tag(associated, plain)
+        return tag.to_bytes(16, "big") + self.cover(tag, plain)
+
+    def open(self, associated, sealed):
+        """-> what was sealed; ValueError when it is not authentic.  A forger learns nothing from the time
+        that the comparison takes, as nobody is told how it ended."""
+        tag = int.from_bytes(sealed[:16], "big")
+        plain = self.cover(tag, sealed[16:])
+        if len(sealed) < 16 or self.tag(associated, plain) != tag:
+            raise ValueError("not authentic")
+        return plain
+
+
+def export_keys(secret):
+    """The exporter secret of a TLS session -> keys for queries and for answers (RFC 8446, 7.5)."""
+    import hashlib
+    import hmac
+    kind = {32: "sha256", 48: "sha384"}[len(secret)]  # it is as long as a digest of the session's hash
+
+    def expand(secret, label, content, size):
+        label, digest = b"tls13 " + label, hashlib.new(kind, content).digest()
+        info = struct.pack(">HB", size, len(label)) + label + bytes([len(digest)]) + digest
+        return hmac.new(secret, info + b"\1", kind).digest()[:size]
+    master = expand(secret, b"EXPORTER-network-time-security", b"", len(secret))
+    return [expand(master, b"exporter", struct.pack(">HHB", NTPV4, AES_SIV_CMAC_256, direction), KEY_BYTES)
+            for direction in (0, 1)]
+
+
+Grant = collections.namedtuple("Grant", "server port cookies")  # server None: the host that was asked
+
+
+def record(kind, number):
+    return RECORD.pack(CRITICAL | kind, 2) + struct.pack(">H", number)
+
+
+KE_QUERY = record(NEXT_PROTOCOL, NTPV4) + record(ALGORITHM, AES_SIV_CMAC_256) + RECORD.pack(CRITICAL | END, 0)
+
+
+def read_grant(read):
+    """What a host says in key establishment -> Grant; ValueError.  read(size) gives so many bytes."""
+    found, cookies = {}, []
+    while True:
+        head, size = RECORD.unpack(read(RECORD.size))
+        kind, body = head & ~CRITICAL, read(size)
+        number = int.from_bytes(body[:2], "big")
+        if kind == END:
+            break
+        if kind == ERROR:
+            raise ValueError("it says: %s" % KE_ERRORS.get(number, "error %d" % number))
+        if kind == WARNING:  # none is defined so far, and one that is not known is an error
+            raise ValueError("it says: warning %d" % number)
+        if kind == NEW_COOKIE:
+            cookies.append(body)
+        elif kind in found:
+            raise ValueError("it sent record %d twice" % kind)
+        elif kind in (NEXT_PROTOCOL, ALGORITHM, SERVER, PORT):
+            found[kind] = body
+        elif head & CRITICAL:
+            raise ValueError("it sent an unknown critical record, %d" % kind)
+    if found.get(NEXT_PROTOCOL) != struct.pack(">H", NTPV4):
+        raise ValueError("it does not offer NTPv4")
+    if found.get(ALGORITHM) != struct.pack(">H", AES_SIV_CMAC_256):
+        raise ValueError("it does not offer AEAD_AES_SIV_CMAC_256")
+    port = found.get(PORT, struct.pack(">H", NTP_PORT))
+    server = found.get(SERVER, b"").decode("ascii")
+    if len(port) != 2 or port == b"\0\0" or not all(char.isalnum() or char in "-.:_" for char in server):
+        raise ValueError("it sent the name or port of no server")
+    cookies = [cookie for cookie in cookies if is_cookie(cookie)]
+    if not cookies:
+        raise ValueError("it sent no cookie")
+    return Grant(server or None, int.from_bytes(port, "big"), cookies[:COOKIES])
+
+
+def is_cookie(cookie):
+    """Can it be sent?  The length of a field is a multiple of four."""
+    return 0 < len(cookie) <= COOKIE_BYTES and len(cookie) % 4 == 0
+
+
+def field(kind, body):
+    return FIELD.pack(kind, FIELD.size + len(body)) + body
+
+
+def split_fields(data, start=0):
+    """-> [(kind, start, body)] of extension fields; ValueError."""
+    found = []
+    while start < len(data):
+        kind, size = FIELD.unpack(data[start:start + FIELD.size].ljust(FIELD.size, b"\0"))
+        if size < FIELD.size or size % 4 or start + size > len(data):
+            raise ValueError("damaged extension fields")
+        found.append((kind, start, data[start + FIELD.size:start + size]))
+        start += size
+    return found
+
+
+def seal_query(siv, header, identifier, cookie, wanted, nonce):
+    """An NTP query that proves who sent it, and asks for so many cookies beside the one for its own."""
+    query = header + field(IDENTIFIER, identifier) + field(COOKIE, cookie)
+    placeholder = field(PLACEHOLDER, bytes(len(cookie)))
+    room = QUERY_BYTES - len(query) - len(field(AUTHENTICATOR, bytes(4 + NONCE_BYTES + 16)))
+    query += placeholder * max(min(wanted, room // len(placeholder)), 0)
+    sealed = siv.seal([query, nonce], b"")
+    return query + field(AUTHENTICATOR, struct.pack(">HH", len(nonce), len(sealed)) + nonce + sealed)
+
+
+def identifier_of(packet):
+    """-> the unique identifier of a query or answer; ValueError when it has none, or several."""
+    identifier, = [body for kind, _, body in split_fields(packet, NTP.size) if kind == IDENTIFIER]
+    return identifier
+
+
+def open_answer(siv, packet):
+    """-> the cookies in an authentic answer; ValueError for what is not authentic to its end."""
+    fields = split_fields(packet, NTP.size)
+    kind, start, body = fields[-1] if fields else (None, 0, b"")
+    if kind != AUTHENTICATOR or len(body) < 4:
+        raise ValueError("no authenticator at its end")
+    nonce_size, sealed_size = struct.unpack_from(">HH", body)
+    sealed_at = 4 + -(-nonce_size // 4) * 4
+    if sealed_at + sealed_size > len(body):
+        raise ValueError("damaged authenticator")
+    plain = siv.open([packet[:start], body[4:4 + nonce_size]], body[sealed_at:sealed_at + sealed_size])
+    return [cookie for kind, _, cookie in split_fields(plain) if kind == COOKIE and is_cookie(cookie)]
+
+
+def is_nak(packet):
+    """Does it say that the server does not know our keys?  Nobody proves that it does."""
+    return packet[1] == 0 and packet[12:16] == b"NTSN"
+
+
+# What a host granted.  Its keys are for queries and for answers; they may be used when the host's time is
+# between since and until; address and ntp_port are where they are known.
+Keys = collections.namedtuple("Keys", "host port address ntp_port since_sec until_sec query_key answer_key "
+                              "cookies")
+
+
+def format_keys(keys):
+    """Keys -> a line of dir/nts."""
+    words = [str(word) for word in keys[:6]] + [key.hex() for key in keys[6:8]]
+    return " ".join(words + [cookie.hex() for cookie in keys.cookies]) + "\n"
+
+
+def parse_keys(line):
+    """A line of dir/nts -> Keys; ValueError."""
+    host, port, address, ntp_port, since_sec, until_sec, *secrets = line.split()
+    query_key, answer_key, *cookies = [bytes.fromhex(word) for word in secrets]
+    if {len(query_key), len(answer_key)} != {KEY_BYTES} or not all(map(is_cookie, cookies)):
+        raise ValueError("damaged keys")
+    return Keys(host, int(port), address, int(ntp_port), int(since_sec), int(until_sec), query_key,
+                answer_key, cookies)
+
+
+class Store:
+    """dir/nts.  It is taken away while its cookies are in use, so that none is ever sent twice, not even
+    after kill -9.  It belongs to the owner of dir; others leave it alone."""
+
+    def __init__(self, folder, settings):
+        self.path, self.settings, self.keys = os.path.join(folder, "nts"), settings, {}
+        try:
+            self.ours = os.stat(folder).st_uid == os.geteuid()
+            if self.ours:
+                self.keys = {keys[:2]: keys for keys in map(parse_keys, self.take().splitlines())}
+            else:
+                self.warn("use", OSError("%s is another user's" % folder))
+        except (FileNotFoundError, ValueError):  # none so far; damaged: new keys are one connection away
+            pass
+        except OSError as err:
+            self.warn("use", err)
+
+    def warn(self, doing, err):
+        self.settings.warn("unable to %s %s: %s" % (doing, self.path, reason(err)))
+
+    def take(self):
+        """-> the text of the file, which is gone then; OSError."""
+        with open(os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
+                raise OSError("it is no file that its owner alone can read")
+            if about.st_nlink == 0:  # another run took it
+                return ""
+            os.unlink(self.path)
+            return file.read(STORE_BYTES).decode("ascii")
+
+    def put(self, servers):
+        self.keys.update((server.keys[:2], server.keys) for server in servers if server.address)
+        try:
+            if self.ours:
+                text = "".join(format_keys(keys) for keys in self.keys.values() if keys.cookies)
+                replace_file(self.path, text.encode(), 0o600)
+        except OSError as err:
+            self.warn("write", err)
+
+
+def open_keylog():
+    """-> (descriptor, path) of a file for the secrets of a session, in memory where that is possible."""
+    try:
+        keylog = os.memfd_create(PROGRAM)
+        path = "/proc/self/fd/%d" % keylog
+        if os.path.exists(path):
+            return keylog, path
+        os.close(keylog)
+    except (AttributeError, OSError):
+        pass
+    path = "/tmp/%s.%s" % (PROGRAM, os.urandom(16).hex())
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), path
+
+
+def secret_of(keylog):
+    """What OpenSSL wrote of its session -> the exporter secret; ValueError."""
+    for line in keylog.decode("ascii").splitlines():
+        if line.startswith("EXPORTER_SECRET "):
+            _, _, secret = line.split()
+            return bytes.fromhex(secret)
+    raise ValueError("this Python's ssl does not tell a session's secret")
+
+
+def tls_reason(err):
+    """What an ssl.SSLError or an OSError says, without the line of Python's source."""
+    return (getattr(err, "reason", None) or reason(err)).replace("_", " ").lower()
+
+
+def make_context(ssl, keylog_path, authorities):
+    """TLS 1.3 that verifies all of a certificate but its time."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.keylog_filename = keylog_path
+    with contextlib.suppress(OSError):  # nothing is to be removed where it is in memory
+        os.unlink(keylog_path)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols([PROTOCOL])
+    context.verify_flags |= NO_CHECK_TIME
+    try:
+        context.load_verify_locations(authorities) if authorities else context.load_default_certs()
+    except OSError as err:
+        raise ValueError("no authorities in %s: %s" % (authorities, tls_reason(err))) from None
+    return context
+
+
+def validity(tls, ssl):
+    """-> the Unix seconds from and to which all certificates of the chain are valid."""
+    try:  # Python 3.13 has a public name for it, but that gives no times
+        chain = [certificate.get_info() for certificate in tls._sslobj.get_verified_chain()]
+    except AttributeError:  # before Python 3.10
+        chain = [tls.getpeercert()]
+    since_sec, until_sec = [[ssl.cert_time_to_seconds(certificate[name]) for certificate in chain]
+                            for name in ("notBefore", "notAfter")]
+    return max(since_sec), min(until_sec)
+
+
+def left_sec(end_ns):
+    left_ns = end_ns - time.monotonic_ns()
+    if left_ns <= 0:
+        raise TimeoutError("timed out")
+    return left_ns / 1e9
+
+
+def look_up(host, port, kind, settings, end_ns):
+    """getaddrinfo() that ends in time; OSError."""
+    name = b"127.0.0.1" if host == "0" else os.fsencode(host)
+    found, = in_parallel(lambda name: socket.getaddrinfo(name, port, settings.family, kind), [name], end_ns)
+    if isinstance(found, Exception):
+        raise found
+    return found[:MOST_ADDRESSES]
+
+
+def connect(host, settings, end_ns):
+    """-> a connection to the first of the host's addresses that takes it; OSError."""
+    found = look_up(host, settings.port, socket.SOCK_STREAM, settings, end_ns)
+    for left, (family, _, _, _, address) in zip(range(len(found), 0, -1), found):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(left_sec(end_ns) / left)
+            sock.connect(address)
+            return sock
+        except OSError as err:
+            sock.close()
+            trouble = err
+    raise trouble
+
+
+def reader(tls, end_ns):
+    """-> read(size) for read_grant(), which is bounded in bytes and in time."""
+    budget = [KE_BYTES]
+
+    def read(size):
+        data = b""
+        budget[0] -= size
+        if budget[0] < 0:
+            raise ValueError("its answer never ends")
+        while len(data) < size:
+            tls.settimeout(left_sec(end_ns))
+            more = tls.recv(size - len(data))
+            if not more:
+                raise ValueError("its answer is cut short")
+            data += more
+        return data
+    return read
+
+
+def establish(host, settings):
+    """Key establishment with a host -> Keys; OSError, ValueError."""
+    try:
+        import ssl  # here, since most runs have stored keys, and it takes 4 MB
+    except ImportError:
+        raise ValueError("this Python has no ssl; if it is a python3-minimal, install python3") from None
+    now_ns = time.monotonic_ns()
+    end_ns = min(now_ns + KE_NS, now_ns + settings.total_ns // 2, settings.end_ns)
+    keylog, keylog_path = open_keylog()
+    try:
+        context = make_context(ssl, keylog_path, settings.letters.get("-c"))
+        with connect(host, settings, end_ns) as plain:
+            plain.settimeout(left_sec(end_ns))
+            name = b"127.0.0.1" if host == "0" else os.fsencode(host)  # bytes, as in find_servers()
+            with context.wrap_socket(plain, server_hostname=name) as tls:
+                if tls.selected_alpn_protocol() != PROTOCOL:
+                    raise ValueError("it does not speak " + PROTOCOL)
+                tls.sendall(KE_QUERY)
+                grant, address = read_grant(reader(tls, end_ns)), tls.getpeername()
+                since_sec, until_sec = validity(tls, ssl)
+        query_key, answer_key = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
+    except ssl.SSLCertVerificationError as err:
+        raise ValueError("its certificate can't be trusted: %s" % err.verify_message) from None
+    except ssl.SSLError as err:
+        raise ValueError("TLS: %s" % tls_reason(err)) from None
+    except socket.timeout:
+        raise TimeoutError("key establishment timed out") from None
+    finally:
+        os.close(keylog)
+    if grant.server:
+        address = look_up(grant.server, grant.port, socket.SOCK_DGRAM, settings, end_ns)[0][4]
+    numeric = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+    if settings.verbosity >= 2:
+        complain("info", "%s: new keys, %d cookies, NTP at %s port %d"
+                 % (host, len(grant.cookies), numeric, grant.port))
+    return Keys(host, settings.port, numeric, grant.port, since_sec, until_sec, query_key, answer_key,
+                grant.cookies)
+
+
+class NtsServer(Server):
+    """A Server with keys.  `fresh`: they were established in this run; `spent`: why others are needed."""
+
+    def __init__(self, keys, fresh, family, address):
+        name = keys.address if keys.host in (keys.address, "0") else "%s/%s" % (keys.host, keys.address)
+        super().__init__(name, family, address)
+        self.fresh, self.spent = fresh, None
+        self.take(keys)
+
+    def take(self, keys):
+        self.keys, self.query_siv, self.answer_siv = keys, Siv(keys.query_key), Siv(keys.answer_key)
+
+
+def locate(keys, settings):
+    """-> (family, address) of the NTP server, or None, as for IPv6 under -4."""
+    try:
+        found = socket.getaddrinfo(keys.address, keys.ntp_port, settings.family, socket.SOCK_DGRAM, 0,
+                                   socket.AI_NUMERICHOST)
+    except OSError:
+        return None
+    return found[0][0], found[0][4]
+
+
+def find_nts_servers(settings, stored):
+    """Hosts -> Servers, those whose keys are stored and those that give new ones; the others without an
+    address."""
+    def prepare(host):
+        keys = stored.get((host, settings.port))
+        fresh = not (keys and keys.cookies and locate(keys, settings))
+        if fresh:
+            keys = establish(host, settings)
+        return NtsServer(keys, fresh, *locate(keys, settings))
+    servers, hosts = [], list(dict.fromkeys(settings.hosts))
+    for host, found in zip(hosts, in_parallel(prepare, hosts, settings.end_ns + DAY_NS)):
+        if isinstance(found, Exception):
+            found, err = Server(host), found
+            found.kiss = reason(err)
+            found.failed(found.kiss)
+        elif (found.family, found.address) in [(server.family, server.address) for server in servers]:
+            stored[found.keys[:2]] = found.keys  # one server of two names has one vote
+            continue
+        servers.append(found)
+    return servers
+
+
+def renew(server, settings):
+    """New keys, once in a run; OSError, ValueError, Dismissed."""
+    if server.fresh:
+        raise Dismissed(server.spent, True)
+    server.fresh = True
+    server.take(establish(server.keys.host, settings))
+    server.spent = None
+    if locate(server.keys, settings) != (server.family, server.address):
+        raise Dismissed("it moved to %s" % server.keys.address, True)  # the next run asks there
+
+
+def query_of(server, settings):
+    """The next query for that server, with a cookie that is used up by it."""
+    if not server.keys.cookies:
+        server.spent = "no cookie is left"
+    if server.spent:
+        renew(server, settings)
+    cookie = server.keys.cookies.pop(0)
+    wanted = COOKIES - 1 - len(server.keys.cookies)
+    return seal_query(server.query_siv, make_query(), os.urandom(IDENTIFIER_BYTES), cookie, wanted,
+                      os.urandom(NONCE_BYTES))
+
+
+def decode(server, query, packet, ahead_ns):
+    """-> Answer, None for what is none to this query or not authentic; ValueError, Dismissed."""
+    try:
+        if not answers(query, packet) or identifier_of(packet) != identifier_of(query):
+            return None
+        cookies = open_answer(server.answer_siv, packet)
+    except ValueError:
+        # A NAK may be forged too.  So the right answer is waited for, whatever else comes.
+        if is_nak(packet):
+            server.spent = "it does not know our keys any more (NTS NAK)"
+        else:
+            server.failed("an answer was not authentic")
+        return None
+    server.spent = None
+    server.keys.cookies[:] = (server.keys.cookies + cookies)[:COOKIES]
+    answer = decode_answer(packet, ahead_ns)
+    judge(server, (answer.sent_ns - ahead_ns) // 10**9)
+    return answer
+
+
+def judge(server, real_sec):
+    """Is the host's certificate valid at the time that was measured?  ValueError, Dismissed."""
+    keys = server.keys
+    if keys.since_sec <= real_sec <= keys.until_sec:
+        server.keys = keys._replace(until_sec=min(keys.until_sec, real_sec + RENEW_SEC))
+    elif server.fresh:
+        since, until, real = [time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(sec))
+                              for sec in (keys.since_sec, keys.until_sec, real_sec)]
+        raise Dismissed("its certificate is valid from %s to %s, and its time is %s"
+                        % (since, until, real), False)
+    else:
+        server.spent = "its keys are out of date"
+        raise ValueError(server.spent)
+
+
+def main(argv):
+    try:
+        doing = "write output"
+        if begin(argv):
+            return 0
+        settings = Settings(argv[1:], KE_PORT, "c:")
+        if os.isatty(1):
+            complain("usage", "the result is 16 raw bytes: " + USAGE)
+            return 100
+        doing = "tell this clock's scale"
+        ahead_ns = (TAI_MINUS_UTC_SEC - scale_offset_sec()) * 10**9
+        doing = "get the time from " + ", ".join(settings.hosts)
+        store = Store(settings.folder, settings) if settings.folder else None
+        servers = []
+        try:
+            servers = find_nts_servers(settings, store.keys if store else {})
+            result = measure(servers, settings, lambda server: query_of(server, settings),
+                             lambda server, query, packet: decode(server, query, packet, ahead_ns))
+        finally:
+            if store:
+                store.put(servers)
+        packet = pack_mark(result, sum(result.range) // 2, settings)
+        doing = "write output"
+        emit(packet)
+    except getopt.GetoptError:
+        complain("usage", USAGE)
+        return 100
+    except (OSError, OverflowError, RuntimeError, ValueError, struct.error) as err:
+        complain("fatal", "unable to %s: %s" % (doing, reason(err)))
+        return 111
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
