@@ -3099,14 +3099,15 @@ def host():
 def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
     """What clockspeed wrote that long ago, by which this clock is that far behind now."""
     now = CTL.take_reading("CLOCK_MONOTONIC_RAW")
-    tick_ns = now.tick_ns - age_sec * 10**9
+    tick_ns, offset_ns = now.tick_ns - age_sec * 10**9, round(clock_off_sec * 1e9)
+    real_ns = changes.get("written_ns", now.clock_ns - age_sec * 10**9) + offset_ns
     status = {
         "version": 2, "pid": os.getpid(), "boot_id": now.boot_id, "doing": "steering the clock",
         "observe_only": False, "counter": "CLOCK_MONOTONIC_RAW", "scale": "utc", "tick_ns": tick_ns,
         "written_ns": now.clock_ns - age_sec * 10**9, "suspended_ns": now.suspended_ns,
-        "offset_ns": round(clock_off_sec * 1e9),
-        "variance": [1e10, 0, 1e4, 0], "bound": A_BOUND, "rate_ppm": 0.0, "rate_error_ppm": 0.0123,
-        "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1, "refused": 0},
+        "offset_ns": offset_ns,
+        "variance": [1e10, 0, 1e4, 0], "bound": a_bound(tick_ns, real_ns), "rate_ppm": 0.0,
+        "rate_error_ppm": 0.0123, "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1, "refused": 0},
         "last_mark": {"tick_ns": tick_ns, "offset_ns": 1234567, "spread_ns": 10**6, "distance_ns": 10**5,
                       "outcome": "used"},
         "next": {"wait_sec": 700.0, "exchanges": 4, "settling": False},
@@ -3115,7 +3116,19 @@ def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
     return dict(status, **changes)
 
 
-A_BOUND = {"earliest_ns": -5 * 10**6, "latest_ns": 4 * 10**6}
+def a_bound(tick_ns, real_ns, early_ns=5 * 10**6, late_ns=4 * 10**6):
+    return {"tick_ns": tick_ns, "earliest_ns": real_ns - early_ns, "latest_ns": real_ns + late_ns,
+            "slow_ppm": 0.0, "fast_ppm": 0.0, "change_ppm": 0.0}
+
+
+def test_the_bound_is_carried_on_as_clockspeed_does():
+    rng, bound = random.Random(SEED), load("clockspeed").Bound()
+    for tick_ns in sorted(rng.randrange(1, 10**15) for _ in range(9)):
+        bound.mark(tick_ns, 10**18 + tick_ns + round(tick_ns * 2e-5), 10**7, 10**6)
+        for ahead_ns in (0, 10**9, 10**12, 10**15):
+            later = CTL.Reading(tick_ns + ahead_ns, 0, 0, "")
+            assert CTL.Status(a_status(bound=bound.coefficients()), later).carry_bound(
+                bound.coefficients()) == bound.at(tick_ns + ahead_ns)
 
 
 @pytest.mark.parametrize("text, wanted", [
@@ -3383,7 +3396,8 @@ def test_until_waits_for_the_bound(host):
     assert host.says("until", "9ms", "--timeout", "20s") == ""
     assert "the clock is certainly within" in host.refuses("until", "1ms", "--timeout", "10ms")
     with host.start("until", "1ms") as waiting:
-        host.status(clock_off_sec=0, bound={"earliest_ns": -10**5, "latest_ns": 10**5})
+        now = CTL.take_reading("CLOCK_MONOTONIC_RAW")
+        host.status(clock_off_sec=0, bound=a_bound(now.tick_ns, now.clock_ns, 10**5, 10**5))
         assert waiting.wait(PATIENCE_SEC) == 0
     assert host.run("until", "0").returncode == host.run("until", "1s", "--timeout", "x").returncode == 100
 
@@ -3436,7 +3450,8 @@ def test_a_damaged_status_is_a_line_and_shows_no_escapes(host, monkeypatch, capf
     inner = [(name, key) for name in ("last_mark", "next", "kernel", "marks", "bound") for key in good[name]]
     for name, key in [(name, None) for name in good] + inner:
         for value in BAD_VALUES:
-            host.status(**{name: dict(good[name], **{key: value}) if key else value})
+            damaged = dict(good, **{name: dict(good[name], **{key: value}) if key else value})
+            host.write("etc/status", json.dumps(damaged))
             for command in (["status"], ["status", "--json"], ["now"], ["wait", "541", "999"], ["metrics"]):
                 assert CTL.main(["clockctl"] + command) in (0, 111)
     said = capfd.readouterr()
