@@ -606,6 +606,8 @@ def test_wrong_usage(name, answer):
         settings = module.Settings(words.split(), 123)
         assert (settings.exchanges, settings.force, settings.hosts) == (7, True, ["a", "b"]), words
         assert settings.family == (socket.AF_INET if words.startswith("-f4") else socket.AF_UNSPEC)
+    settings = module.Settings(["-p", "65535", "a"], 1)
+    assert (settings.wait_ns, settings.total_ns, settings.limit_ns) == (10**9, 10**10, 172800 * 10**9)
     settings = module.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
     assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns) == (250000, 10**6, 2 * 10**6)
     assert (settings.pause_ns, settings.limit_ns, settings.port) == (0, 43200 * 10**9, 9)
