@@ -1,121 +1,165 @@
-#!/bin/sh
-"""exec" python3 -IS -c 'import sys; del sys.argv[0]; __file__ = sys.argv[0]; exec(compile(open(__file__, "rb").read(), __file__, "exec"))' "$0" "$@"
-clockspeed - keep the system clock right between rare looks at a time server
+#!/usr/bin/env python3
+"""clockspeed - keep the system clock right between rare marks from a time server
 
 SYNOPSIS
-    clockspeed [-n] [-S] [-u user] [home]
+    clockspeed [-n] [-S] [-u user] [-w user] [home]
     sntpclock 192.0.2.1 > /usr/local/clockspeed/adjust      (better: clockctl mark)
 
 DESCRIPTION
     A daemon, to be run in the foreground by daemontools, runit or s6.  It learns from the
-    adjustments written into the FIFO `adjust` how fast the machine's counter really ticks,
-    and keeps the system clock at that rate, for as long as nobody asks a time server.
+    marks written into the FIFO `adjust` how fast the machine's counter really ticks, and
+    keeps the system clock at that rate for as long as nobody asks a time server.
 
-    An adjustment is real time minus system clock, 16 bytes of TAI64NA in one write, as
-    sntpclock and taiclock make it.  A positive offset below means a system clock that is
-    behind; a positive rate, a counter that ticks too slowly: rate is (real seconds per
-    counter second - 1) x 10^6 ppm.
+    A mark is an adjustment: what is to be added to the system clock's reading, 16 bytes of
+    TAI64NA in one write, as sntpclock and taiclock make them.  A positive offset means that
+    the system clock is behind; a positive rate, that the counter ticks too slowly: the rate
+    is (real seconds per counter second - 1) * 10^6 ppm.
 
     The counter is CLOCK_MONOTONIC_RAW, which nobody steers.  Where there is none it is
-    CLOCK_MONOTONIC, the start line says so, and what is learned is less exact.
+    CLOCK_MONOTONIC, and what is learned is less exact.
 
     On Linux the rate goes into the kernel (adjtimex), so that the clock runs right between
-    wake-ups and when clockspeed is killed; what the clock is off by is slewed away by the
-    kernel at 500 ppm.  Elsewhere adjtime() nudges the clock every 3 seconds.
+    wake-ups and also after clockspeed is killed.  What the clock is off by is slewed away by
+    the kernel at 500 ppm: 1.8 s take an hour.  It could go faster only by a rate that would
+    stay if clockspeed were killed.  Elsewhere adjtime() nudges the clock every 3 seconds.
 
-    The first mark of a boot may step the clock, when it is over 0.5 s off.  After that
-    clockspeed never steps: `clockctl set` does.
+    A clock that is over 0.5 s off is stepped in three cases, and never with -S:
+    - by one of the first 3 marks used in a boot, so that a wrong first mark does not last;
+    - when another program or person has set it: it is set back once, and after that at most
+      once an hour, which doubles up to a day for who insists;
+    - at the start, forward to the last time known, on a host without a hardware clock.
+
+    On a time by the kernel: maxerror is the bound and what is still to be slewed, esterror
+    the standard deviation.  A clock that is known to be over 0.5 s off, or that may be 16 s
+    off, is told to be unsynchronised, so that the kernel does not copy it to the hardware
+    clock.
+
+    Who can write marks can make the clock wrong, within limits: by any amount in the first
+    3 marks of a boot, later at 1500 ppm (130 s a day) at most.  No rate over 1000 ppm is
+    ever believed.  No real time before this release is.
 
 OPTIONS
     -n       observe only: learn and tell, never touch the clock; needs no privilege
-    -S       never step, not even at the first mark of a boot
-    -u user  after the start as root become that user, when there is one, and keep CAP_SYS_TIME
-             alone (Linux)
+    -S       never step
+    -u user  after the start as root give etc to that user, become it, and keep the right to
+             set the clock alone (Linux: CAP_SYS_TIME)
+    -w user  give adjust to that user, who writes the marks; without it, to that of -u
     home     the directory below, instead of $CLOCKSPEED_HOME or /usr/local/clockspeed
 
+    With two users, the one that talks to the network can write marks and no more.  That of
+    -u can set the clock and replace what is in etc.
+
 FILES (in home)
-    adjust      the FIFO; made with mode 0600 when missing, kept with its owner when there
-    etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it
-    etc/state   what the estimator knows, for the next start
-    etc/status  the same for people and programs (JSON): clockctl status reads it
-    etc/leap    the leap second that the time servers announce for the end of this day, kept by
-                sntpclock -s: counts on the last UTC day of June and December, when no table tells
-                (a leap-seconds.list that has not expired does, what it has and what it has not);
-                etc/state keeps it from then on, until a table has it
+    adjust      the FIFO, made with mode 0600 when missing; who may read it can keep
+                clockspeed from starting
+    etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it; when
+                that one has written it, its rate is taken, within 500 ppm of 1 ns
+    etc/state   what is known, for the next start: written at each mark and each hour
+    etc/status  the same for people and programs: at each mark and every 10 minutes
+    etc/lock    so that no second clockspeed runs on this home
+
+    etc/status is JSON.  A counter that reads TICK now is t = (TICK - tick_ns) / 10^9 s later.
+    Real time minus system clock was offset_ns at tick_ns, when the clock read written_ns; real
+    time now is written_ns + offset_ns + 10^9 t (1 + rate_ppm / 10^6), with the variance
+    c0 + c1 t + c2 t^2 + c3 t^3 ns^2 of `variance`.  `bound` tells between which two times it
+    certainly is, if the servers tell the truth within their root distance.
 
 OUTPUT
-    One line for each event on stdout; multilog adds the time.
+    One line for each event; multilog adds the time.
+
+    start:    how the clock is steered, by which counter, and which rate is known from where
+    mark:     a mark: counter and real time, its spread and the server's root distance (- for
+              a mark that doesn't tell), then what is believed after it: real time minus the
+              clock, standard deviation, bound, rate; used, doubted (until other marks agree)
+              or refused
+    refused:  what came was no mark, or of an impossible time; one line for all at once
+    step:     the clock was stepped, and why
+    slew:     what is slewed away takes over a minute; clockctl set steps at once
+    moved:    somebody else set the clock
+    foreign:  another program sets the clock or its frequency again and again; one must go
+    suspend:  the machine slept; the rate is known, the time is not before the next mark
+    counter:  it went back, as in a machine restored from a snapshot; the same
+    lost:     so many lines could not be written before this one
+    stop:     TERM or INT came
+
+    Warnings on stderr: what does not work, once for as long as it fails for that reason.
 
 ENVIRONMENT
-    CLOCKSPEED_HOME, CLOCK_SCALE (utc or tai: what the system clock counts; without it the
-    time zone tells), LEAPSECS (a leap second table to use before the system's own)
+    CLOCKSPEED_HOME
+    CLOCK_SCALE   what the system clock counts: utc, or tai (the right/ time zones); without it
+                  the time zone tells
+    CLOCK_ERROR   the error that is to be kept (0.010, 10ms): etc/status then tells when the
+                  next mark is wanted, and of how many exchanges
 
 EXIT STATUS
-    0 after TERM or INT; 100 wrong usage; 111 no home, no permission, a system error
+    0 after TERM or INT; 100 wrong usage; 111 no home, no permission, a system error, another
+    clockspeed on this home, or adjust is gone and only root can make it again
 
 SEE ALSO
-    clockctl, sntpclock, taiclock, clockadd, clockview
+    clockctl, sntpclock, taiclock, ntsclock, clockadd, clockview
 """
+try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even while it loads
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+except KeyboardInterrupt:
+    raise SystemExit(130)
 import errno
 import fcntl
 import getopt
 import math
 import os
+import re
 import select
-import signal
 import stat
 import struct
 import sys
 import time
+from collections import namedtuple
 try:
     import json
 except ImportError:  # python3-minimal has none
     json = None
 
 PROGRAM = "clockspeed"
-USAGE = "clockspeed [-n] [-S] [-u user] [home]"
+USAGE = "clockspeed [-n] [-S] [-u user] [-w user] [home]"
 HOME = "/usr/local/clockspeed"
-RELEASE_SEC = 1793491200  # 2026-11-01: real time is later than this release
-ERA_SEC = 2**32  # an NTP era, 136 years: no mark from beyond it can be meant
-STEP_NS = 5 * 10**8  # over 0.5 s the first mark of a boot steps: slewing that takes 17 minutes
+ERA_SEC = 2**32  # NTP's 136 years: no mark from beyond can be meant
+TAI_MINUS_CLOCK_SEC = {"utc": 37, "tai": 10}  # for good: there are no more leap seconds
+MOST_PPM = 1000  # no crystal and no virtual machine's counter is off by more
+ATTO_MOST_PPM = 500  # an etc/atto further off than that was made with a counter of other ticks
+UNKNOWN_PPM = 500.0  # what a rate may be off by before any mark: a crystal 50, a virtual machine some 100
+REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
+ATTO_PPM = 10.0  # and of one from etc/atto, which tells nothing of its quality
+STEP_NS = 5 * 10**8  # over 0.5 s a clock is wrong and not just inexact; slewing that takes 17 minutes
+FIRST_MARKS = 3  # used ones of a boot: until then one may be wrong unnoticed, and the clock settles
+SET_BACK_SEC, SET_BACK_MOST_SEC = 3600, 86400  # how long a clock that was set back is left alone after
 SLEW_PPM = 500  # what Linux and the BSDs slew at
 LONG_SLEW_SEC, SLEW_AGAIN_SEC = 60, 3600  # from here on a slew is worth a line; and how often another one
 SETTLED_NS = 5000  # below this the clock is looked at once a minute, above it every 3 seconds
 BUSY_SEC, SETTLED_SEC = 3, 60
 MOVED_NS = 10**7  # a clock that moved this much against the prediction was set by somebody else...
-MOVED_PPM = 1000  # ...unless slews and rates, which never reach this, had the time for it
+MOVED_PPM = 2000  # ...unless slews and rates, which never reach this, had the time for it
 SUSPENDED_NS = 10**8  # CLOCK_BOOTTIME gains as much on CLOCK_MONOTONIC only in a suspend
 STATUS_SEC = 600  # etc/status is never older
 STATE_SEC = 3600  # nor is etc/state, which wears out flash memory and changes with marks only
-TABLE_SEC = 21600  # how often the leap second table is read again; leaps are announced half a year ahead
-ARM_SEC = 86400  # the kernel leaps at the next UTC midnight: it is told on the last day only
-LEAP_NS = 2 * 10**9  # so near to a leap second the clock's reading is ambiguous, and let alone
 FOREIGN_SEC = 3600  # how often a second program on the same clock is worth a line
+BATCH = 4  # marks taken at once, of 10 ms each or more; after so many, the FIFO rests for a second
+BATCH_REST_SEC = 1
+STATE_BYTES = 1 << 18  # a state has at most 50 KiB
 ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TAI, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x80, 0x4000
 ADJ_OFFSET_SINGLESHOT, ADJ_OFFSET_SS_READ = 0x8001, 0xA001
-STA_INS, STA_DEL, STA_UNSYNC = 0x10, 0x20, 0x40
+STA_UNSYNC = 0x40
+MAXERROR_NS = 16 * 10**9  # where the kernel itself takes a clock for unsynchronised
 PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
 BIAS_LIMIT_PPM = 50  # no kernel's clock is off the rate that it was given by more: somebody else was at work
-RATE_RANGE = (0.9, 1.1)  # ns of real time per tick; an atto outside was made with another counter
-UNKNOWN_PPM = 500.0  # what a rate may be off by before any mark: a crystal 50, a virtual machine some 100
-REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
-ATTO_PPM = 10.0  # and of one from etc/atto, which tells nothing of its quality
 
 
-# ==== shared: messages, TAI64NA, clock scale, leap seconds (the same bytes in every script) ====
-# The file's second line is sh.  It starts Python isolated, so that neither PYTHONPATH nor the current
-# directory can inject code, and has it compile the file as a string, since of a program that is a file
-# it would keep the syntax tree, some 3 MB, to the end.
-#
-# An adjustment is real time minus system clock.  A label is an absolute TAI time.  Both are
-# seconds in two's complement, nanoseconds and attoseconds, the fraction always counted upwards.
+# ==== shared by all: messages and TAI64NA ====
+# An adjustment is real time minus system clock; a label is an absolute TAI time.  Both are seconds in
+# two's complement, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and
+# in etc/atto, and in an adjustment what the mark tells of itself.
+RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
 TAI64NA = struct.Struct(">qII")
-LABEL_ZERO_SEC = 2**62  # the seconds of the label of 1970-01-01 00:00:00 TAI
-LEAP_FILES = ("/usr/local/etc/leapsecs.dat", "/etc/leapsecs.dat", "/usr/share/zoneinfo/leap-seconds.list")
-# The days since 1970-01-01 that began right after a leap second; none is announced after the last.
-LEAP_DAYS = (912, 1096, 1461, 1826, 2191, 2557, 2922, 3287, 3652, 4199, 4564, 4929, 5660, 6574, 7305,
-             7670, 8217, 8582, 8947, 9496, 10043, 10592, 13149, 14245, 15522, 16617, 17167)
-BEFORE_LEAPS = (-2**63, 10)  # TAI - UTC was 10 s in 1972, and by djb's convention ever before
 
 
 def complain(kind, text):
@@ -127,14 +171,9 @@ def complain(kind, text):
 
 
 def emit(data):
-    """All of the bytes to stdout."""
+    """Write all of the bytes to stdout; OSError."""
     while data:
         data = data[os.write(1, data):]
-
-
-def emit_manual():
-    """The docstring but for its first line, which starts Python."""
-    emit(__doc__.partition("\n")[2].encode())
 
 
 def reason(err):
@@ -142,86 +181,54 @@ def reason(err):
     return getattr(err, "strerror", None) or str(err)
 
 
-def pack(atto):
-    """Signed attoseconds -> 16 bytes of TAI64NA."""
-    nano, atto = divmod(atto, 10**9)
-    return TAI64NA.pack(*divmod(nano, 10**9), atto)
+def begin(argv):
+    """Open descriptors 0 to 2 where they are closed, lest a socket or file be taken for one of them; print
+    the manual or the version if that is all argv asks for -> whether it was; OSError."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # so that writing a result there still fails
+    if argv[1:] in (["-h"], ["--help"]):
+        emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
+    elif argv[1:] == ["--version"]:
+        emit(("%s %s\n" % (PROGRAM, RELEASE)).encode())
+    else:
+        return False
+    return True
+
+
+def pack(ns, last=0):
+    """Signed nanoseconds and the last number -> 16 bytes of TAI64NA."""
+    return TAI64NA.pack(*divmod(ns, 10**9), last)
 
 
 def unpack(packet):
-    """16 bytes of TAI64NA, or 12 of TAI64N -> signed attoseconds, exact; ValueError when they are neither."""
+    """16 bytes of TAI64NA, or 12 of TAI64N -> (signed nanoseconds, last number); ValueError."""
     if len(packet) not in (12, 16):
         raise ValueError("%d bytes, not 16" % len(packet))
-    sec, nano, atto = TAI64NA.unpack(packet.ljust(16, b"\0"))
-    if max(nano, atto) >= 10**9:
+    sec, nano, last = TAI64NA.unpack(packet.ljust(16, b"\0"))
+    if max(nano, last) >= 10**9:
         raise ValueError("not a TAI64NA packet")
-    return (sec * 10**9 + nano) * 10**9 + atto
-
-
-def parse_leap_table(data):
-    """A leapsecs.dat or leap-seconds.list -> (rows, expiry in Unix seconds or None); ValueError if damaged.
-
-    A row is (first UTC second as Unix counts, TAI - UTC from then on), oldest first.
-    """
-    rows, expiry = [BEFORE_LEAPS], None
-    if data and len(data) % 8 == 0 and data[0] == 0x40:  # djb's: the TAI64 label of each 23:59:60
-        for count, (label,) in enumerate(struct.iter_unpack(">Q", data)):
-            rows.append((label - LABEL_ZERO_SEC - 10 - count, 11 + count))
-    else:  # NTP's: seconds since 1900 and TAI - UTC, the first row being 1972-01-01 and 10
-        for line in data.decode("ascii").splitlines():
-            words = line.partition("#")[0].split()
-            if line.startswith("#@"):
-                expiry = int(line[2:]) - 2208988800
-            elif words:
-                rows.append((int(words[0]) - 2208988800, int(words[1])))
-        if rows.pop(1)[1] != 10:
-            raise ValueError
-    for (start, offset), (next_start, next_offset) in zip(rows, rows[1:]):
-        if next_start <= start or next_start % 86400 or abs(next_offset - offset) != 1:
-            raise ValueError
-    return rows, expiry
-
-
-def read_leap_table():
-    """-> (rows, expiry or None, the file's name) of the first table that can be read, else of the one
-    built in; ValueError when the first one is damaged: a wrong table is worse than none."""
-    for path in (os.environ.get("LEAPSECS", ""),) + LEAP_FILES:
-        try:
-            with open(path, "rb") as file:
-                data = file.read(65536)  # the real ones have 216 and 5000 bytes
-        except OSError:
-            continue
-        try:
-            return parse_leap_table(data) + (path,)
-        except (ValueError, IndexError):
-            raise ValueError("leap second table %s is damaged" % path) from None
-    return [BEFORE_LEAPS] + [(day * 86400, 11 + n) for n, day in enumerate(LEAP_DAYS)], None, "built in"
-
-
-def clock_table(leap_rows):
-    """The rows of the system clock itself: on the utc scale it is off TAI by the leap seconds so far, on
-    the tai scale always by 10 s.  CLOCK_SCALE tells, else the time zone: a right/ one has 23:59:60."""
-    scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
-    if scale not in ("tai", "utc"):
-        raise ValueError("CLOCK_SCALE is neither utc nor tai")
-    return leap_rows if scale == "utc" else [BEFORE_LEAPS]
-
-
-def to_tai(clock_ns, rows):
-    """Nanoseconds of the clock with that table -> nanoseconds of TAI since 1970-01-01 00:00:00 TAI."""
-    return clock_ns + next(offset for start, offset in reversed(rows) if clock_ns >= start * 10**9) * 10**9
-
-
-def from_tai(tai_ns, rows):
-    """The inverse; within a leap second the clock shows 23:59:59 again, as kernels do."""
-    for (start, offset), (_, offset_before) in zip(rows[:0:-1], rows[-2::-1]):
-        if tai_ns >= (start + min(offset, offset_before)) * 10**9:
-            return tai_ns - offset * 10**9
-    return tai_ns - 10 * 10**9
+    return sec * 10**9 + nano, last
 # ==== end shared ====
 
 
-# ==== shared with some: adjtimex (the same bytes in each script that has it) ====
+# ==== shared by some: what a mark tells of itself ====
+# The last number of an adjustment is ESSSSDDCC in decimal digits.  The spread, half the width of the range
+# that the exchanges prove, is S.SSS * 10^E ns.  The root distance, how far the server may be off true time,
+# is 10^(DD/14) us, or nothing for 00.  CC makes the number 1 modulo 97.  Any other number tells nothing: 0 as
+# most clients have it, and the true attoseconds of the C sntpclock, but for one in a hundred.
+def unpack_quality(last):
+    """The last number of an adjustment -> (spread, root distance) in ns, or None if it tells neither."""
+    exponent, digits, distance = last // 10**8, last // 10**4 % 10**4, last // 100 % 100
+    if last % 97 != 1 or digits < 1000:
+        return None
+    return -(-digits * 10**exponent // 1000), round(10 ** (3 + distance / 14)) if distance else 0
+# ==== end shared ====
+
+
+# ==== shared by some: adjtimex ====
 # struct timex with 64-bit fields, as 64-bit libcs and clock_adjtime64 have it, and with 32-bit ones.
 TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
 TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
@@ -252,10 +259,10 @@ def adjtimex(**fields):
         if err.errno != errno.ENOSYS:  # Linux before 5.1
             raise
     return call(TIMEX32, libc.adjtimex)
-# ==== end shared with some ====
+# ==== end shared ====
 
 
-# ==== shared with some: stepping (the same bytes in each script that has it) ====
+# ==== shared by some: stepping ====
 ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
@@ -266,7 +273,7 @@ def step_kernel(adjtimex, delta_ns):
     adjtimex(modes=ADJ_SETOFFSET | ADJ_NANO, sec=sec, frac=frac)
     if not nano:
         adjtimex(modes=ADJ_MICRO)  # ADJ_NANO stays set, and would mislead a daemon that counts microseconds
-# ==== end shared with some ====
+# ==== end shared ====
 
 
 # ==== the estimator ====
@@ -471,7 +478,7 @@ class Estimator:
         self.tick_ns = self.real_ns = None      # the last mark used: phases are relative to it
         self.held = []                          # marks doubted since: [(tick_ns, real_ns)]
 
-    def mark(self, tick_ns, real_ns):
+    def mark(self, tick_ns, real_ns, spread_ns=None):
         """At counter value tick_ns real time was real_ns -> "used", "doubted" (held), "refused" (none)."""
         if not is_mark(tick_ns, real_ns):
             return "refused"
@@ -625,6 +632,16 @@ class Estimator:
         self.tick_ns = self.real_ns = None
         self.held = []
 
+    def next_mark_plan(self, tick_ns, target_ns):
+        return Plan(self.next_mark(tick_ns, target_ns), 1)
+
+    def assume_rate(self, rate_ppm, rate_error_ppm):
+        """Another program has measured the rate; what is known of wander and noise stays."""
+        self.forget_phase(0.0)
+        self.models = [(w, 0.0, rate_ppm * 1e3, *known[2:8], (rate_error_ppm * 1e3) ** 2, 0.0, 0.0, *known[11:])
+                       for w, *known in self.models]
+        self._sum_up(self.models)
+
     def state(self):
         """Plain data for JSON, the sleeping models left out.  from_state(state()) goes on to the last bit."""
         models = [[i, *model] for i, (model, sleeper) in enumerate(zip(self.models, sleepers(self.kinds)))
@@ -665,6 +682,50 @@ class Estimator:
         return self
 
 
+Plan = namedtuple("Plan", "wait_sec exchanges")
+
+
+class Bound:
+    """A stand-in until the estimator is spliced in."""
+
+    def __init__(self):
+        self.known = None
+
+    def mark(self, tick_ns, real_ns, spread_ns, distance_ns):
+        most_ns = spread_ns + distance_ns
+        new = [tick_ns, real_ns - most_ns, real_ns + most_ns]
+        before = self.at(tick_ns)
+        if before and before[0] <= new[2] and new[1] <= before[1]:
+            new[1:] = max(before[0], new[1]), min(before[1], new[2])
+        self.known = new
+
+    def at(self, tick_ns):
+        if not self.known:
+            return None
+        ticks_ns = tick_ns - self.known[0]
+        grown_ns = abs(ticks_ns) * 1000 // 10**6
+        return self.known[1] + ticks_ns - grown_ns, self.known[2] + ticks_ns + grown_ns
+
+    def coefficients(self, tick_ns):
+        return {}
+
+    def forget(self):
+        self.known = None
+
+    def state(self):
+        return self.known
+
+    @classmethod
+    def from_state(cls, state):
+        self = cls()
+        if state is not None:
+            tick_ns, earliest_ns, latest_ns = state
+            if not all(map(is_int, state)):
+                raise ValueError("no bound")
+            self.known = list(state)
+        return self
+
+
 # ==== the counter and the clock ====
 
 def reads(clock_id):
@@ -678,12 +739,13 @@ def reads(clock_id):
 
 
 class Clock:
-    """The counter and the system clock, looked at only.
+    """The counter and the system clock, observed only.
 
     What steers a system clock derives from this.  A clock's `steer` is told at each wake-up how it
     should run, and answers in how many seconds it wants to be told again.
     """
     doing = "observing"
+    steers = False
 
     def __init__(self):
         self.counter = "CLOCK_MONOTONIC_RAW" if reads("CLOCK_MONOTONIC_RAW") else "CLOCK_MONOTONIC"
@@ -712,26 +774,26 @@ class Clock:
         except OSError:
             return ""
 
-    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, changed):
+    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
         return SETTLED_SEC
 
     def step(self, delta_ns):
-        raise OSError(errno.EPERM, "observing only")
+        """Add delta_ns to the system clock; OSError, OverflowError, struct.error where it can't hold the sum."""
 
     def forget(self):
         """The counter is not what it was: what was seen of the clock by it says nothing any more."""
 
-    def announce(self, error_ns, offset_ns, tai_offset_sec, leap):
-        """Tell the kernel how wrong the clock may be (one standard deviation), TAI minus clock, and
-        whether this UTC day ends with a leap second more (1), less (-1) or neither (0)."""
+    def announce(self, sigma_ns, most_ns, offset_ns, tai_minus_clock_sec):
+        """Tell the kernel how wrong the clock may be: see KernelClock."""
 
     def report(self):
-        """The kernel's view for etc/status."""
+        """The kernel's view for etc/status, or None."""
 
 
 class AdjtimeClock(Clock):
     """adjtime(), as every Unix has it: no rate, so the clock is nudged every 3 seconds."""
     doing = "nudging the system clock with adjtime"
+    steers = True
 
     def __init__(self):
         super().__init__()
@@ -746,7 +808,7 @@ class AdjtimeClock(Clock):
         if self.libc.adjtime(delta, None) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
-    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, changed):
+    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
         self.adjtime(offset_ns)  # it replaces the slew before
         return BUSY_SEC
 
@@ -761,6 +823,7 @@ class KernelClock(Clock):
     second it is in is over, what the clock is off by can't be told from what is on its way.
     """
     doing = "steering the system clock with adjtimex"
+    steers = True
     SECOND_NS = 1100000000  # from a request to the end of the second it came in, and some
     BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
     MOST_US = 10**9  # of a single shot; it takes 23 days, and 32-bit kernels can't count much more
@@ -781,30 +844,33 @@ class KernelClock(Clock):
 
     def forget(self):
         self.busy_until_ns = 0
-        self.seen = None  # (tick_ns, clock_ns) at a look when no slew was on its way
+        self.seen = None  # (tick_ns, clock_ns) at a sample when no slew was on its way
         self.promised_ns = self.promised_at = 0  # what it was told to gain since then, up to which tick
         self.slewed_ns = 0  # how much of that was slews, to and fro
 
-    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, changed):
+    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
         if self.set_to:
             self.promised_ns += self.given_ppm() * (tick_ns - self.promised_at) / 1e6
         self.promised_at = tick_ns
         if tick_ns < self.busy_until_ns:
-            if changed:
+            if news:
                 self.redirect(offset_ns, tick_ns)
             self.set_rate(rate_ppm)
             return min(SETTLED_SEC, (self.busy_until_ns - tick_ns) / 10**9)
         self.learn_bias(tick_ns, clock_ns)
         self.set_rate(rate_ppm)
+        self.slew(offset_ns, tick_ns)
+        if abs(offset_ns) <= SETTLED_NS:
+            return SETTLED_SEC
+        return min(SETTLED_SEC, max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9))
+
+    def slew(self, offset_ns, tick_ns):
         slew_us = max(-self.MOST_US, min(self.MOST_US, round(offset_ns / 1000)))
         if slew_us:
             self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=slew_us)
             self.promised_ns += slew_us * 1000
             self.slewed_ns += abs(slew_us) * 1000
             self.busy_until_ns = tick_ns + -(-abs(slew_us) // SLEW_PPM) * 10**9 + self.SECOND_NS
-        if abs(offset_ns) <= SETTLED_NS:
-            return SETTLED_SEC
-        return min(SETTLED_SEC, max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9))
 
     def redirect(self, offset_ns, tick_ns):
         """Stop the slew that is on its way if it leads astray; the next one begins with the next second."""
@@ -833,10 +899,10 @@ class KernelClock(Clock):
         return freq / 65536 + (tick - self.nominal_tick) * 1e6 / self.nominal_tick
 
     def set_rate(self, rate_ppm):
-        """Let the clock gain rate_ppm on the counter."""
-        rate_ppm -= self.bias_ppm
+        """Let the clock gain rate_ppm on the counter, but never more than a counter can be off."""
+        rate_ppm = max(-MOST_PPM, min(MOST_PPM, rate_ppm)) - self.bias_ppm
         ppm_per_tick = 1e6 / self.nominal_tick
-        ticks = round(rate_ppm / ppm_per_tick) if abs(rate_ppm) > SLEW_PPM else 0
+        ticks = round(rate_ppm / ppm_per_tick) if abs(rate_ppm) > SLEW_PPM else 0  # there ADJ_FREQUENCY ends
         want = round((rate_ppm - ticks * ppm_per_tick) * 65536), self.nominal_tick + ticks
         now = self.adjtimex()
         have = now["freq"], now["tick"]
@@ -851,15 +917,19 @@ class KernelClock(Clock):
         step_kernel(self.adjtimex, delta_ns)
         self.forget()  # the kernel drops its slews at a step
 
-    def announce(self, error_ns, offset_ns, tai_offset_sec, leap):
+    def announce(self, sigma_ns, most_ns, offset_ns, tai_minus_clock_sec):
+        """Tell the kernel the standard deviation, and what the clock can be off by: most_ns and what is still
+        to be slewed.  A clock that is wrong for certain is not synchronised, lest the kernel copy it to the
+        hardware clock."""
+        most_ns += abs(offset_ns)
+        unsynchronised = most_ns >= MAXERROR_NS or abs(offset_ns) > STEP_NS
         now = self.adjtimex()
-        # maxerror is a bound: 4 standard deviations, and what is still to be slewed
         self.adjtimex(modes=ADJ_STATUS | ADJ_MAXERROR | ADJ_ESTERROR,
-                      status=now["status"] & ~(STA_UNSYNC | STA_INS | STA_DEL) | (0, STA_INS, STA_DEL)[leap],
-                      esterror=min(16 * 10**6, int(error_ns / 1000) + 1),
-                      maxerror=min(16 * 10**6, int((4 * error_ns + abs(offset_ns)) / 1000) + 1))
-        if now["tai"] != tai_offset_sec:
-            self.adjtimex(modes=ADJ_TAI, constant=tai_offset_sec)
+                      status=now["status"] & ~STA_UNSYNC | (STA_UNSYNC if unsynchronised else 0),
+                      esterror=int(min(MAXERROR_NS, sigma_ns + 999) // 1000),
+                      maxerror=int(min(MAXERROR_NS, most_ns + 999) // 1000))
+        if now["tai"] != tai_minus_clock_sec:
+            self.adjtimex(modes=ADJ_TAI, constant=tai_minus_clock_sec)
 
     def report(self):
         now = self.adjtimex()
@@ -869,41 +939,87 @@ class KernelClock(Clock):
 
 # ==== files ====
 
-def replace_file(etc_fd, name, data):
-    """Write etc/NAME whole: a temporary file, fsync, rename, fsync of the directory; OSError.
+class Etc:
+    """The directory `etc` in home.  Where it can't be made or opened, each use of it fails with the reason."""
+    OURS = {"atto", "state", "status", "lock", "leap", "kisses"}  # the last two: an earlier version's
 
-    The temporary file is always a new one, so that no planted link is followed.
-    """
-    temporary = name + ".tmp"
-    try:
-        os.unlink(temporary, dir_fd=etc_fd)
-    except FileNotFoundError:
-        pass
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=etc_fd)
-    try:
-        while data:
-            data = data[os.write(fd, data):]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(temporary, name, src_dir_fd=etc_fd, dst_dir_fd=etc_fd)
-    os.fsync(etc_fd)
+    def __init__(self, home_fd):
+        """OSError when there is something that is no directory."""
+        self.fd, self.made, self.why = None, False, None
+        try:
+            os.mkdir("etc", 0o755, dir_fd=home_fd)
+            self.made = True
+        except FileExistsError:
+            pass
+        except OSError as err:
+            self.why = err
+        try:
+            self.fd = os.open("etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home_fd)
+        except FileNotFoundError:
+            pass  # why says it
+        except PermissionError as err:
+            self.why = err
 
+    def open(self, name, flags):
+        """A descriptor, without following a link or waiting for a FIFO; OSError."""
+        if self.fd is None:
+            raise self.why
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
-def read_file(etc_fd, name):
-    """The bytes of etc/NAME, 256 KiB at most (a state has 50 when its models are all awake); OSError."""
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=etc_fd)
-    try:
-        return os.read(fd, 1 << 18)
-    finally:
-        os.close(fd)
+    def lock(self):
+        """No two clockspeeds; only its user and root can open what is locked.  BlockingIOError, OSError."""
+        self.lock_fd = self.open("lock", os.O_RDONLY | os.O_CREAT)
+        fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def give(self, uid):
+        """Let the user have it, unless it holds what is not ours; ValueError, OSError."""
+        if self.fd is None or os.fstat(self.fd).st_uid == uid:
+            return
+        others = sorted({name[:-4] if name.endswith(".tmp") else name for name in os.listdir(self.fd)} - self.OURS)
+        if others and not self.made:
+            raise ValueError("it holds %s, so it is not clockspeed's own" % ascii(others[0]))
+        os.fchown(self.fd, uid, -1)
+
+    def read(self, name):
+        """The bytes of a file; OSError."""
+        fd = self.open(name, os.O_RDONLY)
+        try:
+            return os.read(fd, STATE_BYTES)
+        finally:
+            os.close(fd)
+
+    def replace(self, name, data):
+        """Write a file whole: a temporary one, which is always new, fsync, rename, fsync of etc; OSError."""
+        temporary = name + ".tmp"
+        try:
+            os.unlink(temporary, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+        fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            os.fchmod(fd, 0o644)
+            while data:
+                data = data[os.write(fd, data):]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        os.fsync(self.fd)
 
 
 class Fifo:
     """`adjust`: made when missing, kept when there, looked for again when it was deleted or replaced."""
 
     def __init__(self, path):
-        self.path, self.reader, self.writer = path, None, None
+        self.path, self.reader, self.writer, self.was_open = path, None, None, False
+
+    def has_reader(self):
+        """Whether a program reads it already, as a C clockspeed does."""
+        try:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC))
+        except OSError:
+            return False
+        return stat.S_ISFIFO(os.lstat(self.path).st_mode)
 
     def open(self):
         """Make and open it where that isn't done yet; OSError."""
@@ -920,9 +1036,9 @@ class Fifo:
         reader = os.open(self.path, os.O_RDONLY | flags) if stat.S_ISFIFO(there.st_mode) else None
         try:
             if reader is None or not stat.S_ISFIFO(os.fstat(reader).st_mode):
-                raise OSError(errno.EEXIST, "there is something that is not a FIFO")
+                raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.path)
             self.writer = os.open(self.path, os.O_WRONLY | flags)  # else each writer's end is one to read
-            self.reader, reader = reader, None
+            self.reader, reader, self.was_open = reader, None, True
         finally:
             if reader is not None:
                 os.close(reader)
@@ -932,25 +1048,120 @@ class Fifo:
         os.close(self.writer)
         self.reader = None
 
+    def give(self, uid):
+        """Let the user have it, unless it is a third one's; ValueError, OSError."""
+        if self.reader is None:
+            return
+        owner = os.fstat(self.reader).st_uid
+        if owner not in (0, uid):
+            raise ValueError("it belongs to user %d; chown it" % owner)
+        if owner != uid:
+            os.fchown(self.reader, uid, -1)
+
     def packets(self):
         """What was written: a list of packets; where one has another size, all that came at once as one."""
         try:
             data = os.read(self.reader, 65536)
         except BlockingIOError:
             return []
-        if len(data) % 16:
+        if len(data) % TAI64NA.size:
             return [data]  # where one packet ends and the next begins can't be told any more
-        return [data[i:i + 16] for i in range(0, len(data), 16)]
+        return [data[i:i + TAI64NA.size] for i in range(0, len(data), TAI64NA.size)]
 
 
-# ==== the daemon ====
+class Log:
+    """Lines for a descriptor.  One that can't be written at once is lost, and counted in the next."""
 
-def say(text):
-    """One line for the log; a log that is gone or full is no reason to stop."""
+    def __init__(self, fd):
+        self.fd, self.lost = fd, 0
+
+    def __call__(self, text):
+        if self.lost:
+            text = "lost: %d lines\n%s" % (self.lost, text)
+        data = text.encode(errors="replace")[:select.PIPE_BUF - 1] + b"\n"  # a pipe that is ready takes so much
+        try:
+            if select.select([], [self.fd], [], 0)[1]:
+                os.write(self.fd, data)
+                self.lost = 0
+                return
+        except OSError:
+            pass
+        self.lost += 1
+
+
+# ==== what the files say ====
+
+State = namedtuple("State", "counter scale boot_id suspended_ns tick_ns clock_ns bias_ppm atto known_ns marks "
+                            "last_mark estimator bound")
+MARK_FIELDS = ("tick_ns", "offset_ns", "spread_ns", "distance_ns", "outcome")
+OUTCOMES = ("used", "doubted", "refused")
+
+
+def whole(value, least=-2**64, most=2**64):
+    """The value, if it is an integer in that range; ValueError."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError("%.40r instead of a number" % (value,))
+    return value
+
+
+def short_integer(digits):
+    if len(digits) > 40:
+        raise ValueError("a number of %d digits" % len(digits))
+    return int(digits)
+
+
+def no_constant(name):
+    raise ValueError(name + " instead of a number")
+
+
+def parse_mark(mark):
+    """The last mark of a state; ValueError, LookupError, TypeError."""
+    if mark["outcome"] not in OUTCOMES:
+        raise ValueError("no such outcome")
+    numbers = {name: None if mark[name] is None else whole(mark[name]) for name in MARK_FIELDS[:-1]}
+    return dict(numbers, outcome=mark["outcome"])
+
+
+def parse_state(data):
+    """The bytes of etc/state -> State; ValueError, whatever they are."""
     try:
-        emit((text + "\n").encode(errors="replace"))
-    except OSError:
-        pass
+        state = json.loads(data, parse_int=short_integer, parse_constant=no_constant)
+        if state["version"] != 2:
+            raise ValueError("of another version")
+        estimator, bound = Estimator.from_state(state["estimator"]), Bound.from_state(state["bound"])
+        bias_ppm, rate_ppm = state["bias_ppm"], estimator.rate()[0]
+        if not (type(bias_ppm) is float and abs(bias_ppm) < BIAS_LIMIT_PPM and abs(rate_ppm) <= MOST_PPM):
+            raise ValueError("a rate of %g ppm, or a bias that is none" % rate_ppm)
+        return State(
+            *(str(state[name]) for name in ("counter", "scale", "boot_id")),  # only compared
+            *(whole(state[name]) for name in ("suspended_ns", "tick_ns", "clock_ns")), bias_ppm,
+            bytes.fromhex(state["atto"]),
+            whole(state["known_ns"], RELEASE_SEC * 10**9, (RELEASE_SEC + ERA_SEC) * 10**9),
+            {outcome: whole(state["marks"][outcome], 0) for outcome in OUTCOMES},
+            state["last_mark"] and parse_mark(state["last_mark"]), estimator, bound)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, RecursionError) as err:
+        raise ValueError("damaged: %.200s" % err)
+
+
+def parse_atto(packet):
+    """The bytes of etc/atto -> rate in ppm; ValueError."""
+    ns, last = unpack(packet)
+    rate_ppm = (ns - 1 + last / 10**9) * 1e6
+    if not abs(rate_ppm) <= ATTO_MOST_PPM:
+        raise ValueError("%.9g ns per tick, so it was made with another counter" % (ns + last / 1e9))
+    return rate_ppm
+
+
+def format_atto(rate_ppm):
+    return pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
+
+
+def format_ns(ns):
+    return "-" if ns is None else "%d" % ns
+
+
+def format_sec(ns):
+    return "-" if ns is None else "%.9f" % (ns / 1e9)
 
 
 def duration(sec):
@@ -961,359 +1172,348 @@ def duration(sec):
     return "%.3g d" % (sec / 86400)
 
 
-def may_follow_leap(start_sec, sign):
-    """Whether a leap second may come right before that Unix second; not of this world is neither."""
-    return (type(start_sec) is int and 0 < start_sec < ERA_SEC and start_sec % 86400 == 0
-            and time.gmtime(start_sec)[1:3] in ((1, 1), (7, 1)) and type(sign) is int and sign in (1, -1))
-
-
-def rate_from_atto(packet):
-    """The bytes of etc/atto -> rate in ppm; ValueError."""
-    ns_per_tick = unpack(packet) / 10**9
-    if not RATE_RANGE[0] <= ns_per_tick <= RATE_RANGE[1]:
-        raise ValueError("%.9g ns per tick, so it was made with another counter" % ns_per_tick)
-    return (ns_per_tick - 1) * 1e6
-
+# ==== the daemon ====
 
 class Clockspeed:
     """What happens at a start, a mark and a wake-up.
 
-    `clock` is a Clock, `etc_fd` the directory of the files.  Real time is in nanoseconds of TAI; an offset is
-    real time minus system clock.  ValueError when the leap second table is damaged.
+    Real time is in nanoseconds of the system clock's own scale; an offset is real time minus system clock.
+    target_ns is the error that is to be kept, or None.
     """
 
-    def __init__(self, clock, etc_fd, may_step=True, say=say):
-        self.clock, self.etc_fd, self.may_step, self.say = clock, etc_fd, may_step, say
-        self.estimator = Estimator()
-        self.marks = {"used": 0, "doubted": 0, "refused": 0}  # of this boot
+    def __init__(self, clock, etc, scale="utc", target_ns=None, may_step=True, say=Log(1), warn=Log(2)):
+        self.clock, self.etc, self.scale, self.target_ns, self.say, self.warn = clock, etc, scale, target_ns, say, warn
+        self.may_step = may_step and clock.steers
+        self.estimator, self.bound = Estimator(), Bound()
+        self.marks = dict.fromkeys(OUTCOMES, 0)  # of this boot
         self.last_mark = None
-        self.troubles = {}  # what failed -> why, so that the same trouble is said once
+        self.known_ns = RELEASE_SEC * 10**9  # the real time last believed: no clock is right that shows less
+        kernel = clock.report()
+        self.first_boot_marks = not (kernel and kernel["synchronised"])  # else it has been set in this boot
+        self.troubles = {}  # what fails -> why, so that the same trouble is said once
         self.done_ns = {}  # what is done now and then -> tick when it was last done
-        self.known_ns = RELEASE_SEC * 10**9  # no system clock is right that shows less
-        self.announced = []  # by the time servers: (the Unix second after a leap second, +1 or -1)
-        self.look()
-        self.read_leaps()
+        self.news = True  # there is what neither the kernel nor the files have been told
+        self.set_by_others, self.set_back_from_ns, self.set_back_wait_sec = False, 0, SET_BACK_SEC
+        self.phase_lost = False
+        self.tick_ns, self.clock_ns = clock.read()
         self.begin_phase()
 
-    def look(self):
-        self.tick_ns, self.clock_ns = self.clock.read()
+    def trouble(self, doing, err):
+        """Say that something fails, once as long as it fails for that reason."""
+        if self.troubles.get(doing) != reason(err):
+            self.troubles[doing] = reason(err)
+            self.warn("%s: warning: unable to %s: %s" % (PROGRAM, doing, reason(err)))
 
-    def look_again(self):
-        """A counter that stood still, or went back, since the last look does not tell the time any more."""
-        before_ns = self.tick_ns
-        self.look()
-        slept_ns, back_ns = self.clock.suspended_ns() - self.suspended_ns, before_ns - self.tick_ns
-        if back_ns > 0:
-            self.say("counter: it went back by %s, as in a machine that is restored from a snapshot; "
-                     "a mark is wanted" % duration(back_ns / 1e9))
-            self.done_ns.clear()
-        elif abs(slept_ns) > SUSPENDED_NS:
-            self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
-        else:
-            return
-        self.clock.forget()
-        self.estimator.forget_phase(REBOOT_PPM if back_ns > 0 else 0)
-        self.begin_phase()
+    def resolved(self, doing):
+        self.troubles.pop(doing, None)
+
+    def due(self, name, sec):
+        """Whether NAME was last done so many seconds ago."""
+        return name not in self.done_ns or self.tick_ns - self.done_ns[name] >= sec * 10**9
+
+    # -- what is known
 
     def begin_phase(self):
         """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
-        self.anchor = self.tick_ns, to_tai(self.clock_ns, self.rows)
+        self.anchor = self.tick_ns, self.clock_ns
         self.slew_told_ns = 0  # until which tick nothing more is said of a slew
         self.suspended_ns = self.clock.suspended_ns()
         self.offset_ns = 0
+        self.set_by_others = False
 
-    def real(self):
-        """-> (real time at the last look, its standard deviation or None before the first mark)."""
+    def real_ns(self):
+        """Real time at the last sample."""
         if self.estimator.has_phase():
-            return self.estimator.real(self.tick_ns)
+            return self.estimator.real(self.tick_ns)[0]
         ticks_ns = self.tick_ns - self.anchor[0]
-        return self.anchor[1] + ticks_ns + round(ticks_ns * self.estimator.rate()[0] / 1e6), None
+        return self.anchor[1] + ticks_ns + round(ticks_ns * self.estimator.rate()[0] / 1e6)
 
-    def trouble(self, doing, err=None):
-        """Say that something fails, once as long as it fails for that reason; without err, it works."""
-        if err is None:
-            self.troubles.pop(doing, None)
-        elif self.troubles.get(doing) != reason(err):
-            self.troubles[doing] = reason(err)
-            complain("warning", "unable to %s: %s" % (doing, reason(err)))
+    def bounds(self):
+        """-> (earliest, latest) minus what real time is believed to be at the last sample, or None."""
+        bound = self.bound.at(self.tick_ns) if self.estimator.has_phase() else None
+        return bound and tuple(ns - self.real_ns() for ns in bound)
+
+    def most_ns(self):
+        """How far what is believed can be off real time, or None."""
+        bounds = self.bounds()
+        return bounds and max(map(abs, bounds))
+
+    def sample(self):
+        """Read counter and clock, and see what happened to them since the last time."""
+        before_tick_ns, before_offset_ns = self.tick_ns, self.offset_ns
+        self.tick_ns, self.clock_ns = self.clock.read()
+        slept_ns, ticks_ns = self.clock.suspended_ns() - self.suspended_ns, self.tick_ns - before_tick_ns
+        if ticks_ns < 0:
+            self.say("counter: it went back by %s, as in a machine that is restored from a snapshot; "
+                     "a mark is wanted" % duration(-ticks_ns / 1e9))
+            return self.lose_phase(REBOOT_PPM)
+        if abs(slept_ns) > SUSPENDED_NS:
+            self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
+            return self.lose_phase(0)
+        self.offset_ns = self.real_ns() - self.clock_ns
+        moved_ns = before_offset_ns - self.offset_ns
+        if abs(moved_ns) > MOVED_NS + ticks_ns * MOVED_PPM // 10**6:
+            self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
+            self.news, self.slew_told_ns = True, 0  # a slew that was on its way is lost in a step
+            self.set_by_others = self.set_by_others or abs(moved_ns) > STEP_NS
+            if not self.estimator.has_phase():
+                self.begin_phase()
+
+    def lose_phase(self, rate_error_ppm):
+        """The counter is not what it was: it does not tell the time any more."""
+        self.done_ns.clear()
+        self.clock.forget()
+        self.estimator.forget_phase(rate_error_ppm)
+        self.bound.forget()
+        self.set_back_from_ns, self.phase_lost, self.news = 0, True, True
+        self.begin_phase()
+
+    # -- marks
+
+    def take(self, packets):
+        """Adjustments that came out of the FIFO at once; wake() is to follow."""
+        whys = []
+        for packet in packets[-BATCH:]:  # the latest ones, if there are too many
+            try:
+                self.mark(packet)
+            except ValueError as err:
+                whys.append(str(err))
+        whys += ["more than %d marks at once" % BATCH] * (len(packets) - BATCH)
+        if whys:
+            self.marks["refused"] += len(whys)
+            self.say("refused: " + whys[0] + (", and %d more" % (len(whys) - 1) if len(whys) > 1 else ""))
+
+    def mark(self, packet):
+        """ValueError for what is no mark."""
+        if len(packet) != TAI64NA.size:
+            raise ValueError("%d bytes at once, not 16" % len(packet))
+        offset_ns, last = unpack(packet)
+        self.sample()
+        real_ns = self.clock_ns + offset_ns
+        if not 0 <= real_ns - RELEASE_SEC * 10**9 < ERA_SEC * 10**9:
+            raise ValueError("no real time is %s from the system clock" % duration(abs(offset_ns) / 1e9))
+        spread_ns, distance_ns = unpack_quality(last) or (None, None)
+        outcome = self.estimator.mark(self.tick_ns, real_ns, spread_ns)
+        if outcome == "used" and spread_ns is not None:
+            self.bound.mark(self.tick_ns, real_ns, spread_ns, distance_ns)
+        self.marks[outcome] += 1
+        self.last_mark = dict(zip(MARK_FIELDS, (self.tick_ns, offset_ns, spread_ns, distance_ns, outcome)))
+        self.news = True
+        self.say("mark: tick %d ns, real %d ns, spread %s ns, distance %s ns, offset %+.9f s, error %s s, bound %s s, "
+                 "rate %+.4f ppm, rate error %.4f ppm, %s"
+                 % (self.tick_ns, real_ns, format_ns(spread_ns), format_ns(distance_ns), offset_ns / 1e9,
+                    format_sec(self.estimator.real(self.tick_ns)[1]), format_sec(self.most_ns()),
+                    *self.estimator.rate(), outcome))
+        self.offset_ns = self.real_ns() - self.clock_ns
+        first = self.first_boot_marks and self.marks["used"] <= FIRST_MARKS
+        if outcome == "used" and first and abs(self.offset_ns) > STEP_NS:
+            self.step(self.offset_ns, "by one of the first %d marks of this boot" % FIRST_MARKS)
+
+    # -- the clock
+
+    def step(self, delta_ns, why):
+        if not self.may_step:
+            return
+        try:
+            self.clock.step(delta_ns)
+            self.say("step: the system clock by %+.9f s, %s" % (delta_ns / 1e9, why))
+        except (OSError, OverflowError, struct.error) as err:  # the latter where the kernel's seconds have 32 bits
+            self.trouble("step the clock", err)
+        self.tick_ns, self.clock_ns = self.clock.read()
+        self.offset_ns = self.real_ns() - self.clock_ns
+
+    def begin_clock(self):
+        """A clock from before what is known, as on a host without a hardware clock, goes forward to it at the
+        start; a mark tells the rest."""
+        if not self.estimator.has_phase() and self.clock_ns < self.known_ns - STEP_NS:
+            self.step(self.known_ns - self.clock_ns, "which showed a time before the last one known")
+            self.begin_phase()
+
+    def set_back(self):
+        """Undo at once what others did to the clock, but not again and again.  While a mark is in doubt, who
+        set the clock may know better."""
+        if abs(self.offset_ns) <= STEP_NS:
+            self.set_by_others = False
+        elif self.set_by_others and self.may_step and not self.estimator.doubts():
+            if self.tick_ns < self.set_back_from_ns:
+                return self.tell_foreign("system clock")
+            self.set_back_from_ns = self.tick_ns + self.set_back_wait_sec * 10**9
+            self.set_back_wait_sec = min(2 * self.set_back_wait_sec, SET_BACK_MOST_SEC)
+            self.set_by_others = False
+            self.step(self.offset_ns, "back to the time of the marks; to have it otherwise, stop clockspeed (svc -d)")
+
+    def tell_foreign(self, what):
+        if self.due("foreign", FOREIGN_SEC):
+            self.done_ns["foreign"] = self.tick_ns
+            self.say("foreign: another program sets the %s; one of the two must go" % what)
+
+    def tell_slew(self):
+        """A line for a long slew, but not for every mark that comes while it is on its way."""
+        slew_sec = abs(self.offset_ns) / 1e9 / (SLEW_PPM / 1e6)
+        if slew_sec > LONG_SLEW_SEC and self.tick_ns >= self.slew_told_ns and self.clock.steers:
+            self.slew_told_ns = self.tick_ns + round(min(slew_sec, SLEW_AGAIN_SEC) * 10**9)
+            self.say("slew: %+.3f s will take %s; clockctl set steps at once"
+                     % (self.offset_ns / 1e9, duration(slew_sec)))
+
+    def steer(self):
+        """-> seconds until the next time"""
+        try:
+            wait_sec = self.clock.steer(self.estimator.rate_at(self.tick_ns), self.offset_ns, self.tick_ns,
+                                        self.clock_ns, self.news)
+            tai_minus_clock_sec = TAI_MINUS_CLOCK_SEC[self.scale]
+            if self.estimator.has_phase():
+                sigma_ns, most_ns = self.estimator.real(self.tick_ns)[1], self.most_ns()
+                # without a bound, as the C clients' marks give none, 4 standard deviations
+                self.clock.announce(sigma_ns, 4 * sigma_ns if most_ns is None else most_ns, self.offset_ns,
+                                    tai_minus_clock_sec)
+            elif self.phase_lost:
+                self.clock.announce(MAXERROR_NS, MAXERROR_NS, 0, tai_minus_clock_sec)
+            self.resolved("steer the clock")
+        except OSError as err:
+            self.trouble("steer the clock", err)
+            wait_sec = SETTLED_SEC
+        if self.clock.foreign:
+            self.tell_foreign("clock's frequency")
+        return wait_sec
+
+    def wake(self):
+        """Sample the clock and steer it -> seconds until the next time."""
+        self.sample()
+        self.set_back()
+        if self.news:
+            self.tell_slew()
+        wait_sec = self.steer()
+        if self.news or self.due("state", STATE_SEC):
+            self.save_state()
+        if self.news or self.due("status", STATUS_SEC):
+            self.save_status()
+        self.news = False
+        return wait_sec
 
     # -- files
 
     def load(self):
         """Take up what an earlier run knew -> where it came from, for the start line."""
-        atto = self.read_atto()
-        return self.load_state(atto) or self.load_atto(atto) or "no rate known"
-
-    def load_state(self, atto):
-        if not json:
-            self.trouble("keep more than etc/atto", ImportError("this Python has no json module"))
-            return None
+        atto, atto_ppm = self.read_atto(), None
         try:
-            state = json.loads(read_file(self.etc_fd, "state"))
-            self.load_announced(state.get("announced", []))
-            if state["counter"] != self.clock.counter or state["atto"] != atto.hex():
-                return None  # another counter, or the C clockspeed has been at work since
-            known_ns = int(state["known_ns"])
-            estimator = Estimator.from_state(state["estimator"])
-            marks = {outcome: int(state["marks"][outcome]) for outcome in self.marks}
-            bias_ppm = float(state["bias_ppm"])
-            if not abs(bias_ppm) < BIAS_LIMIT_PPM:
-                raise ValueError("a bias of %s ppm" % bias_ppm)
-            if not RATE_RANGE[0] <= 1 + estimator.rate()[0] / 1e6 <= RATE_RANGE[1]:
-                raise ValueError("a rate of %s ppm" % estimator.rate()[0])
-            same_boot, last_mark = self.same_boot(state), state["last_mark"]
-            same_tai = to_tai(int(state["clock_ns"]), self.rows) == int(state["tai_ns"])
-        except FileNotFoundError:
-            return None
-        except (OSError, AttributeError, ValueError, KeyError, TypeError, OverflowError,
-                RecursionError) as err:
-            self.trouble("use etc/state", err)
-            return None
-        self.estimator, self.known_ns = estimator, max(self.known_ns, known_ns)
-        if not same_boot:
-            estimator.forget_phase(REBOOT_PPM)
-            return "rate of etc/state"
-        self.marks, self.last_mark, self.clock.bias_ppm = marks, last_mark, bias_ppm
-        if not same_tai:
-            estimator.forget_phase(0)
-            return "rate of etc/state (its phase was of another leap second table)"
-        return "phase and rate of etc/state"
-
-    def load_atto(self, atto):
-        try:
-            if atto:
-                self.estimator = Estimator(rate_from_atto(atto), ATTO_PPM)
-                return "rate of etc/atto"
+            atto_ppm = parse_atto(atto) if atto else None
         except ValueError as err:
             self.trouble("use etc/atto", err)
-        return None
+        state = self.read_state()
+        if state is None or state.counter != self.clock.counter:
+            if atto_ppm is None:
+                return "no rate known"
+            self.estimator = Estimator(atto_ppm, ATTO_PPM)
+            return "rate of etc/atto"
+        self.estimator = state.estimator
+        same_boot = (state.boot_id, state.scale) == (self.clock.boot_id() or None, self.scale)
+        if same_boot:
+            self.go_on(state)
+        else:
+            self.estimator.forget_phase(REBOOT_PPM)
+        if atto != state.atto and atto_ppm is not None:  # the C clockspeed has been at work since
+            self.estimator.assume_rate(atto_ppm, ATTO_PPM)
+            self.bound.forget()
+            self.begin_phase()
+            return "rate of etc/atto"
+        return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
+
+    def go_on(self, state):
+        """The counter has run on since that state: what happened meanwhile, the next sample finds."""
+        self.marks, self.last_mark, self.bound, self.clock.bias_ppm = (
+            state.marks, state.last_mark, state.bound, state.bias_ppm)
+        self.first_boot_marks = True
+        if self.estimator.has_phase():
+            self.tick_ns, self.clock_ns, self.suspended_ns = state.tick_ns, state.clock_ns, state.suspended_ns
+            self.offset_ns = self.real_ns() - self.clock_ns
 
     def read_atto(self):
         try:
-            return read_file(self.etc_fd, "atto")
+            return self.etc.read("atto")
         except FileNotFoundError:
             return b""
         except OSError as err:
             self.trouble("read etc/atto", err)
             return b""
 
-    def same_boot(self, state):
-        """Whether the counter has run on since that state was written."""
-        return (bool(state["boot_id"]) and state["boot_id"] == self.clock.boot_id()
-                and int(state["tick_ns"]) <= self.tick_ns
-                and abs(self.suspended_ns - int(state["suspended_ns"])) < SUSPENDED_NS)
+    def read_state(self):
+        try:
+            if not json:
+                raise OSError(errno.ENOSYS, "this Python has no json module")
+            state = parse_state(self.etc.read("state"))
+            self.known_ns = state.known_ns
+            return state
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as err:
+            self.trouble("use etc/state", err)
+            return None
 
     def save(self, name, data):
         try:
-            replace_file(self.etc_fd, name, data)
-            self.trouble("write etc/" + name)
+            self.etc.replace(name, data)
+            self.resolved("write etc/" + name)
         except OSError as err:
             self.trouble("write etc/" + name, err)
         self.done_ns[name] = self.tick_ns
-
-    def save_state(self):
-        """etc/atto and etc/state."""
-        if self.estimator.has_phase():
-            self.known_ns = max(self.known_ns, from_tai(self.real()[0], self.rows))
-        ppm, _ = self.estimator.rate()
-        atto = pack(round(10**9 * (1 + ppm / 1e6)))
-        if self.marks["used"] > 1 and atto != self.read_atto():  # one mark tells no rate
-            self.save("atto", atto)
-        self.save_json("state", {
-            "version": 1, "boot_id": self.clock.boot_id(), "counter": self.clock.counter,
-            "atto": self.read_atto().hex(), "suspended_ns": self.suspended_ns,
-            "bias_ppm": self.clock.bias_ppm,
-            "known_ns": self.known_ns, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns,
-            "tai_ns": to_tai(self.clock_ns, self.rows), "announced": self.announced, "marks": self.marks,
-            "last_mark": self.last_mark, "estimator": self.estimator.state()})
-
-    def save_status(self):
-        known = self.estimator.has_phase()
-        (ppm, error_ppm), (wander, noise_ns) = self.estimator.rate(), self.estimator.learned()
-        tai_offset_sec, leap = self.leap()
-        self.save_json("status", {
-            "version": 1, "pid": os.getpid(), "boot_id": self.clock.boot_id(), "doing": self.clock.doing,
-            "observe_only": type(self.clock) is Clock, "tick_ns": self.tick_ns, "written_ns": self.clock_ns,
-            "offset_ns": self.offset_ns if known else None,
-            "variance": self.estimator.variance(self.tick_ns) if known else None,
-            "rate_ppm": ppm, "rate_error_ppm": error_ppm, "noise_ns": noise_ns, "wander": wander,
-            "marks": self.marks, "last_mark": self.last_mark, "asking_early": self.estimator.doubts(),
-            "leap": {"source": self.leap_source, "expires": self.leap_expiry, "tai_offset": tai_offset_sec,
-                     "next": leap},
-            "kernel": self.clock.report()}, indent=1)
 
     def save_json(self, name, content, **style):
         if json:
             self.save(name, json.dumps(content, **style).encode() + b"\n")
 
-    # -- leap seconds
+    def save_state(self):
+        """etc/atto and etc/state."""
+        if self.estimator.has_phase():
+            self.known_ns = max(RELEASE_SEC * 10**9, self.real_ns())
+        rate_ppm = self.estimator.rate()[0]
+        atto = format_atto(rate_ppm)
+        if self.marks["used"] > 1 and abs(rate_ppm) <= MOST_PPM and atto != self.read_atto():  # one tells no rate
+            self.save("atto", atto)
+        self.save_json("state", {
+            "version": 2, "boot_id": self.clock.boot_id(), "counter": self.clock.counter, "scale": self.scale,
+            "atto": self.read_atto().hex(), "suspended_ns": self.suspended_ns, "bias_ppm": self.clock.bias_ppm,
+            "known_ns": self.known_ns, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns, "marks": self.marks,
+            "last_mark": self.last_mark, "estimator": self.estimator.state(), "bound": self.bound.state()})
 
-    def read_leaps(self):
-        """The leap second table, and what it makes of the system clock; ValueError when it is damaged."""
-        leaps, self.leap_expiry, self.leap_source = read_leap_table()
-        self.rows = clock_table(leaps)
-        if self.rows is leaps:
-            self.rows = leaps + self.read_announced(leaps[-1])
-        self.done_ns["leaps"] = self.tick_ns
-        if self.leap_expiry is not None and self.leap_expiry < self.clock_ns // 10**9:
-            self.trouble("rely on " + self.leap_source, ValueError("it expired on %s; a newer table is wanted"
-                         % time.strftime("%Y-%m-%d", time.gmtime(self.leap_expiry))))
-
-    def read_announced(self, last_row):
-        """-> rows for the leap seconds that were announced and that the table does not reach: those lived
-        through, and that of etc/leap, which sntpclock keeps, and which may be taken back until it comes."""
-        now_sec = self.clock_ns // 10**9
-        covered_sec = max(last_row[0], self.leap_expiry or 0)
-        self.announced = [(start, sign) for start, sign in self.announced if covered_sec < start <= now_sec]
-        try:
-            start, sign = map(int, read_file(self.etc_fd, "leap").split())
-            if 0 < start - now_sec <= ARM_SEC and start > covered_sec and may_follow_leap(start, sign):
-                self.announced.append((start, sign))
-        except (OSError, ValueError):  # as on most days
-            pass
-        rows = [last_row]
-        for start, sign in self.announced:
-            rows.append((start, rows[-1][1] + sign))
-        return rows[1:]
-
-    def load_announced(self, announced):
-        """Take up what an earlier run heard of and lived through; ValueError, TypeError."""
-        announced = [(start, sign) for start, sign in announced]
-        if sorted(set(announced)) != announced or not all(may_follow_leap(*each) for each in announced):
-            raise ValueError("no leap seconds")
-        self.announced = announced
-        self.read_leaps()
-        self.begin_phase()  # in that TAI
-
-    def reread_leaps(self):
-        """A table that makes another TAI of the clock tells nothing of real time."""
-        before, was_tai_ns = self.rows, to_tai(self.clock_ns, self.rows)
-        self.read_leaps()
-        for start, sign in self.announced:
-            if start not in dict(before) and start in dict(self.rows):
-                self.say("leap: the time servers announce a day that ends with a second %s"
-                         % ("more" if sign > 0 else "less"))
-        if to_tai(self.clock_ns, self.rows) != was_tai_ns:
-            self.say("leap: another table tells another TAI; a mark is wanted")
-            self.estimator.forget_phase(0)
-            self.begin_phase()
-
-    def leap(self):
-        """-> (TAI minus system clock in s, [the Unix second after the next leap second, 1 or -1] or None)."""
-        offset_sec = (to_tai(self.clock_ns, self.rows) - self.clock_ns) // 10**9
-        later = [row for row in self.rows if row[0] > self.clock_ns // 10**9]
-        return offset_sec, [later[0][0], later[0][1] - offset_sec] if later else None
-
-    def near_leap(self):
-        return any(abs(self.clock_ns - start * 10**9) < LEAP_NS for start, _ in self.rows)
-
-    # -- events
-
-    def mark(self, packet):
-        """An adjustment has come out of the FIFO; wake(True) is to follow."""
-        self.look_again()
-        clock_tai_ns = to_tai(self.clock_ns, self.rows)
-        try:
-            if len(packet) != 16:
-                raise ValueError("%d bytes at once, not 16" % len(packet))
-            if self.near_leap():
-                raise ValueError("a mark within %d s of a leap second" % (LEAP_NS // 10**9))
-            offset_ns = (unpack(packet) + 5 * 10**8) // 10**9
-            if not 0 <= clock_tai_ns + offset_ns - RELEASE_SEC * 10**9 < ERA_SEC * 10**9:
-                raise ValueError("no real time is %s from the system clock"
-                                 % duration(abs(offset_ns) / 10**9))
-        except ValueError as err:
-            self.marks["refused"] += 1
-            return self.say("refused: %s" % err)
-        outcome = self.estimator.mark(self.tick_ns, clock_tai_ns + offset_ns)
-        self.marks[outcome] += 1
-        self.last_mark = {"tick_ns": self.tick_ns, "offset_ns": offset_ns, "outcome": outcome}
-        real_ns, error_ns = self.real()
-        self.say("mark: offset %+.9f s, error %.9f s, rate %+.4f ppm, rate error %.4f ppm, %s"
-                 % (offset_ns / 1e9, error_ns / 1e9, *self.estimator.rate(), outcome))
-        self.offset_ns = real_ns - clock_tai_ns
-        if outcome == "used" and self.marks["used"] == 1 and abs(self.offset_ns) > STEP_NS:
-            self.step(from_tai(real_ns, self.rows), "at the first mark of this boot")
-            self.offset_ns = self.real()[0] - to_tai(self.clock_ns, self.rows)
-        self.tell_slew()
-
-    def step(self, target_ns, why):
-        """Set the system clock from what it shows to target_ns."""
-        if not self.may_step or type(self.clock) is Clock:
-            return
-        try:
-            self.clock.step(target_ns - self.clock_ns)
-            self.say("step: the system clock by %+.9f s, %s" % ((target_ns - self.clock_ns) / 1e9, why))
-        except (OSError, struct.error) as err:  # the latter where the kernel's seconds have 32 bits
-            self.trouble("step the clock", err)
-        self.look()
-
-    def begin_clock(self):
-        """A clock from before what is known, as on a host without a hardware clock, goes forward to it at the
-        start; a mark tells the rest."""
-        if not self.estimator.has_phase() and self.clock_ns < self.known_ns:
-            self.step(self.known_ns, "which showed a time before the newest one known")
-            self.begin_phase()
-
-    def tell_slew(self):
-        """A line for a long slew, but not for every mark that comes while it is on its way."""
-        slew_sec = abs(self.offset_ns) / 1e9 / (SLEW_PPM / 1e6)
-        if slew_sec > LONG_SLEW_SEC and self.tick_ns >= self.slew_told_ns and type(self.clock) is not Clock:
-            self.slew_told_ns = self.tick_ns + round(min(slew_sec, SLEW_AGAIN_SEC) * 10**9)
-            self.say("slew: %+.3f s will take %s; clockctl set steps at once"
-                     % (self.offset_ns / 1e9, duration(slew_sec)))
-
-    def wake(self, changed=False):
-        """Look at the clock and steer it -> seconds until the next time.  changed: a mark has come."""
-        before_ns = self.tick_ns
-        self.look_again()
-        if self.near_leap():
-            return 1
-        offset_before_ns = self.offset_ns
-        real_ns, error_ns = self.real()
-        self.offset_ns = real_ns - to_tai(self.clock_ns, self.rows)
-        moved_ns = offset_before_ns - self.offset_ns
-        if abs(moved_ns) > MOVED_NS + max(self.tick_ns - before_ns, 0) * MOVED_PPM // 10**6:
-            changed = True  # a slew that was on its way is lost in a step
-            self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
-            if error_ns is None:
-                self.begin_phase()
-            self.slew_told_ns = 0
-            self.tell_slew()
-        try:
-            rate_ppm = self.estimator.rate_at(self.tick_ns)
-            wait_sec = self.clock.steer(rate_ppm, self.offset_ns, self.tick_ns, self.clock_ns, changed)
-            if error_ns is not None:
-                tai_offset_sec, leap = self.leap()
-                today = leap and leap[0] - self.clock_ns / 10**9 <= ARM_SEC
-                self.clock.announce(error_ns, self.offset_ns, tai_offset_sec, leap[1] if today else 0)
-            self.trouble("steer the clock")
-        except OSError as err:
-            self.trouble("steer the clock", err)
-            wait_sec = SETTLED_SEC
-        self.tell_foreign()
-        if changed or self.due("leaps", TABLE_SEC):  # etc/leap comes with a mark
-            try:
-                self.reread_leaps()
-            except ValueError as err:
-                self.trouble("read leap seconds", err)
-        if changed or self.due("state", STATE_SEC):
-            self.save_state()
-        if changed or self.due("status", STATUS_SEC):
-            self.save_status()
-        return wait_sec
-
-    def tell_foreign(self):
-        if self.clock.foreign and self.due("foreign", FOREIGN_SEC):
-            self.say("foreign: another program sets the clock's frequency; one of the two must go")
-            self.done_ns["foreign"] = self.tick_ns
-
-    def due(self, name, sec):
-        """Whether NAME was last done so many seconds ago."""
-        return name not in self.done_ns or self.tick_ns - self.done_ns[name] >= sec * 10**9
+    def save_status(self):
+        known, bounds = self.estimator.has_phase(), self.bounds()
+        (rate_ppm, rate_error_ppm), (wander, noise_ns) = self.estimator.rate(), self.estimator.learned()
+        plan = self.estimator.next_mark_plan(self.tick_ns, self.target_ns) if self.target_ns else None
+        self.save_json("status", {
+            "version": 2, "pid": os.getpid(), "boot_id": self.clock.boot_id(), "doing": self.clock.doing,
+            "observe_only": not self.clock.steers, "counter": self.clock.counter, "scale": self.scale,
+            "tick_ns": self.tick_ns, "written_ns": self.clock_ns, "suspended_ns": self.suspended_ns,
+            "offset_ns": self.offset_ns if known else None,
+            "variance": self.estimator.variance(self.tick_ns) if known else None,
+            "bound": bounds and dict(self.bound.coefficients(self.tick_ns), earliest_ns=bounds[0], latest_ns=bounds[1]),
+            "rate_ppm": rate_ppm, "rate_error_ppm": rate_error_ppm, "noise_ns": noise_ns, "wander": wander,
+            "marks": self.marks, "last_mark": self.last_mark,
+            "next": {"wait_sec": plan and plan.wait_sec, "exchanges": plan and plan.exchanges,
+                     "settling": self.marks["used"] < FIRST_MARKS},
+            "kernel": self.clock.report()}, indent=1)
 
 
 # ==== main ====
+
+def clock_scale():
+    """utc or tai; ValueError."""
+    # localtime(78796800) is the first second of July 1972: in a right/ zone, where it is the leap second
+    # before, it shows 60
+    scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
+    if scale not in TAI_MINUS_CLOCK_SEC:
+        raise ValueError("CLOCK_SCALE is neither utc nor tai")
+    return scale
+
+
+def clock_error_ns():
+    """The error that is to be kept, or None; ValueError."""
+    text = os.environ.get("CLOCK_ERROR", "")
+    parts = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(s|ms|us|)", text)
+    error_ns = parts and round(float(parts.group(1)) * {"ms": 10**6, "us": 10**3}.get(parts.group(2), 10**9))
+    if text and not error_ns:
+        raise ValueError("CLOCK_ERROR is no error as 0.010 or 10ms")
+    return error_ns
+
 
 def choose_clock(observe):
     """The best way to steer the clock that there is; without a way or the privilege, only looking at it."""
@@ -1326,14 +1526,28 @@ def choose_clock(observe):
         return Clock()
 
 
-def become(user, capabilities, etc_fd, fifo):
-    """Give etc/ and adjust to user, become it and keep those capabilities alone; OSError, LookupError."""
-    import ctypes
+def find_user(name):
+    """OSError when there is none."""
     import pwd
-    entry = pwd.getpwnam(user)
-    for fd in (etc_fd, fifo.reader):
-        if fd is not None:
-            os.fchown(fd, entry.pw_uid, -1)
+    try:
+        return pwd.getpwnam(name)
+    except LookupError:
+        raise OSError(errno.ENOENT, "there is no such user") from None
+
+
+def give(what, name, uid):
+    """Give etc or adjust to a user.  On a read-only file system it stays whose it is."""
+    try:
+        what.give(uid)
+    except OSError as err:
+        complain("warning", "unable to give away %s: %s" % (name, reason(err)))
+
+
+def become(user, capabilities):
+    """Become that user and keep those capabilities alone; OSError."""
+    if os.getuid() == user.pw_uid != 0:
+        return
+    import ctypes
     libc = ctypes.CDLL(None, use_errno=True)
 
     def check(status):
@@ -1342,14 +1556,14 @@ def become(user, capabilities, etc_fd, fifo):
 
     check(libc.prctl(PR_SET_KEEPCAPS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
     os.setgroups([])
-    os.setgid(entry.pw_gid)
-    os.setuid(entry.pw_uid)
+    os.setgid(user.pw_gid)
+    os.setuid(user.pw_uid)
     check(libc.capset(struct.pack("=Ii", CAPABILITY_VERSION, 0),
                       struct.pack("=6I", capabilities, capabilities, 0, 0, 0, 0)))
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
 
 
-# ==== shared with some: daemons (the same bytes in each script that has it) ====
+# ==== shared by some: daemons ====
 def settle():
     """Be PROGRAM and not python3 in ps and top, and give back what compiling this file took."""
     try:
@@ -1359,101 +1573,110 @@ def settle():
         ctypes.CDLL(None).malloc_trim(0)  # only glibc has to be told
     except (ImportError, AttributeError, OSError):
         pass
-# ==== end shared with some ====
+# ==== end shared ====
 
 
-def serve(daemon, fifo, signal_fd):
-    """Until TERM or INT: marks as they come, the clock when it is time."""
-    changed = False
+def serve(daemon, fifo, signal_fd, is_root):
+    """Marks as they come, the clock when it is time -> exit status: 0 after TERM or INT, 111 when adjust is
+    gone and only a new start as root can make it again."""
     while True:
         try:
             fifo.open()
-            daemon.trouble("read adjust")
+            daemon.resolved("read adjust")
         except OSError as err:
+            if isinstance(err, PermissionError) and fifo.was_open and not is_root:
+                daemon.warn("%s: fatal: adjust was removed or replaced, and only root can make it again" % PROGRAM)
+                return 111
             daemon.trouble("read adjust", err)
-        wait_sec = daemon.wake(changed)
-        changed = False
-        fds = [signal_fd] + ([] if fifo.reader is None else [fifo.reader])
-        ready = select.select(fds, [], [], wait_sec)[0]
+        wait_sec = daemon.wake()
+        ready = select.select([signal_fd] + [fifo.reader] * (fifo.reader is not None), [], [], wait_sec)[0]
         if signal_fd in ready:
-            return
+            return 0
         if fifo.reader in ready:
-            for packet in fifo.packets():
-                daemon.mark(packet)
-                changed = True
+            packets = fifo.packets()
+            daemon.take(packets)
+            if len(packets) >= BATCH and select.select([signal_fd], [], [], BATCH_REST_SEC)[0]:
+                return 0
+
+
+def catch_signals():
+    """-> a descriptor that can be read from TERM or INT on, which ends serve()"""
+    signal_fd, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return signal_fd
 
 
 def main(argv):
     try:
-        options, operands = getopt.getopt(argv[1:], "nSu:", ["help"])
+        doing = "write output"
+        if begin(argv):
+            return 0
+        signal_fd = catch_signals()
+        options, operands = getopt.getopt(argv[1:], "nSu:w:")
         options = dict(options)
         if len(operands) > 1:
-            raise getopt.GetoptError("one home")
-    except getopt.GetoptError:
-        complain("usage", USAGE)
-        return 100
-    home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or HOME
-    signal_fd, signal_writer = os.pipe()
-    os.set_blocking(signal_writer, False)
-    signal.set_wakeup_fd(signal_writer)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # what it sends through the pipe ends serve()
-    try:
-        doing = "write output"
-        if "--help" in options:
-            emit_manual()
-            return 0
+            raise getopt.GetoptError("")
+        home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or HOME
+        doing = "start"
+        scale, target_ns = clock_scale(), clock_error_ns()
+        user_name, writer_name = options.get("-u"), options.get("-w", options.get("-u"))
+        doing = "become %s" % user_name
+        user = find_user(user_name) if user_name else None
+        doing = "give adjust to %s" % writer_name
+        writer = find_user(writer_name) if writer_name else None
         doing = "use " + home
         os.umask(0o022)
         home_fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(home_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         doing = "use %s/etc" % home
+        etc, fifo = Etc(home_fd), Fifo(os.path.join(home, "adjust"))
         try:
-            os.mkdir("etc", 0o755, dir_fd=home_fd)
-        except FileExistsError:
-            pass
-        etc_fd = os.open("etc", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home_fd)
-    except BlockingIOError:
-        complain("fatal", "unable to use %s: another clockspeed is running there" % home)
-        return 111
+            etc.lock()
+        except BlockingIOError:
+            raise ValueError("another clockspeed is running there") from None
+        except OSError as err:
+            complain("warning", "unable to lock %s/etc: %s" % (home, reason(err)))
+        doing = "use " + home
+        if fifo.has_reader():
+            raise ValueError("another program reads adjust; stop the other clockspeed first")
+        clock = choose_clock("-n" in options)
+        daemon = Clockspeed(clock, etc, scale, target_ns, "-S" not in options)
+        try:
+            fifo.open()
+        except OSError as err:
+            daemon.trouble("read adjust", err)
+        settle()
+        if writer:
+            doing = "give adjust to " + writer_name
+            give(fifo, "adjust", writer.pw_uid)
+        if user:
+            doing = "give %s/etc to %s" % (home, user_name)
+            give(etc, "etc", user.pw_uid)
+            doing = "become " + user_name
+            become(user, 1 << CAP_SYS_TIME if clock.steers else 0)
+    except getopt.GetoptError:
+        complain("usage", USAGE)
+        return 100
     except FileNotFoundError as err:
-        complain("fatal", "unable to %s: %s; svc/install makes it, and so does: mkdir -p %s" % (
-            doing, reason(err), home))
+        hint = "; svc/install makes it, and so does: mkdir -p " + home if doing == "use " + home else ""
+        complain("fatal", "unable to %s: %s%s" % (doing, reason(err), hint))
         return 111
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, ImportError, AttributeError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
-    clock = choose_clock("-n" in options)
-    try:
-        daemon = Clockspeed(clock, etc_fd, "-S" not in options)
-    except ValueError as err:
-        complain("fatal", "unable to read leap seconds: " + reason(err))
-        return 111
-    fifo = Fifo(os.path.join(home, "adjust"))
-    try:
-        fifo.open()
-    except OSError as err:
-        daemon.trouble("read adjust", err)
-    if "-u" in options and os.getuid() == 0:
-        try:
-            become(options["-u"], 0 if "-n" in options else 1 << CAP_SYS_TIME, etc_fd, fifo)
-        except LookupError:
-            complain("warning", "there is no user %s; running on as root" % options["-u"])
-        except (OSError, ImportError, AttributeError) as err:
-            complain("fatal", "unable to become %s: %s" % (options["-u"], reason(err)))
-            return 111
     source = daemon.load()
-    say("start: %s, %s, rate %+.4f ppm, rate error %.4f ppm, %s"
-        % (clock.doing, clock.counter, *daemon.estimator.rate(), source))
+    daemon.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
+               % (clock.doing, clock.counter, scale, *daemon.estimator.rate(), source))
     daemon.begin_clock()
-    settle()
     try:
-        serve(daemon, fifo, signal_fd)
+        status = serve(daemon, fifo, signal_fd, os.getuid() == 0)
     finally:
         daemon.save_state()
         daemon.save_status()
-    say("stop: the clock runs on at the rate it has")
-    return 0
+    daemon.say("stop: the clock runs on at the rate it has")
+    return status
 
 
 if __name__ == "__main__":

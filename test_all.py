@@ -142,11 +142,14 @@ if __name__ == "__main__":
 
 # ==== what the tests share =========================================================================
 import contextlib
+import errno
 import getpass
 import importlib.machinery
 import importlib.util
 import io
 import json
+import pathlib
+import pwd
 import random
 import re
 import select
@@ -1958,10 +1961,1209 @@ DECODERS += [
 # ==== the estimator =================================================================================
 
 # ==== clockspeed: a simulated kernel ================================================================
+CS = load("clockspeed")
+HOUR_NS = 3600 * 10**9
+
+
+class FakeKernel:
+    """A counter, a system clock and adjtimex() that behave as Linux's do; real time passes by sleep().
+
+    ppm: real seconds per counter second - 1; bias_ppm: what the kernel's clock gains unasked.
+    """
+    START_NS = 1796000000 * 10**9
+
+    def __init__(self, ppm=0.0, behind_ns=0, bias_ppm=0.0, start_ns=START_NS, boot="boot-1"):
+        self.ppm, self.bias_ppm, self.boot = ppm, bias_ppm, boot
+        self.tick, self.real = 10**9, start_ns
+        self.clock = float(-behind_ns)  # system clock minus real time
+        self.fields = dict.fromkeys("offset freq esterror constant tai".split(), 0)
+        self.fields.update(maxerror=16 * 10**6, status=0x40, tick=10000)
+        self.slew_us = self.slewing_ns = 0
+        self.calls, self.slept_ns, self.denied, self.elapsed = [], 0, False, 0.0
+
+    def sleep(self, sec):
+        """Let so many counter seconds pass; the kernel works second by second."""
+        while sec > 1e-9:
+            part = sec if sec > 1 and not (self.slew_us or self.slewing_ns) else min(sec, 1 - self.elapsed % 1 or 1)
+            gain = (self.fields["freq"] / 65536 + (self.fields["tick"] - 10000) * 100 + self.bias_ppm) * 1e-6
+            self.clock += part * (1e9 * gain + self.slewing_ns - self.ppm * 1e3)
+            self.tick += round(part * 1e9)
+            self.real += round(part * 1e9 * (1 + self.ppm / 1e6))
+            self.fields["maxerror"] = min(16 * 10**6, self.fields["maxerror"] + 500 * part)
+            if self.fields["maxerror"] >= 16 * 10**6:
+                self.fields["status"] |= 0x40
+            self.elapsed, sec = self.elapsed + part, sec - part
+            if self.elapsed % 1 < 1e-9 or self.elapsed % 1 > 1 - 1e-9:
+                self.elapsed = float(round(self.elapsed))
+                step_us = max(-500, min(500, self.slew_us))
+                self.slew_us -= step_us
+                self.slewing_ns = step_us * 1000
+
+    def set_clock(self, delta_ns):
+        """settimeofday(), by anybody."""
+        self.clock += delta_ns
+        self.slew_us = self.slewing_ns = 0
+        self.fields.update(status=self.fields["status"] | 0x40, maxerror=16 * 10**6)
+
+    def suspend(self, sec):
+        self.real += sec * 10**9
+        self.slept_ns += sec * 10**9
+
+    def clock_ns(self):
+        return self.real + round(self.clock)
+
+    def adjtimex(self, modes=0, **fields):
+        if modes and self.denied:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        self.calls.append((modes, fields))
+        if modes == 0x8001:
+            self.slew_us, fields = fields["offset"], {}
+        elif modes == 0xA001:
+            return dict(self.fields, offset=self.slew_us)
+        elif modes & 0x8000:
+            raise AssertionError("a single shot can't be combined")
+        elif modes & 0x100:
+            self.set_clock(fields["sec"] * 10**9 + fields["frac"])
+        for bit, name in ((1, "offset"), (2, "freq"), (4, "maxerror"), (8, "esterror"), (0x10, "status"),
+                          (0x80, "tai"), (0x4000, "tick")):
+            if modes & bit and modes != 0x8001:
+                self.fields[name] = fields["constant" if name == "tai" else name]
+        assert abs(self.fields["freq"]) <= 32768000 and 9000 <= self.fields["tick"] <= 11000
+        return dict(self.fields, maxerror=int(self.fields["maxerror"]))
+
+    def steps(self):
+        return [fields["sec"] + fields["frac"] / 1e9 for modes, fields in self.calls if modes == 0x2100]
+
+    def rate_error_ppm(self, seconds=600):
+        """How fast the system clock moves off real time when nobody looks after it."""
+        before = self.clock
+        self.sleep(seconds)
+        return (self.clock - before) / seconds / 1e3
+
+
+def quality(spread_ns, distance_digits=0):
+    """The last number of a mark."""
+    exponent = len("%d" % spread_ns) - 1
+    number = ((exponent * 10**4 + spread_ns * 1000 // 10**exponent) * 100 + distance_digits) * 100
+    return number + (1 - number) % 97
+
+
+class Simulation:
+    """clockspeed on a FakeKernel, with its files in home/etc; `lines` is what it said."""
+
+    def __init__(self, home, kernel, **options):
+        self.kernel, self.lines, self.home = kernel, [], home
+        self.clock = CS.KernelClock.__new__(CS.KernelClock)
+        self.clock.read, self.clock.boot_id = lambda: (kernel.tick, kernel.clock_ns()), lambda: kernel.boot
+        self.clock.suspended_ns = lambda: kernel.slept_ns + kernel.tick % 300  # two clocks are read
+        self.clock.__init__(kernel.adjtimex, 10000)
+        home.mkdir(exist_ok=True)
+        home_fd = os.open(str(home), os.O_RDONLY)
+        self.etc = CS.Etc(home_fd)
+        os.close(home_fd)
+        self.daemon = CS.Clockspeed(self.clock, self.etc, say=self.lines.append, warn=self.lines.append, **options)
+        self.source = self.daemon.load()
+        self.daemon.begin_clock()
+        self.due = self.daemon.wake()
+
+    def run(self, sec):
+        """So many seconds of wake-ups."""
+        while sec > 0:
+            part = min(sec, self.due)
+            self.kernel.sleep(part)
+            sec, self.due = sec - part, self.due - part
+            if self.due <= 1e-6:
+                self.due = self.daemon.wake()
+
+    def mark(self, error_ns=0, last=0):
+        """A mark as an exact client makes it, but for error_ns -> its outcome."""
+        self.take(CS.pack(self.kernel.real + error_ns - self.kernel.clock_ns(), last))
+        return self.said("mark: ")[-1].rpartition(" ")[2]
+
+    def take(self, *packets):
+        self.daemon.take(list(packets))
+        self.due = self.daemon.wake()
+
+    def settle(self, waits=(64, 541, 1623, 3600, 3600), last=0):
+        for wait_sec in waits:
+            self.mark(last=last)
+            self.run(wait_sec)
+        return self
+
+    def said(self, start):
+        return [line for line in self.lines if line.startswith(start)]
+
+    def file(self, name):
+        return self.home / "etc" / name
+
+    def status(self):
+        return json.loads(self.file("status").read_text())
+
+
+@pytest.fixture
+def simulate(tmp_path):
+    """Makes Simulations on directories below the test's own."""
+    made = []
+
+    def make(kernel, name="home", **options):
+        made.append(Simulation(tmp_path / name, kernel, **options))
+        return made[-1]
+    yield make
+    for simulation in made:
+        os.close(simulation.etc.fd)
+
+
+def test_a_clock_5_s_and_80_ppm_off_comes_right_and_stays_right_alone(simulate):
+    kernel = FakeKernel(ppm=80, behind_ns=5 * 10**9, bias_ppm=2)
+    simulation = simulate(kernel)
+    simulation.mark()
+    assert abs(kernel.clock) < 1000 and simulation.said("step: ") == [
+        "step: the system clock by +5.000000000 s, by one of the first 3 marks of this boot"]
+    simulation.settle((60, 300, 541, 1623))
+    assert abs(kernel.clock) < 20000
+    assert abs(kernel.rate_error_ppm()) < 0.1, "killed now, the clock runs on at the right rate"
+
+
+@pytest.mark.parametrize("off_ns, options, stepped", [
+    (2 * 10**9, {}, [2]), (-86400 * 10**9, {}, [-86400]), (5 * 10**8 + 1000, {}, [0.500001]), (49 * 10**7, {}, []),
+    (2 * 10**9, {"may_step": False}, [])])
+def test_the_first_mark_steps_what_is_over_half_a_second(simulate, off_ns, options, stepped):
+    kernel = FakeKernel(behind_ns=off_ns)
+    simulation = simulate(kernel, **options)
+    simulation.mark()
+    assert kernel.steps() == pytest.approx(stepped)
+    assert len(simulation.said("slew: ")) == (not stepped)
+    simulation.run(3600)
+    assert abs(kernel.clock) < 1e5 or off_ns > 10**9
+
+
+@pytest.mark.parametrize("good, wrong, wrong_sec, stepped", [
+    (0, 1, 10, 2), (0, 1, -3600, 2), (0, 1, 74 * 365 * 86400, 2), (1, 3, 10, 1), (3, 3, 10, 0)])
+def test_a_wrong_mark_leaves_nothing_behind_after_five_right_ones(simulate, good, wrong, wrong_sec, stepped):
+    """Until three are used a step can be undone by a step; after that nothing steps, so that a lie costs little."""
+    kernel = FakeKernel(ppm=20, behind_ns=10**8)
+    simulation = simulate(kernel).settle([1623] * good)
+    for _ in range(wrong):
+        simulation.mark(round(wrong_sec * 1e9))
+        simulation.run(300)
+    simulation.settle([1623] * 5)
+    assert len(kernel.steps()) == stepped
+    assert abs(kernel.clock) < (10e9 if good else 1e6)
+    for boot in ("boot-1", "boot-2"):  # a restart, a reboot
+        kernel.boot = boot
+        daemon = simulate(kernel).daemon
+        assert abs(daemon.known_ns - kernel.real) < 2000 * 10**9 and abs(daemon.estimator.rate()[0] - 20) < 1
+    assert len(kernel.steps()) == stepped
+
+
+def test_a_lost_state_does_not_make_a_later_mark_the_first_of_the_boot(simulate):
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel).settle((64, 541))
+    simulation.file("state").unlink()
+    simulation = simulate(kernel)
+    assert simulation.source == "rate of etc/atto"
+    simulation.mark(10**9)
+    assert not kernel.steps()
+
+
+@pytest.mark.parametrize("ppm", (-980, 700, 499, 3000))
+def test_rates_beyond_500_ppm_use_the_kernels_tick_and_none_is_over_1000(simulate, ppm):
+    kernel = FakeKernel(ppm=ppm)
+    simulation = simulate(kernel).settle([64, 128, 541, 541, 1623, 1623])
+    given_ppm = kernel.fields["freq"] / 65536 + (kernel.fields["tick"] - 10000) * 100
+    if abs(ppm) > 1000:
+        assert given_ppm <= 1000
+        stored_ppm = CS.parse_atto(simulation.file("atto").read_bytes()) if simulation.file("atto").exists() else 0
+        assert stored_ppm <= 1000 and abs(simulate(kernel).daemon.estimator.rate()[0]) <= 1000
+        return
+    assert given_ppm == pytest.approx(ppm, abs=1)
+    simulation.run(9 * 3600)
+    assert abs(kernel.rate_error_ppm()) < 1
+    assert (kernel.fields["tick"] == 10000) == (abs(ppm) < 500)
+
+
+def test_the_kernel_is_told_how_wrong_the_clock_can_be(simulate):
+    kernel = FakeKernel(ppm=30)
+    kernel.fields["status"] |= 0x2001  # STA_PLL and STA_NANO of somebody else
+    simulation = simulate(kernel, scale="utc")
+    simulation.run(300)
+    assert kernel.fields["status"] == 0x2041 and kernel.fields["tai"] == 0, "nothing before the first mark"
+    for _ in range(4):
+        simulation.mark()
+        simulation.run(300)
+        assert kernel.fields["status"] == 0x2001, "synchronised, and the others' bits survive"
+        assert abs(kernel.clock) / 1000 <= kernel.fields["maxerror"] < 16 * 10**6
+    assert kernel.fields["tai"] == 37
+    simulation.run(6 * 3600)
+    sigma_us = simulation.daemon.estimator.real(kernel.tick)[1] / 1000
+    assert kernel.fields["esterror"] == pytest.approx(sigma_us, rel=0.02)
+    assert kernel.fields["maxerror"] == pytest.approx(4 * sigma_us, rel=0.3), "no bound: these marks don't tell"
+    simulation.mark(last=quality(3 * 10**7, 42))  # 30 ms, and 1 ms of the server's
+    bounds = simulation.daemon.bounds()
+    assert bounds[0] < 0 < bounds[1]
+    assert kernel.fields["maxerror"] == pytest.approx(max(map(abs, bounds)) / 1000, rel=0.01)
+    assert 31000 < kernel.fields["maxerror"] < 33000 and kernel.fields["esterror"] < 5000
+    kernel.clock += 9e6
+    simulation.run(60)
+    assert kernel.fields["maxerror"] > 38000, "what is still to be slewed is part of it"
+    tai = simulate(FakeKernel(), "tai", scale="tai").settle((64,))
+    assert tai.kernel.fields["tai"] == 10
+
+
+def test_the_hardware_clock_is_never_written_from_a_clock_known_to_be_wrong(simulate):
+    """The kernel writes it while STA_UNSYNC is clear.  Under -S a clock stays wrong for long."""
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel, may_step=False).settle()
+    assert not kernel.fields["status"] & 0x40
+    for moved_ns, unsynchronised in ((4 * 10**8, False), (10**8 + 10**7, True), (HOUR_NS, True)):
+        kernel.set_clock(moved_ns)
+        calls = len(kernel.calls)
+        simulation.run(20)
+        simulation.mark()
+        told = [bool(fields["status"] & 0x40) for modes, fields in kernel.calls[calls:] if modes & 0x10]
+        assert set(told) == {unsynchronised}, "not even for a moment"
+        assert kernel.fields["maxerror"] >= min(16 * 10**6 - 1, abs(kernel.clock) / 1000)
+    simulation.daemon.step(0, "")
+    kernel.set_clock(-kernel.clock)
+    simulation.run(60)
+    assert not kernel.fields["status"] & 0x40 and kernel.fields["maxerror"] < 10**6
+    kernel.suspend(3600)
+    simulation.run(60)
+    assert kernel.fields["status"] & 0x40 and kernel.fields["maxerror"] == 16 * 10**6, "it is not known any more"
+
+
+def test_a_slew_that_is_replaced_does_not_overshoot(simulate):
+    kernel = FakeKernel()
+    simulation = simulate(kernel).settle((64,))
+    kernel.clock += 8e6  # under what counts as somebody else's step
+    worst = 0
+    for _ in range(40):
+        simulation.run(1.7)
+        simulation.mark()
+        worst = min(worst, kernel.clock)
+    simulation.run(60)
+    assert worst > -100000 and abs(kernel.clock) < 5000
+
+
+def test_marks_every_second_let_a_slew_pass(simulate):
+    kernel = FakeKernel(ppm=20, bias_ppm=3, behind_ns=-80 * 10**6)
+    simulation = simulate(kernel)
+    rng = random.Random(SEED)
+    for _ in range(200):
+        simulation.run(1)
+        simulation.mark(round(rng.gauss(0, 20000)))
+    assert abs(kernel.clock) < 200000, "80 ms at 500 ppm take 160 s"
+    assert len(simulation.said("slew: ")) <= 2
+    for _ in range(120):
+        simulation.run(1)
+        simulation.mark()
+    assert abs(simulation.clock.bias_ppm - 3) < 0.1 and abs(kernel.rate_error_ppm()) < 0.1
+
+
+def test_an_uneven_slew_tells_no_bias(simulate):
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel).settle((64, 64, 541, 571))
+    kernel.clock += 8e6
+    simulation.mark()
+    simulation.run(5)
+    kernel.clock += 4e5  # 5% of the slew more than it was told to
+    simulation.run(305)
+    assert abs(simulation.clock.bias_ppm) < 0.01 and abs(kernel.clock) < 5000
+
+
+def test_a_settled_daemon_wakes_once_a_minute(simulate):
+    simulation = simulate(FakeKernel(ppm=12)).settle()
+    samples, wake = [], simulation.daemon.wake
+    simulation.daemon.wake = lambda: samples.append(1) or wake()
+    simulation.run(3600)
+    assert len(samples) <= 61
+
+
+def test_a_mark_is_a_line_with_all_that_went_in_and_came_out(simulate):
+    kernel = FakeKernel(behind_ns=-123456)
+    simulation = simulate(kernel)
+    simulation.mark(last=quality(20130000, 39))
+    line, = simulation.said("mark: ")
+    assert re.fullmatch(
+        r"mark: tick 1000000000 ns, real %d ns, spread 20130000 ns, distance 610540 ns, offset -0\.000123456 s, "
+        r"error 0\.0\d{8} s, bound 0\.020740540 s, rate [+-]0\.0000 ppm, rate error 500\.0000 ppm, used"
+        % kernel.real, line)
+    assert simulation.daemon.last_mark == dict(tick_ns=10**9, offset_ns=-123456, spread_ns=20130000,
+                                               distance_ns=610540, outcome="used")
+    simulation = simulate(FakeKernel(), "other").settle((64,))
+    assert "spread - ns, distance - ns, offset +0.000000000 s, error 0.00" in simulation.lines[0]
+    assert ", bound - s, rate " in simulation.lines[0]
+
+
+def test_status_tells_what_others_need(simulate):
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel)
+    status = simulation.status()
+    assert status["offset_ns"] is status["variance"] is status["bound"] is status["last_mark"] is None
+    assert status["next"] == {"wait_sec": None, "exchanges": None, "settling": True}
+    simulation.settle((64, 64))
+    assert simulation.status()["next"]["settling"]
+    simulation.settle((64, 541), quality(10**6, 30))
+    simulation.run(600)
+    status = simulation.status()
+    assert (status["version"], status["boot_id"], status["counter"], status["scale"], status["observe_only"]) == (
+        2, "boot-1", "CLOCK_MONOTONIC_RAW", "utc", False)
+    assert kernel.tick - status["tick_ns"] <= 600 * 10**9 and status["pid"] == os.getpid()
+    assert status["written_ns"] + status["offset_ns"] == simulation.daemon.estimator.real(status["tick_ns"])[0]
+    assert status["bound"]["earliest_ns"] < 0 < status["bound"]["latest_ns"] < 10**9
+    assert len(status["variance"]) == 4 and status["marks"] == {"used": 4, "doubted": 0, "refused": 0}
+    assert not status["next"]["settling"] and status["kernel"]["synchronised"]
+    assert status["kernel"]["freq_ppm"] == pytest.approx(20, abs=1)
+    assert simulate(kernel, target_ns=10**7).status()["next"]["exchanges"] in range(1, 9)
+
+
+def test_a_restart_in_the_same_boot_goes_on_as_if_nothing_had_happened(simulate):
+    kernel = FakeKernel(ppm=-42, bias_ppm=1)
+    simulation = simulate(kernel).settle((64, 541, 1623), quality(10**6))
+    kernel.sleep(600)  # killed; nobody looks after the clock
+    frequency = kernel.fields["freq"]
+    restarted = simulate(kernel)
+    assert restarted.source == "phase and rate of etc/state" and restarted.lines == []
+    assert abs(kernel.fields["freq"] - frequency) <= 65.536, "within 0.001 ppm"
+    assert restarted.daemon.estimator.real(kernel.tick) == simulation.daemon.estimator.real(kernel.tick)
+    assert restarted.daemon.bound.at(kernel.tick) == simulation.daemon.bound.at(kernel.tick)
+    assert restarted.daemon.marks == simulation.daemon.marks
+    assert restarted.daemon.last_mark == simulation.daemon.last_mark
+
+
+def test_what_happened_while_it_did_not_run_is_found_at_the_start(simulate):
+    for what, said in ((lambda kernel: kernel.set_clock(HOUR_NS), "moved: somebody set the system clock by +3600.0"),
+                       (lambda kernel: kernel.suspend(7200), "suspend: the counter stood still for 2 h"),
+                       (lambda kernel: setattr(kernel, "tick", 10**9), "counter: it went back by 22 ")):
+        kernel = FakeKernel(ppm=-42)
+        simulate(kernel, said[:5]).settle((64, 541, 541))
+        what(kernel)
+        assert simulate(kernel, said[:5]).lines[0].startswith(said)
+
+
+def test_a_reboot_keeps_the_rate_and_begins_the_phase_anew(simulate):
+    simulate(FakeKernel(ppm=-42)).settle((64, 541, 1623, 4869), quality(10**6))
+    rebooted = FakeKernel(ppm=-42.3, behind_ns=10**9, boot="boot-2")
+    simulation = simulate(rebooted)
+    assert simulation.source == "rate of etc/state" and simulation.daemon.marks["used"] == 0
+    assert simulation.daemon.bounds() is simulation.daemon.last_mark is None
+    ppm, error_ppm = simulation.daemon.estimator.rate()
+    assert abs(ppm + 42) < 0.1 and 0.3 < error_ppm < 5
+    assert abs(rebooted.rate_error_ppm() - 0.3) < 0.2, "the kept rate is in the kernel before any mark"
+    simulation.mark()
+    assert abs(rebooted.clock) < 1e6, "and the first mark of the new boot may step"
+    scale = simulate(rebooted, scale="tai")
+    assert scale.source == "rate of etc/state", "27 s are between the scales"
+
+
+def test_an_atto_of_the_c_clockspeed_is_taken_when_it_is_newer(simulate, tmp_path):
+    (tmp_path / "home" / "etc").mkdir(parents=True)
+    atto = tmp_path / "home" / "etc" / "atto"
+    atto.write_bytes(CS.pack(1, 50000))
+    simulation = simulate(FakeKernel())
+    assert simulation.source == "rate of etc/atto"
+    assert simulation.daemon.estimator.rate() == pytest.approx((50, 10))
+    kernel = simulation.settle((3600, 3600, 3600)).kernel
+    assert atto.read_bytes() != CS.pack(1, 50000)
+    assert simulate(kernel).source == "phase and rate of etc/state"
+    atto.write_bytes(CS.pack(0, 999949000))
+    kernel.boot = "boot-2"
+    newer = simulate(kernel)
+    assert newer.source == "rate of etc/atto" and newer.daemon.estimator.rate() == pytest.approx((-51, 10))
+    assert newer.daemon.known_ns > kernel.real - 5 * HOUR_NS, "what the state says besides stays"
+    assert newer.daemon.estimator.learned() == pytest.approx(simulation.daemon.estimator.learned(), rel=0.2)
+    atto.write_bytes(CS.pack(0, 400000000))  # of a TSC: the state is better
+    assert simulate(kernel).source == "phase and rate of etc/state"
+
+
+@pytest.mark.parametrize("packet", (CS.pack(0, 4 * 10**8), CS.pack(0), CS.pack(-1), CS.pack(10**11), b"garbage",
+                                    CS.pack(1, 501000), CS.pack(0, 998134000), CS.pack(0, 999499000)))
+def test_an_atto_of_another_counter_is_refused_with_a_line(simulate, tmp_path, packet):
+    (tmp_path / "home" / "etc").mkdir(parents=True)
+    (tmp_path / "home" / "etc" / "atto").write_bytes(packet)
+    simulation = simulate(FakeKernel())
+    assert simulation.source == "no rate known"
+    assert simulation.lines == [line for line in simulation.lines if "unable to use etc/atto: " in line] != []
+
+
+HOSTILE = ('[]', '0', 'null', '{"estimator":', '[' * 100000, '{"a":' * 40000, '', '\0', '{"version": 2}',
+           '{"version": 1}', 'NaN', '{"version": ' + '9' * 200000 + '}')
+HOSTILE_VALUES = (None, -1e28, 1e308, 10**30, "x" * 200000, [], {"tick_ns": "x" * 1000}, True)
+
+
+def test_whatever_is_in_the_state_is_one_line_at_most(simulate):
+    kernel = FakeKernel(ppm=5)
+    simulation = simulate(kernel).settle((64, 541), quality(10**6))
+    path, rng = simulation.file("state"), random.Random(SEED)
+    good = json.loads(path.read_text())
+    bad = [text.encode() for text in HOSTILE]
+    for name in sorted(set(good) - {"estimator"}):
+        bad += [json.dumps(dict(good, **{name: value})).encode() for value in HOSTILE_VALUES]
+        bad.append(json.dumps({key: good[key] for key in good if key != name}).encode())
+    bad += [json.dumps(dict(good, bias_ppm=50)).encode(),
+            json.dumps(dict(good, known_ns=(CS.RELEASE_SEC - 1) * 10**9)).encode(),
+            json.dumps(good).replace(str(good["bias_ppm"]), "Infinity").encode()]
+    for _ in range(50):
+        data = bytearray(json.dumps(good).encode())
+        for _ in range(rng.randrange(1, 9)):
+            data[rng.randrange(len(data))] = rng.choice(b'0123456789{}[]",:eE-nultrfas \0\xff')
+        bad.append(bytes(data if rng.random() < 0.7 else data[:rng.randrange(len(data))]))
+    refused = 0
+    for data in bad:
+        path.write_bytes(data)
+        again = simulate(kernel)
+        warnings = again.said("clockspeed: warning: unable to use etc/state: ")
+        assert len(warnings) <= 1 and again.source in ("rate of etc/state", "phase and rate of etc/state",
+                                                       "rate of etc/atto")
+        assert not warnings or again.source == "rate of etc/atto" and len(again.lines[0]) < 300
+        assert again.status()["rate_ppm"] < 1000 and again.file("status").stat().st_size < 5000
+        refused += bool(warnings)
+    assert refused > len(bad) * 0.6
+
+
+def test_a_clock_that_others_set_is_set_back_once_and_then_seldom(simulate):
+    kernel = FakeKernel(ppm=3)
+    simulation = simulate(kernel).settle()
+    rate = simulation.daemon.estimator.rate()
+    kernel.set_clock(HOUR_NS)
+    simulation.run(60)
+    assert simulation.lines[-2:] == [
+        "moved: somebody set the system clock by +3600.000 s",
+        "step: the system clock by %+.9f s, back to the time of the marks; to have it otherwise, stop clockspeed "
+        "(svc -d)" % kernel.steps()[0]]
+    assert abs(kernel.clock) < 1e6 and simulation.daemon.estimator.rate() == rate, "and it is not learned as drift"
+    for minute in range(24 * 60):  # it insists
+        simulation.run(60)
+        kernel.set_clock(HOUR_NS - round(kernel.clock))
+    assert len(kernel.steps()) == 1 + 4, "after 1, 2, 4 and 8 hours"
+    assert 20 <= len(simulation.said("foreign: another program sets the system clock; one of the two must go")) <= 25
+    simulation.run(2 * 86400)
+    assert len(kernel.steps()) == 6 and abs(kernel.clock) < 1e6, "it gave up"
+
+
+@pytest.mark.parametrize("moved_ns, options, steps", [
+    (HOUR_NS, {"may_step": False}, 0), (4 * 10**8, {}, 0), (6 * 10**8, {}, 1), (-HOUR_NS, {}, 1)])
+def test_what_is_not_set_back_at_once_is_slewed(simulate, moved_ns, options, steps):
+    kernel = FakeKernel(ppm=3)
+    simulation = simulate(kernel, **options).settle()
+    kernel.set_clock(moved_ns)
+    simulation.mark()
+    assert len(kernel.steps()) == steps and len(simulation.said("moved: ")) == 1
+    assert len(simulation.said("slew: ")) == (not steps)
+    simulation.run(900)
+    assert abs(kernel.clock) < (1e5 if steps or moved_ns < 10**9 else HOUR_NS)
+
+
+def test_who_sets_the_clock_and_marks_it_is_not_set_back(simulate):
+    """As clockctl set does on a machine that was paused: clockspeed can't know, and the mark is in doubt."""
+    kernel = FakeKernel(ppm=3)
+    simulation = simulate(kernel).settle()
+    kernel.real += 60 * 10**9
+    kernel.clock -= 60e9
+    simulation.run(600)
+    simulation.mark()
+    kernel.set_clock(60 * 10**9)
+    for _ in range(5):
+        simulation.run(60)
+        simulation.mark()
+    assert abs(kernel.clock) < 1e6 and not kernel.steps()
+
+
+def test_before_the_first_mark_the_system_clock_is_taken_as_it_is(simulate):
+    kernel = FakeKernel()
+    simulation = simulate(kernel)
+    simulation.run(300)
+    kernel.set_clock(-HOUR_NS)
+    simulation.run(300)
+    assert kernel.clock == pytest.approx(-HOUR_NS, abs=1e6)
+    assert simulation.lines == ["moved: somebody set the system clock by -3600.000 s"]
+
+
+def test_many_marks_at_once_are_a_few_and_one_line(simulate):
+    simulation = simulate(FakeKernel())
+    rng = random.Random(SEED)
+    simulation.take(*[CS.pack(rng.randrange(-10**15, 10**15)) for _ in range(4096)])
+    assert simulation.daemon.marks["refused"] >= 4092 and len(simulation.lines) <= 6
+    assert simulation.said("refused: ") == ["refused: more than 4 marks at once, and 4091 more"]
+    simulation.take(b"short", bytes(8) + b"\xff" * 8, CS.pack(2**62))
+    assert simulation.lines[-1] == "refused: 5 bytes at once, not 16, and 2 more"
+    before, rate = len(simulation.lines), simulation.daemon.estimator.rate()
+    for number in range(1000):
+        simulation.take(os.urandom(8) + b"\xff" * 8 if number % 2 else bytes(rng.choice((0, 1, 12, 15, 17, 512))))
+    assert len(simulation.lines) - before == 1000 == len(simulation.said("refused: ")) - 2
+    assert simulation.daemon.estimator.rate() == rate
+
+
+@pytest.mark.parametrize("to_ns, taken", [
+    (CS.RELEASE_SEC * 10**9 - 1, 0), (CS.RELEASE_SEC * 10**9, 1), ((CS.RELEASE_SEC + 2**32) * 10**9 - 1, 1),
+    ((CS.RELEASE_SEC + 2**32) * 10**9, 0), (-2**62 * 10**9, 0), (2**62 * 10**9, 0)])
+def test_no_real_time_before_the_release_or_an_era_later_is_believed(simulate, to_ns, taken):
+    simulation = simulate(FakeKernel())
+    simulation.take(CS.pack(to_ns - simulation.kernel.clock_ns()))
+    assert simulation.daemon.marks["used"] == taken == 1 - simulation.daemon.marks["refused"]
+
+
+def test_another_program_at_the_frequency_is_said_once_an_hour(simulate):
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel).settle((64,))
+    for _ in range(60):
+        simulation.run(120)
+        kernel.fields["freq"] = 7 << 16
+    assert 2 <= len(simulation.said("foreign: another program sets the clock's frequency; ")) <= 3
+
+
+def test_a_denied_kernel_is_said_once_and_survived(simulate):
+    simulation = simulate(FakeKernel())
+    simulation.kernel.denied = True
+    simulation.settle((300, 300))
+    assert len(simulation.said("clockspeed: warning: unable to steer the clock: Operation not permitted")) == 1
+
+
+def test_a_clock_without_hardware_clock_goes_forward_to_the_last_time_known(simulate):
+    kernel = FakeKernel()
+    simulation = simulate(kernel).settle((4000,))
+    known_ns = simulation.daemon.known_ns
+    assert abs(known_ns - kernel.START_NS) < 4100 * 10**9
+    for boot, options, clock_ns in (("boot-2", {"may_step": False}, 0), ("boot-3", {}, known_ns)):
+        rebooted = FakeKernel(behind_ns=kernel.START_NS, boot=boot)  # 1970
+        simulation = simulate(rebooted, **options)
+        assert abs(rebooted.clock_ns() - clock_ns) < 1e9
+    assert re.match(r"step: the system clock by \+17960\d{5}\.\d{9} s, which showed a time before", simulation.lines[0])
+    simulation.mark()
+    assert abs(rebooted.clock) < 1e6
+    ahead = FakeKernel(behind_ns=-10**18, boot="boot-4")
+    assert simulate(ahead) and ahead.clock == 1e18, "never back"
+    fresh = FakeKernel(behind_ns=FakeKernel.START_NS)
+    assert simulate(fresh, "fresh") and fresh.clock_ns() == CS.RELEASE_SEC * 10**9
+
+
+class Libc32:
+    """The C library of a 32-bit system before 2020, with a FakeKernel below it."""
+
+    def __init__(self, kernel):
+        import ctypes
+        self.kernel, self.set_errno = kernel, ctypes.set_errno
+
+    def syscall(self, *_):
+        self.set_errno(errno.ENOSYS)
+        return -1
+
+    def adjtimex(self, buffer):
+        values = dict(zip(CS.TIMEX_FIELDS, CS.TIMEX32.unpack(buffer.raw[:128])))
+        known = "offset freq maxerror esterror status constant sec frac tick".split()
+        now = self.kernel.adjtimex(values["modes"], **{name: values[name] for name in known})
+        values.update({name: value for name, value in now.items() if name in values})
+        buffer[:128] = CS.TIMEX32.pack(*values.values())
+        return 0
+
+
+def test_32_bits_of_time_are_enough_until_2038(simulate, monkeypatch):
+    ctypes = pytest.importorskip("ctypes")
+    kernel = FakeKernel(ppm=20, behind_ns=3 * 10**9)
+    simulation = simulate(kernel, may_step=True)
+    monkeypatch.setattr(ctypes, "sizeof", lambda kind: 4)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Libc32(kernel))
+    simulation.clock.adjtimex = CS.adjtimex
+    simulation.settle((64, 541, 1623, 3600))
+    assert abs(kernel.clock) < 1e5 and kernel.steps() == [3] and kernel.fields["tai"] == 37
+    simulation.daemon.may_step = False
+    kernel.clock += 20 * 31556952e9  # a slew of 20 years has more microseconds than 32 bits
+    simulation.run(600)
+    simulation.daemon.may_step = True
+    simulation.daemon.step(2**31 * 10**9, "in a test")
+    assert not simulation.said("clockspeed: warning: unable to steer")
+    assert len(simulation.said("clockspeed: warning: unable to step the clock: ")) == 1
+
 
 # ==== clockspeed: the process =======================================================================
+ROOT = os.getuid() == 0
+CAN_UNSHARE = ROOT and shutil.which("unshare") and subprocess.run(
+    ["unshare", "-m", "true"], stderr=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.fixture
+def public_tmp():
+    """A directory that every user can enter: pytest's own are for one."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield pathlib.Path(name)
+
+
+class Daemon:
+    """clockspeed as a process that can't set this machine's clock; its lines come out of a file."""
+
+    def __init__(self, home, *options, before=(), **env):
+        self.home, self.log = home, home.parent / "log"
+        with open(str(self.log), "wb") as log:
+            self.process = subprocess.Popen(list(before) + without_the_right(command_of("clockspeed", *options, home)),
+                                            stdout=log, stderr=log, env=dict(UTC_ENV, **env))
+
+    def text(self):
+        return self.log.read_text()
+
+    def wait_for(self, text, count=1):
+        until(lambda: self.text().count(text) >= count or self.process.poll() is not None)
+        assert self.text().count(text) >= count, self.text()
+
+    def write(self, data):
+        with open(str(self.home / "adjust"), "wb", buffering=0) as fifo:
+            fifo.write(data)
+
+    def proc(self, name):
+        with open("/proc/%d/%s" % (self.process.pid, name)) as file:
+            return file.read()
+
+    def uid(self):
+        return int(re.search(r"Uid:\t\d+\t(\d+)", self.proc("status")).group(1))
+
+    def end(self, number=signal.SIGTERM):
+        """The exit status; a second is the limit, on a machine that is not busy."""
+        self.process.send_signal(number)
+        return self.process.wait(10)
+
+
+@pytest.fixture
+def daemon(public_tmp):
+    """Starts clockspeed on public_tmp/home, with the privileges that observing takes."""
+    (public_tmp / "home").mkdir()
+    made = []
+
+    def start(*options, wait=True, home=public_tmp / "home", **named):
+        made.append(Daemon(home, *options, **named))
+        if wait:
+            made[-1].wait_for("start: ")
+        return made[-1]
+    yield start
+    for each in made:
+        each.process.kill()
+        each.process.wait()
+        assert "Traceback" not in each.text()
+
+
+def test_clockspeed_learns_from_its_fifo_and_term_or_int_ends_it_with_0(daemon):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = daemon("-n")
+        assert os.lstat(str(process.home / "adjust")).st_mode == stat.S_IFIFO | 0o600
+        for count in range(1, 4):
+            process.write(CS.pack(count * 1000))
+            process.wait_for("offset +0.00000%d000 s" % count)
+        process.write(b"short")
+        process.wait_for("refused: 5 bytes at once, not 16")
+        assert process.end(number) == 0 and process.text().splitlines()[-1].startswith("stop: ")
+    assert process.text().count("mark: ") == 3 and "phase and rate of etc/state" in process.text()
+
+
+def test_the_start_line_tells_how_it_begins(daemon):
+    assert daemon("-n").text() == ("start: observing, CLOCK_MONOTONIC_RAW, scale utc, rate +0.0000 ppm, "
+                                   "rate error 500.0000 ppm, no rate known\n")
+
+
+def test_atto_is_the_c_programs(daemon):
+    process = daemon("-n")
+    for count in range(3):  # real time gains 50 ppm: 50 us in a second
+        process.write(CS.pack(count * 50000))
+        process.wait_for("mark: ", count + 1)
+        time.sleep(1)
+    assert process.end() == 0
+    ns, atto = CS.unpack((process.home / "etc" / "atto").read_bytes())
+    assert ns == 1 and 10000 < atto < 200000
+
+
+def test_kill_9_loses_no_mark(daemon):
+    process = daemon("-n")
+    for count in range(3):
+        process.write(CS.pack(0))
+        process.wait_for("mark: ", count + 1)
+    until(lambda: b'"used": 3' in contents(process.home / "etc" / "status"))
+    process.end(signal.SIGKILL)
+    daemon("-n").wait_for("phase and rate of etc/state")
+
+
+def contents(path):
+    """The bytes of a file, none if there is none."""
+    return path.read_bytes() if path.exists() else b""
+
+
+def test_kill_9_at_any_moment_of_a_write_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    home_fd = os.open(str(tmp_path), os.O_RDONLY)
+    etc, read = CS.Etc(home_fd), set()
+    for moment in range(12):
+        etc.replace("state", b"old" * 1000)
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            calls = []
+            for name in ("unlink", "open", "fchmod", "write", "fsync", "close", "rename"):
+                def die(*args, real=getattr(os, name), **options):
+                    calls.append(real)
+                    if len(calls) > moment:
+                        raise KeyboardInterrupt
+                    return real(*args, **options)
+                patch.setattr(os, name, die)
+            etc.replace("state", b"new" * 1001)
+        read.add(etc.read("state"))
+        assert etc.read("state") in (b"old" * 1000, b"new" * 1001)
+    assert len(read) == 2
+    os.close(etc.fd)
+    os.close(home_fd)
+
+
+def test_a_second_clockspeed_refuses_to_run_beside_the_first(daemon):
+    process = daemon("-n")
+    done = run("clockspeed", "-n", process.home)
+    assert (done.returncode, done.stderr) == (
+        111, "clockspeed: fatal: unable to use %s/etc: another clockspeed is running there\n" % process.home)
+    assert stat.S_IMODE(os.stat(str(process.home / "etc" / "lock")).st_mode) == 0o600, "only its user can hold it"
+
+
+def test_a_program_that_reads_adjust_already_is_let_alone(tmp_path):
+    os.mkfifo(str(tmp_path / "adjust"))
+    reader = os.open(str(tmp_path / "adjust"), os.O_RDONLY | os.O_NONBLOCK)  # as the C clockspeed's
+    done = run("clockspeed", "-n", tmp_path)
+    assert (done.returncode, done.stderr) == (111, "clockspeed: fatal: unable to use %s: another program reads adjust; "
+                                              "stop the other clockspeed first\n" % tmp_path)
+    os.close(reader)
+
+
+@pytest.mark.parametrize("home, options, env, said", [
+    ("none", [], {}, "unable to use HOME/none: No such file or directory; svc/install makes it, and so does: "
+     "mkdir -p HOME/none"),
+    ("file", [], {}, "unable to use HOME/file: Not a directory"),
+    ("link", [], {}, "unable to use HOME/link/etc: Not a directory"),
+    ("", ["-u", "no-such-user"], {}, "unable to become no-such-user: there is no such user"),
+    ("", ["-w", "no-such-user"], {}, "unable to give adjust to no-such-user: there is no such user"),
+    ("", [], {"CLOCK_SCALE": "gps"}, "unable to start: CLOCK_SCALE is neither utc nor tai"),
+    ("", [], {"CLOCK_ERROR": "10 apples"}, "unable to start: CLOCK_ERROR is no error as 0.010 or 10ms")])
+def test_what_can_not_work_is_a_clear_line(tmp_path, home, options, env, said):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "link" / "etc").symlink_to(tmp_path / "victim")
+    done = run("clockspeed", "-n", *options, tmp_path / home, **env)
+    assert (done.returncode, done.stdout) == (111, b"")
+    assert done.stderr == "clockspeed: fatal: %s\n" % said.replace("HOME", str(tmp_path))
+    assert not os.listdir(str(tmp_path / "victim"))
+
+
+@pytest.mark.parametrize("text, error_ns", [
+    ("", None), ("0.010", 10**7), ("10ms", 10**7), ("5 us", 5000), ("1s", 10**9), ("2", 2 * 10**9), ("0", 0),
+    ("-1", 0), ("1e3", 0), ("nan", 0), ("10m", 0), ("ms", 0), ("1" * 400, 0)])
+def test_the_error_to_be_kept(text, error_ns, monkeypatch):
+    monkeypatch.setenv("CLOCK_ERROR", text)
+    if error_ns == 0:
+        with pytest.raises(ValueError):
+            CS.clock_error_ns()
+    else:
+        assert CS.clock_error_ns() == error_ns
+
+
+@pytest.mark.parametrize("make", ("write_bytes", "mkdir", "symlink_to"))
+def test_what_is_no_fifo_is_named_and_let_alone(daemon, public_tmp, make):
+    adjust = public_tmp / "home" / "adjust"
+    getattr(adjust, make)(*{"write_bytes": [b"precious"], "symlink_to": ["elsewhere"]}.get(make, []))
+    before = os.lstat(str(adjust))
+    process = daemon("-n")
+    assert "clockspeed: warning: unable to read adjust: it is not a FIFO; remove it: rm -r %s\n" % adjust in process.text()
+    assert process.end() == 0 and os.lstat(str(adjust)) == before
+    assert not (process.home / "elsewhere").exists()
+
+
+def test_a_fifo_that_is_deleted_or_replaced_is_found_again(tmp_path):
+    fifo = CS.Fifo(str(tmp_path / "adjust"))
+    fifo.open()
+    first = fifo.reader
+    fifo.open()
+    assert fifo.reader == first, "the same one stays open"
+    for renew in (lambda: None, lambda: os.mkfifo(fifo.path)):
+        os.unlink(fifo.path)
+        renew()
+        fifo.open()
+        with open(fifo.path, "wb", buffering=0) as writer:
+            writer.write(b"0123456789abcdef" * 2)
+        assert fifo.packets() == [b"0123456789abcdef"] * 2
+        assert fifo.packets() == []
+    fifo.close()
+
+
+def test_files_are_replaced_whole_and_follow_no_link(tmp_path):
+    home_fd = os.open(str(tmp_path), os.O_RDONLY)
+    etc, victim = CS.Etc(home_fd), tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "etc" / "status.tmp").symlink_to(victim)
+    etc.replace("status", b"new")
+    assert victim.read_bytes() == b"precious" and etc.read("status") == b"new"
+    assert os.listdir(str(tmp_path / "etc")) == ["status"]
+    (tmp_path / "etc" / "state").symlink_to(victim)
+    os.mkfifo(str(tmp_path / "etc" / "atto"))
+    with pytest.raises(OSError):
+        etc.read("state")
+    assert etc.read("atto") == b"", "and no FIFO is waited for"
+    os.close(etc.fd)
+    os.close(home_fd)
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root")
+def test_clockspeed_becomes_its_user_and_keeps_no_more_than_it_needs(daemon):
+    process = daemon("-u", "nobody", "-w", "daemon")
+    status = dict(line.split(":\t", 1) for line in process.proc("status").splitlines() if ":\t" in line)
+    nobody, writer = pwd.getpwnam("nobody").pw_uid, pwd.getpwnam("daemon").pw_uid
+    assert status["Uid"].split() == [str(nobody)] * 4 and status["NoNewPrivs"] == "1"
+    assert not status["Groups"].strip() and int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+    assert process.proc("comm") == "clockspeed\n"
+    assert "warning: unable to steer the clock: Operation not permitted; observing only\n" in process.text()
+    process.write(CS.pack(0))
+    process.wait_for("mark: ")
+    assert process.end() == 0
+    owners = {name: os.stat(str(process.home / name)).st_uid for name in
+              (".", "adjust", "etc", "etc/state", "etc/lock")}
+    assert owners == {".": 0, "adjust": writer, "etc": nobody, "etc/state": nobody, "etc/lock": 0}
+    assert daemon("-u", "nobody", "-w", "daemon").end() == 0, "and once more"
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root")
+@pytest.mark.parametrize("make, said", [
+    (lambda home: (home / "etc" / "passwd").write_text(""), "unable to give HOME/etc to nobody: it holds 'passwd', so "
+     "it is not clockspeed's own"),
+    (lambda home: os.mkfifo(str(home / "adjust")) or os.chown(str(home / "adjust"), 4711, -1),
+     "unable to give adjust to nobody: it belongs to user 4711; chown it")])
+def test_nothing_is_given_away_that_is_not_clockspeeds(daemon, public_tmp, make, said):
+    home = public_tmp / "home"
+    (home / "etc").mkdir()
+    make(home)
+    process = daemon("-u", "nobody", wait=False)
+    assert process.process.wait(30) == 111
+    assert process.text().splitlines()[-1] == "clockspeed: fatal: " + said.replace("HOME", str(home))
+    assert os.stat(str(home / "etc")).st_uid == 0
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root")
+def test_what_an_earlier_version_left_in_etc_is_taken_over(daemon, public_tmp):
+    (public_tmp / "home" / "etc").mkdir()
+    for name in ("atto", "state", "state.tmp", "kisses", "leap"):
+        (public_tmp / "home" / "etc" / name).write_text("")
+    os.chown(str(public_tmp / "home" / "etc"), 4711, -1)
+    assert daemon("-u", "nobody").end() == 0
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root")
+def test_a_deleted_fifo_that_only_root_can_make_again_ends_it(daemon, monkeypatch):
+    process = daemon("-u", "nobody")
+    (process.home / "adjust").unlink()
+    process.process.send_signal(signal.SIGSTOP)  # its next wake-up is up to a minute away
+    process.end(signal.SIGKILL)
+    home = str(process.home)
+    with process_patched(process.home, "SETTLED_SEC = 0.1", "-u", "nobody") as patched:
+        until(lambda: os.path.exists(home + "/adjust"))
+        until(lambda: "start: " in patched.stdout.readline().decode())
+        os.unlink(home + "/adjust")
+        assert patched.wait(30) == 111
+        assert patched.stdout.read().decode().splitlines()[-2:] == [
+            "clockspeed: fatal: adjust was removed or replaced, and only root can make it again",
+            "stop: the clock runs on at the rate it has"]
+
+
+def process_patched(home, statement, *options):
+    """clockspeed with one statement run before main()."""
+    text = "import sys; sys.dont_write_bytecode = True; sys.path.insert(0, %r)\nimport clockspeed\nclockspeed.%s\n" \
+        "sys.exit(clockspeed.main(['clockspeed'] + sys.argv[1:]))" % (HERE, statement)
+    return process(without_the_right([sys.executable, "-IS", "-c", text, *options, str(home)]),
+                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=UTC_ENV)
+
+
+@pytest.mark.skipif(not CAN_UNSHARE, reason="needs a mount namespace")
+@pytest.mark.parametrize("with_etc", (True, False))
+def test_a_read_only_file_system_is_said_and_no_reason_to_stop(daemon, public_tmp, with_etc):
+    home = public_tmp / "home"
+    os.mkfifo(str(home / "adjust"))
+    if with_etc:
+        (home / "etc").mkdir()
+    read_only = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"',
+                 str(home)]
+    process = daemon("-u", "nobody", before=read_only)
+    process.write(CS.pack(0))
+    process.wait_for("mark: ")
+    process.wait_for("warning: unable to write etc/status: Read-only file system")
+    assert process.uid() == pwd.getpwnam("nobody").pw_uid and process.end() == 0
+    assert process.text().count("Read-only file system") <= 6 and not (home / "etc" / "state").exists()
+
+
+def test_without_the_privilege_and_with_an_etc_of_others_it_observes_and_says_both_once(daemon, public_tmp):
+    (public_tmp / "home" / "etc").mkdir()
+    user = []
+    if ROOT:
+        need("setpriv")
+        os.mkfifo(str(public_tmp / "home" / "adjust"))
+        os.chown(str(public_tmp / "home" / "adjust"), 65534, -1)
+        user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all",
+                "--inh-caps=-all"]
+    else:
+        (public_tmp / "home" / "etc").chmod(0o555)
+    with open(str(public_tmp / "log"), "ab") as log, process(
+            user + command_of("clockspeed", public_tmp / "home"), stdout=log, stderr=log, env=UTC_ENV) as running:
+        text = (public_tmp / "log").read_text
+        for count in range(1, 4):
+            until(lambda: "start: observing, " in text())
+            with open(str(public_tmp / "home" / "adjust"), "wb", buffering=0) as fifo:
+                fifo.write(CS.pack(0))
+            until(lambda: text().count("mark: ") == count)
+        running.terminate()
+        assert running.wait(10) == 0
+    for said in ("steer the clock: Operation not permitted; observing only", "write etc/state: Permission denied",
+                 "write etc/status: Permission denied"):
+        assert text().count("warning: unable to %s\n" % said) == 1
+    assert os.listdir(str(public_tmp / "home" / "etc")) == []
+
+
+def test_a_log_that_takes_no_more_blocks_nothing(tmp_path):
+    """The log's reader hangs, as on a full disk, and the pipe is full."""
+    reader, writer = os.pipe()
+    with process(command_of("clockspeed", "-n", tmp_path), stdout=writer, stderr=writer, env=UTC_ENV) as running:
+        until(lambda: select.select([reader], [], [], 0)[0])
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+        for count in (1, 2):
+            with open(str(tmp_path / "adjust"), "wb", buffering=0) as fifo:
+                fifo.write(CS.pack(0))
+            until(lambda: b'"used": %d' % count in contents(tmp_path / "etc" / "state"))
+        os.read(reader, 65536)
+        running.terminate()
+        assert running.wait(10) == 0
+    assert re.match(rb"lost: [2-9] lines\nstop: ", os.read(reader, 65536)[-80:])
+    os.close(reader)
+    os.close(writer)
+
+
+def test_what_was_lost_is_counted_in_the_next_line_that_can_be_written():
+    reader, writer = os.pipe()
+    log = CS.Log(writer)
+    while not log.lost:
+        log("x" * 1000)
+    for _ in range(11):
+        log("lost")
+    os.read(reader, 65536)
+    log("at last")
+    log("and another")
+    log("y" * 10000)
+    assert os.read(reader, 65536) == b"lost: 12 lines\nat last\nand another\n" + b"y" * 4095 + b"\n"
+    os.close(reader)
+    log("nobody reads")
+    assert log.lost == 1
+    os.close(writer)
+
+
+def test_many_marks_keep_it_from_nothing(daemon):
+    process = daemon("-n")
+    fd, rng = os.open(str(process.home / "adjust"), os.O_WRONLY | os.O_NONBLOCK), random.Random(SEED)
+    end, written = time.monotonic() + 3, 0
+    while time.monotonic() < end:
+        size = rng.choice((1, 16, 17, 512, 4096, 65536))
+        with contextlib.suppress(BlockingIOError):
+            written += os.write(fd, CS.pack(rng.randrange(-10**15, 10**15)) * (size // 16) + bytes(size % 16))
+        time.sleep(0.001)
+    begin = time.monotonic()
+    assert process.end() == 0 and time.monotonic() - begin < 5 and written > 10**5
+    assert 4 <= process.text().count("mark: ") <= 40 and process.text().count("\n") < 100
+    os.close(fd)
+
+
+def test_closed_descriptors_are_no_reason_to_end(tmp_path):
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        with process(["sh", "-c", 'exec "$@" ' + closed, "sh"] + command_of("clockspeed", "-n", tmp_path),
+                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=UTC_ENV) as running:
+            until((tmp_path / "etc" / "status").exists)
+            (tmp_path / "etc" / "status").unlink()
+            with open(str(tmp_path / "adjust"), "wb", buffering=0) as fifo:
+                fifo.write(CS.pack(0))
+            until((tmp_path / "etc" / "status").exists)
+            running.terminate()
+            assert running.wait(10) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_clockspeed_takes_little_memory_and_has_its_name(daemon):
+    process = daemon("-n")
+    for count in range(1, 4):
+        process.write(CS.pack(0))
+        process.wait_for("mark: ", count)
+    assert process.proc("comm") == "clockspeed\n"
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", process.proc("status")).group(1)) < 15.5 * 1024
+
 
 # ==== bad days ======================================================================================
+# What happens to a clockspeed that has learned; what its log says, with ... for anything, in order, and
+# nothing besides but marks and slews; and by how many seconds the clock is off at most some time afterwards.
+# The table in NOTES.md has the same rows.
+
+def month(simulation):
+    simulation.run(30 * 86400)
+
+
+def marks(simulation, *errors_sec, wait_sec=541, after_sec=1200):
+    for error_sec in errors_sec:
+        simulation.mark(round(error_sec * 1e9))
+        simulation.run(wait_sec)
+    simulation.run(after_sec)
+
+
+def back_after(simulation, sec, error_sec):
+    simulation.run(sec)
+    marks(simulation, *[error_sec] * 5, after_sec=3 * 3600)
+    simulation.kernel.clock -= error_sec * 1e9  # it is what the server has that counts
+
+
+def wild(simulation):
+    rng = random.Random(SEED)
+    for _ in range(20):
+        marks(simulation, rng.choice((-1, 1)) * 10.0 ** rng.randrange(-2, 4), 0, 0, 0, wait_sec=3600, after_sec=0)
+
+
+def moved(sec):
+    def move(simulation):
+        simulation.kernel.set_clock(round(sec * 1e9))
+        simulation.run(60)
+    return move
+
+
+def suspended(simulation):
+    simulation.kernel.suspend(8 * 3600)
+    simulation.kernel.clock -= 4e8
+    marks(simulation, 0)
+
+
+def paused(sec):
+    def pause(simulation):
+        simulation.kernel.real += round(sec * 1e9)
+        simulation.kernel.clock -= sec * 1e9
+        marks(simulation, *[0] * 5)
+    return pause
+
+
+def restored(simulation):
+    simulation.kernel.tick -= 2 * HOUR_NS
+    simulation.run(60)
+    marks(simulation, 0, 0)
+
+
+def migrated(simulation):
+    """Another counter: 55 ppm slower, and 0.2 s are lost on the way."""
+    simulation.kernel.ppm -= 55
+    simulation.kernel.real += 2 * 10**8
+    simulation.kernel.clock -= 2e8
+    marks(simulation, *[0] * 7)
+
+
+def rival(simulation):
+    for _ in range(30):
+        simulation.kernel.fields["freq"] = 7 << 16
+        simulation.run(60)
+
+
+def full_disk(simulation):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    simulation.etc.replace, replace = no_space, simulation.etc.replace
+    marks(simulation, 0, 0, 0)
+    simulation.etc.replace = replace
+    marks(simulation, 0)
+    assert simulation.status()["marks"]["used"] > 8
+
+
+BAD_DAYS = (
+    ("the server is silent for a month", month, (), 0.01),
+    ("it is back after a day, 3 s off", lambda s: back_after(s, 86400, 3), ("slew: +3.0... s will take ...",), 0.01),
+    ("it is back after a month, 3 s off", lambda s: back_after(s, 30 * 86400, 3), ("slew: +3.0... s will take ...",),
+     0.01),
+    ("wild marks, one of four", wild, (), 0.001),
+    ("date -s by hand, an hour off", moved(3600),
+     ("moved: somebody set the system clock by +3600.000 s", "step: the system clock by -3600... s, back to ..."), 0.001),
+    ("date -s by hand, 20 years off", moved(-20 * 31556952),
+     ("moved: somebody set the system clock by -6311390... s", "step: the system clock by +6311390... s, back ..."),
+     0.001),
+    ("suspended for a night", suspended, ("suspend: the counter stood still for 8 h; a mark is wanted",), 0.001),
+    ("virtual machine paused for 0.3 s", paused(0.3), (), 0.15),
+    ("virtual machine paused for a minute", paused(60), ("slew: +60.0... s will take 33.3 h; ...",), 60),
+    ("restored from a snapshot, the counter goes back", restored,
+     ("counter: it went back by 119 min, as in a machine that is restored ...",), 0.001),
+    ("virtual machine migrated", migrated, ("slew: +... s will take ...",), 0.01),
+    ("another program sets the frequency", rival,
+     ("foreign: another program sets the clock's frequency; one of the two must go",), 0.1),
+    ("disk full", full_disk, ("clockspeed: warning: unable to write etc/state: No space left on device",
+                              "clockspeed: warning: unable to write etc/status: No space left on device"), 0.001),
+)
+
+
+def as_pattern(text):
+    return ".*".join(map(re.escape, text.split("...")))
+
+
+@pytest.mark.parametrize("event, live, said, off_sec", BAD_DAYS, ids=[row[0] for row in BAD_DAYS])
+def test_a_bad_day(event, live, said, off_sec, simulate):
+    kernel = FakeKernel(ppm=20)
+    simulation = simulate(kernel).settle((64, 541, 1623, 3600, 3600, 3600))
+    assert abs(kernel.clock) < 1e6 and abs(simulation.daemon.estimator.rate()[0] - 20) < 0.1
+    del simulation.lines[:]
+    rate_ppm = 20 - 55 * (live is migrated)
+    live(simulation)
+    wanted = [as_pattern(text) for text in said]
+    ordinary = ("mark: ", "slew: ") if not any(text.startswith("slew") for text in said) else ("mark: ",)
+    lines = [line for line in simulation.lines if not line.startswith(ordinary)]
+    for pattern in wanted:
+        assert any(re.fullmatch(pattern, line) for line in lines), (pattern, lines)
+    for line in lines:
+        assert any(re.fullmatch(pattern, line) for pattern in wanted), line
+    assert abs(kernel.clock) < off_sec * 1e9
+    assert abs(simulation.daemon.estimator.rate()[0] - rate_ppm) < 1, "nothing of it is learned as drift"
+    assert len(kernel.steps()) == sum(text.startswith("step: ") for text in said)
+
+
+def test_a_mark_right_after_a_suspend_counts(simulate):
+    """It may be in the FIFO before clockspeed has seen that it slept."""
+    simulation = simulate(FakeKernel(ppm=20)).settle()
+    simulation.kernel.suspend(8 * 3600)
+    simulation.kernel.clock -= 4e8
+    assert simulation.mark() == "used" and "suspend: " in "".join(simulation.lines[-3:])
+    simulation.run(1200)
+    assert abs(simulation.kernel.clock) < 1e6
+
+
+@pytest.mark.parametrize("turn_sec", (2**32 - 2208988800, 2**31, 2**32))  # 2036-02-07, 2038-01-19, 2106-02-07
+def test_clockspeed_across_the_turns_of_32_bits(simulate, turn_sec):
+    kernel = FakeKernel(ppm=20, start_ns=(turn_sec - 7200) * 10**9)
+    simulation = simulate(kernel).settle([1800] * 8)
+    assert simulation.daemon.marks == {"used": 8, "doubted": 0, "refused": 0}
+    assert kernel.clock_ns() > turn_sec * 10**9 and abs(kernel.clock) < 1e5
+    assert simulate(kernel).source == "phase and rate of etc/state"
+
+
+def test_a_year_of_restarts_reboots_lost_and_wild_marks(simulate, monkeypatch):
+    """The error is what was told, and nothing grows."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # of which the disk would take an hour
+    monkeypatch.setattr(CS, "SETTLED_SEC", 3600)  # else it wakes half a million times
+    rng, kernel = random.Random(SEED), FakeKernel(ppm=20, behind_ns=10**9)
+    simulation, errors, wait_sec, left_sec = simulate(kernel, target_ns=10**7), [], 600, 365 * 86400
+    while left_sec > 0:
+        simulation.run(wait_sec)
+        left_sec -= wait_sec
+        kernel.ppm += rng.gauss(0, 3e-4 * wait_sec**0.5)
+        if simulation.daemon.estimator.has_phase():
+            errors.append(abs(kernel.clock) / 1e9)
+        what = rng.random()
+        if what < 0.05:
+            simulation = simulate(kernel, target_ns=10**7)
+        elif what < 0.06:
+            kernel.boot += "'"
+            kernel.clock += rng.gauss(0, 3e8)
+            kernel.fields.update(freq=0, tick=10000, status=0x40, maxerror=16 * 10**6)
+            simulation = simulate(kernel, target_ns=10**7)
+        if what > 0.1:
+            wild_ns = rng.choice((-1, 1)) * 10 ** rng.randrange(8, 12) if what > 0.98 else 0
+            simulation.mark(round(rng.gauss(0, 2e5)) + wild_ns)
+        wait_sec = min(86400, max(600, simulation.status()["next"]["wait_sec"]))
+    errors.sort()
+    assert errors[int(len(errors) * 0.9)] < 0.02
+    assert max(path.stat().st_size for path in (simulation.home / "etc").iterdir()) < 65536
+
 
 # ==== clockctl ======================================================================================
 
