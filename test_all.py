@@ -1188,8 +1188,10 @@ NTP_QUERY, TAI_QUERY = SNTP.make_query(), TAI.make_query(None)
 DECODERS += [
     ("sntpclock: an answer", lambda data: SNTP.answers(NTP_QUERY, data) and SNTP.decode_answer(data),
      [ntp_answer(NTP_QUERY), ntp_answer(NTP_QUERY) + bytes(20)], (ValueError, SNTP.Dismissed)),
-    ("sntpclock: a key file", lambda data: SNTP.parse_key(data.decode("latin-1"), 2), [KEYS.encode()], ValueError),
-    ("taiclock: an answer", lambda data: TAI.decode_answer(TAI_QUERY, data), [tai_answer(TAI_QUERY)], ValueError),
+    ("sntpclock: a key file", lambda data: SNTP.parse_key(data.decode("latin-1"), 2), [KEYS.encode()],
+     ValueError),
+    ("taiclock: an answer", lambda data: TAI.decode_answer(TAI_QUERY, data), [tai_answer(TAI_QUERY)],
+     ValueError),
 ]
 
 
