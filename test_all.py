@@ -401,7 +401,7 @@ def test_adjtimex_reads_this_kernel():
 SNTP, TAI = load("sntpclock"), load("taiclock")
 SECOND_NS = 10**9
 NEAR_NS = 50 * 10**6  # what a busy machine may take from an exchange
-LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernel stamps and filters are Linux's")
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="kernel stamps and filters are Linux's")
 
 
 class Rogue:
@@ -456,9 +456,10 @@ def tai_answer(query, off_ns=0):
 
 both = pytest.mark.parametrize("name, answer", [("sntpclock", ntp_answer), ("taiclock", tai_answer)],
                                ids=["sntpclock", "taiclock"])
-DECODE = {"sntpclock": lambda _, query, packet: SNTP.decode_answer(packet) if SNTP.answers(query, packet) else None,
-          "taiclock": lambda _, query, packet: TAI.decode_answer(query, packet, 37 * 10**9)}
-QUERY = {"sntpclock": lambda server: SNTP.make_query(), "taiclock": TAI.make_query}
+DECODE_FOR = {
+    "sntpclock": lambda _, query, packet: SNTP.answers(query, packet) and SNTP.decode_answer(packet),
+    "taiclock": lambda _, query, packet: TAI.decode_answer(query, packet, 37 * 10**9)}
+MAKE_QUERY = {"sntpclock": lambda server: SNTP.make_query(), "taiclock": TAI.make_query}
 
 
 def ask(name, port, *args, hosts=("127.0.0.1",), **env):
@@ -473,7 +474,8 @@ def offset_of(done):
 
 def result_of(done):
     """-> (offset, spread, root distance) in ns as `-v 2` shows them, which is what came out."""
-    shown = re.search(r"info: result: offset (\S+) s, spread (\S+) s, root distance (\S+) s\n", done.stderr).groups()
+    line = r"info: result: offset (\S+) s, spread (\S+) s, root distance (\S+) s\n"
+    shown = re.search(line, done.stderr).groups()
     value_ns, spread_ns, distance_ns = (round(float(text) * 1e9) for text in shown)
     ns, last = SNTP.unpack(done.stdout)
     assert abs(ns - value_ns) <= 1 and last == SNTP.pack_quality(spread_ns, distance_ns)
@@ -498,13 +500,14 @@ def test_the_result_is_the_servers_offset(name, answer, scale, missing_sec):
 
 
 def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
-    for scale, zone, offset_sec in (("utc", "UTC", 37), ("tai", "UTC", 10), ("", "UTC", 37)):
+    for scale, second, offset_sec in ("utc", 60, 37), ("tai", 0, 10), ("", 0, 37), ("", 60, 10):
         monkeypatch.setenv("CLOCK_SCALE", scale)
-        assert TAI.scale_offset_sec() == offset_sec
-    monkeypatch.setattr(TAI.time, "localtime", lambda sec: time.struct_time((1972, 6, 30, 23, 59, 60, 4, 182, 0)))
-    assert TAI.scale_offset_sec() == 10
+        with monkeypatch.context() as patch:
+            june = time.struct_time((1972, 6, 30, 23, 59, second, 4, 182, 0))
+            patch.setattr(TAI.time, "localtime", lambda _: june)
+            assert TAI.scale_offset_sec() == offset_sec
     done = ask("taiclock", 1, CLOCK_SCALE="gps")
-    assert done.returncode == 111 and "tell this clock's scale: CLOCK_SCALE is neither utc nor tai" in done.stderr
+    assert done.returncode == 111 and "this clock's scale: CLOCK_SCALE is neither utc nor tai" in done.stderr
 
 
 @pytest.mark.parametrize("spread_ns, distance_ns, last", [
@@ -517,7 +520,8 @@ def test_what_a_mark_tells_of_itself_is_rounded_up(spread_ns, distance_ns, last)
     assert packed // 100 == last // 100 and packed % 97 == (1 if last else 0)
     if packed:
         told = VIEW.unpack_quality(packed)
-        assert spread_ns <= told[0] <= spread_ns * 1.001 + 1 and distance_ns <= told[1] <= max(distance_ns * 1.18, 1180)
+        assert spread_ns <= told[0] <= spread_ns * 1.001 + 1
+        assert distance_ns <= told[1] <= max(distance_ns * 1.18, 1180)
 
 
 @both
@@ -578,8 +582,8 @@ def test_the_total_bounds_names_and_pauses_too(name, answer):
 
     def asked(*args):
         began = time.monotonic()
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program] + list(args), stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=LIMIT_SEC, env=UTC_ENV)
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program] + list(args), env=UTC_ENV,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=LIMIT_SEC)
         assert time.monotonic() - began < 10
         return done.returncode, len(done.stdout), done.stderr.decode()
     assert asked("-T500", "slow") == (111, 0, "%s: fatal: unable to find slow: timed out\n" % name)
@@ -593,8 +597,8 @@ def test_the_total_bounds_names_and_pauses_too(name, answer):
 
 @both
 def test_wrong_usage(name, answer):
-    for line in ("", "-r 0 0", "-r x 0", "-r", "-p 65536 0", "-p 0 0", "-e nan 0", "-e -1 0", "-t inf 0", "-T -1 0",
-                 "-l -1 0", "-h -1 0", "-v -1 0", "-x 0", "--force 0", "-h 5"):
+    for line in ("", "-r 0 0", "-r x 0", "-r", "-p 65536 0", "-p 0 0", "-e nan 0", "-e -1 0", "-t inf 0",
+                 "-T -1 0", "-l -1 0", "-h -1 0", "-v -1 0", "-x 0", "--force 0", "-h 5"):
         done = run(name, *line.split())
         assert done.returncode == 100 and done.stderr.startswith("%s: usage: %s [" % (name, name)), line
     module = load(name)
@@ -602,13 +606,15 @@ def test_wrong_usage(name, answer):
         settings = module.Settings(words.split(), 123)
         assert (settings.exchanges, settings.force, settings.hosts) == (7, True, ["a", "b"]), words
         assert settings.family == (socket.AF_INET if words.startswith("-f4") else socket.AF_UNSPEC)
+    settings = module.Settings(["-p", "65535", "a"], 1)
+    assert (settings.wait_ns, settings.total_ns, settings.limit_ns) == (10**9, 10**10, 172800 * 10**9)
     settings = module.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
-    assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns, settings.pause_ns, settings.limit_ns,
-            settings.port) == (250000, 10**6, 2 * 10**6, 0, 43200 * 10**9, 9)
+    assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns) == (250000, 10**6, 2 * 10**6)
+    assert (settings.pause_ns, settings.limit_ns, settings.port) == (0, 43200 * 10**9, 9)
 
 
-@pytest.mark.parametrize("days, said", [(2.1, "2.1 days behind"), (-2.1, "2.1 days ahead"), (2192, "6.0 years behind"),
-                                        (999.9, "999.9 days behind")])
+@pytest.mark.parametrize("days, said", [(2.1, "2.1 days behind"), (-2.1, "2.1 days ahead"),
+                                        (2192, "6.0 years behind"), (999.9, "999.9 days behind")])
 @both
 def test_a_clock_far_away_is_told_so_and_how_to_set_it(name, answer, days, said):
     off_ns = round(days * 86400) * SECOND_NS
@@ -660,13 +666,14 @@ def test_answers_that_are_late_doubled_forged_or_from_elsewhere_do_not_count(nam
 def test_the_kernel_drops_what_does_not_repeat_the_cookie(name, answer):
     module = load(name)
     for family, address in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"):
-        with socket.socket(family, socket.SOCK_DGRAM) as server, socket.socket(family, socket.SOCK_DGRAM) as client:
+        server, client = (socket.socket(family, socket.SOCK_DGRAM) for _ in range(2))
+        with server, client:
             server.bind((address, 0))
             client.connect(server.getsockname())
             client.setblocking(False)
             at, _, size = module.ECHO
             for _ in range(2):
-                query = QUERY[name](None)
+                query = MAKE_QUERY[name](None)
                 module.admit_only_answers(client, query)
                 client.send(query)
                 right, (_, asker) = answer(query), server.recvfrom(2048)
@@ -688,7 +695,8 @@ def test_several_servers_are_asked_at_once_and_falsetickers_are_named(name, answ
             return [answer(query, off_ns)]
         return late
     one, two, three = hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
-    with Rogue(serve(0)) as server, Rogue(serve(SECOND_NS), two, server.port), Rogue(serve(0), three, server.port):
+    with Rogue(serve(0)) as server, Rogue(serve(SECOND_NS), two, server.port), \
+            Rogue(serve(0), three, server.port):
         began = time.monotonic()
         done = ask(name, server.port, "-r", 5, hosts=hosts)
         assert time.monotonic() - began < 1.4, "three servers of 0.5 s each, one after the other"
@@ -735,7 +743,8 @@ def test_s_keeps_what_each_server_said(name, answer, tmp_path):
 def test_signals_end_it_at_once_and_a_terminal_gets_no_raw_bytes(name, answer):
     for number in signal.SIGINT, signal.SIGTERM:
         with Rogue(lambda query, n: []) as server, process(
-                command_of(name, "-p", server.port, "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+                command_of(name, "-p", server.port, "0"), stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE) as client:
             until(lambda: server.queries)
             client.send_signal(number)
             assert client.communicate(timeout=PATIENCE_SEC) == (b"", b"") and client.returncode == -number
@@ -799,7 +808,7 @@ def samples_of(name, answer, monkeypatch, clocks=None, exchanges=4):
     with Rogue(answer) as rogue:
         settings = module.Settings(["-r%d" % exchanges, "-t100", "0"], rogue.port)
         servers = module.find_servers(settings.hosts, settings.port, settings)
-        end = module.ask(servers, settings, QUERY[name], DECODE[name], clocks or module.read_clocks)
+        end = module.ask(servers, settings, MAKE_QUERY[name], DECODE_FOR[name], clocks or module.read_clocks)
     module.weigh(servers[0], settings, end)
     return servers[0], end
 
@@ -819,7 +828,7 @@ def test_a_step_during_the_measurement_is_allowed_for(name, answer, monkeypatch)
 @LINUX_ONLY
 @both
 def test_kernel_stamps_are_paired_with_their_exchange(name, answer, monkeypatch):
-    server, _ = samples_of(name, lambda query, n: [answer(query)] * 2 if n != 3 else [], monkeypatch, exchanges=6)
+    server, _ = samples_of(name, lambda query, n: [answer(query)] * 2 * (n != 3), monkeypatch, exchanges=6)
     assert len(server.samples) == 5 and server.failures == {"timed out": 1}
     for _, own, kernel in server.samples:
         assert own[0].clock_ns < kernel[0].clock_ns < kernel[1].clock_ns < own[1].clock_ns
@@ -850,13 +859,14 @@ def test_only_the_stamp_of_this_query_counts():
 def test_a_kernel_stamp_counts_only_between_our_own():
     own = SNTP.Reading(1000, 50), SNTP.Reading(3000, 2050)
     for stamps, wanted in (((None, None), own), ((999, 3001), own), ((1000, 3000), own),
-                           ((1500, 2500), ((1500, 550), (2500, 1550))), ((2500, None), ((2500, 1550), own[1]))):
+                           ((1500, 2500), ((1500, 550), (2500, 1550))),
+                           ((2500, None), ((2500, 1550), own[1]))):
         assert SNTP.kernel_readings(own, *stamps) == wanted
 
 
 @pytest.mark.parametrize("near, addresses", [
-    (True, "10.1.2.3 127.9.9.9 169.254.1.1 172.16.0.1 172.31.255.255 192.168.7.7 ::1 fc00::1 fdff::1 fe80::1%lo"),
-    (False, "9.9.9.9 172.15.0.1 172.32.0.1 192.167.0.1 169.253.0.1 128.0.0.1 11.0.0.1 2600::1 fec0::1 ::ffff:9.9.9.9")])
+    (True, "10.1.2.3 127.9.9.9 169.254.1.1 172.16.0.1 192.168.7.7 ::1 fc00::1 fe80::1%lo ::ffff:10.1.2.3"),
+    (False, "9.9.9.9 172.15.0.1 172.32.0.1 192.167.0.1 128.0.0.1 11.0.0.1 2600::1 ::ffff:9.9.9.9")])
 def test_public_addresses_are_spared(near, addresses, monkeypatch):
     sent, paused = [], []
 
@@ -869,7 +879,7 @@ def test_public_addresses_are_spared(near, addresses, monkeypatch):
     for address in addresses.split():
         assert SNTP.is_near(address) is near
     server = SNTP.Server("a", socket.AF_INET, (address, 1))
-    SNTP.ask([server], SNTP.Settings(["a"], 1), QUERY["sntpclock"], None)
+    SNTP.ask([server], SNTP.Settings(["a"], 1), MAKE_QUERY["sntpclock"], None)
     assert (len(sent), paused) == ((10, 9 * [0]) if near else (4, 3 * [2]))
 
 
@@ -897,7 +907,7 @@ def test_a_delayer_moves_the_result_by_no_more_than_the_spread(name, answer, to_
         return [packet]
     with Rogue(late) as server:
         value_ns, spread_ns, _ = result_of(ask(name, server.port, "-v", 2, "-r", 5))
-    assert abs(value_ns) <= spread_ns and 0.2e9 * (to_sec + back_sec) < spread_ns < 1.05e9 * (to_sec + back_sec)
+    assert abs(value_ns) <= spread_ns and 0.2 < spread_ns / 1e9 / (to_sec + back_sec) < 1.05
 
 
 
@@ -952,7 +962,7 @@ def test_a_real_chronyd_and_one_that_is_not_synchronised(tmp_path):
 
 
 def test_every_answer_of_a_coarse_chronyd_counts(tmp_path):
-    """It randomises what is below a millisecond, so that it seems to send before it receives half of the time."""
+    """It randomises what is below a millisecond, so that half of the time it seems to send first."""
     with Chronyd(tmp_path, "local stratum 1", "clockprecision 1e-3") as server:
         done = ask("sntpclock", server.port, "-r", 20, "-v", 2)
     value_ns, spread_ns, _ = result_of(done)
@@ -966,15 +976,15 @@ def decoded(ahead_ns=0, **fields):
 
 
 @pytest.mark.parametrize("fields, words", [
-    (dict(flags=0xe4), "the server is not synchronised"), (dict(stratum=16), "the server is not synchronised"),
+    (dict(flags=0xe4), "the server is not synchronised"), (dict(stratum=16), "is not synchronised"),
     (dict(stratum=0, refid=bytes(4)), "the server is not synchronised"),
-    (dict(stratum=0, refid=b"INIT"), "stratum 0, INIT"), (dict(stratum=0, refid=b"\n\x1b[m"), r"stratum 0, \?\?\[m"),
-    (dict(flags=0x23), "answer of mode 3, version 4"), (dict(flags=0x25), "mode 5"), (dict(flags=4), "version 0"),
+    (dict(stratum=0, refid=b"INIT"), "stratum 0, INIT"), (dict(stratum=0, refid=b"\n\x1b[m"), r"0, \?\?\[m"),
+    (dict(flags=0x23), "answer of mode 3, version 4"), (dict(flags=0x25), "mode 5"), (dict(flags=4), "n 0"),
     (dict(receive=0), "answer without time"), (dict(transmit=0), "answer without time"),
     (dict(receive=ntp_stamp(10**18 + 2000), transmit=ntp_stamp(10**18)), "sent before the query came"),
     (dict(receive=5 * 2**22 + 2**60, transmit=2**60, precision=-10), "sent before the query came"),
     (dict(precision=1), "precise to 2 s only"), (dict(precision=127), "precise to"),
-    (dict(delay=3 * 2**16 + 2), "up to 1.5 s off"), (dict(delay=2**16, dispersion=2**16 + 1), "up to 1.5 s off"),
+    (dict(delay=3 * 2**16 + 2), "up to 1.5 s off"), (dict(delay=2**16, dispersion=2**16 + 1), "1.5 s off"),
     (dict(delay=2**32 - 1, dispersion=2**32 - 1), "up to 98304.0 s off")])
 def test_answers_that_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
@@ -988,7 +998,8 @@ def test_answers_that_are_taken():
     assert decoded(originate=1) is None and not SNTP.answers(SNTP.make_query(), bytes(47))
     base = 2**64 - 2**40
     for precision, ahead_ns, early in ((-10, 0, 0), (-10, 27 * 10**9, 2**22), (-32, 0, 0), (-128, 0, 0)):
-        answer = decoded(ahead_ns, precision=precision, receive=base + early, transmit=base, delay=2**16, dispersion=1)
+        answer = decoded(ahead_ns, precision=precision, receive=base + early, transmit=base, delay=2**16,
+                         dispersion=1)
         at_ns, coarse_ns = SNTP.stamp_ns(base) + ahead_ns, (10**9 >> -precision) + 1
         early_ns = early * 10**9 >> 32
         assert answer == (at_ns + early_ns + coarse_ns, at_ns - coarse_ns, 500015258, 1, "54455354")
@@ -1019,17 +1030,16 @@ def test_the_era_is_the_one_that_holds_the_release():
 
 
 def test_ranges_are_widened_by_the_root_distance():
-    """Each server is sure of itself to some us, and 0.3 s from the other: that is within what both admit, or not."""
-    for one_distance, other_distance, agree in (0x4000, 0x4000, True), (0x4000, 0x2000, True), (0x1000, 0x1000, False):
-        with Rogue(lambda query, n: [ntp_answer(query, dispersion=one_distance)]) as server, Rogue(
-                lambda query, n: [ntp_answer(query, 3 * 10**8, dispersion=other_distance)], "127.0.0.2", server.port):
+    """Each is sure of itself to some us, and 0.3 s from the other: that is within what both admit, or not."""
+    for one, two, agree in (0x4000, 0x4000, True), (0x4000, 0x2000, True), (0x1000, 0x1000, False):
+        with Rogue(lambda query, n: [ntp_answer(query, dispersion=one)]) as server, Rogue(
+                lambda query, n: [ntp_answer(query, 3 * 10**8, dispersion=two)], "127.0.0.2", server.port):
             done = ask("sntpclock", server.port, "-v", 2, hosts=["127.0.0.1", "127.0.0.2"])
         if agree:
-            _, spread_ns, distance_ns = result_of(done)
-            value_ns = SNTP.unpack(done.stdout)[0]
-            least_ns, most_ns = 3 * 10**8 - other_distance * 10**9 / 65536, one_distance * 10**9 / 65536
+            value_ns, spread_ns, distance_ns = result_of(done)
+            least_ns, most_ns = 3 * 10**8 - two * 10**9 / 65536, one * 10**9 / 65536
             assert abs(value_ns - (least_ns + most_ns) / 2) < NEAR_NS
-            assert distance_ns == min(one_distance, other_distance) * 10**9 >> 16
+            assert distance_ns == min(one, two) * 10**9 >> 16
             assert abs(max((most_ns - least_ns) / 2 - distance_ns, 1) - spread_ns) < NEAR_NS
         else:
             assert done.returncode == 111 and "no majority" in done.stderr
@@ -1051,10 +1061,11 @@ KEYS = """# keys, as chronyc keygen writes them
 @pytest.mark.parametrize("line, said", [
     ("7 SHA256 HEX:", "it has 0 bytes, and 16 are the least"), ("7 SHA256 ASCII:", "0 bytes"),
     ("7 SHA1 fifteen-bytes-1", "15 bytes"), ("7 SHA1 ASCII:fifteen-bytes-1", "15 bytes"),
-    ("7 SHA1 HEX:" + 15 * "00", "15 bytes"), ("7 SHA1 HEX:0g", "non-hexadecimal"), ("7 SHA256", "its line is not"),
-    ("7 chrysanthemum-and-lotus", "its line is not the number, MD5 or SHA1 or SHA256 or SHA384 or SHA512, and the"),
+    ("7 SHA1 HEX:" + 15 * "00", "15 bytes"), ("7 SHA1 HEX:0g", "non-hexadecimal"),
+    ("7 SHA256", "its line is not the number, MD5 or SHA1 or SHA256 or SHA384 or SHA512, and the key"),
+    ("7 chrysanthemum-and-lotus", "its line is not"),
     ("7 AES128 " + HEX_KEY, "its line is not"), ("7 SHA256 %s x" % HEX_KEY, "its line is not"),
-    ("7", "its line is not"), ("#7 SHA256 " + HEX_KEY, "it is not there"), ("77 MD5 " + HEX_KEY, "it is not there")])
+    ("7", "its line is not"), ("#7 MD5 " + HEX_KEY, "is not there"), ("77 MD5 " + HEX_KEY, "is not there")])
 def test_keys_that_are_refused(line, said):
     with pytest.raises(ValueError, match=said):
         SNTP.parse_key(KEYS + line + "\n", 7)
@@ -1073,11 +1084,12 @@ def test_authentication_with_a_real_chronyd(tmp_path):
         done = ask("sntpclock", server.port, "-k", tmp_path / "others", "-K", 2, "-r", 1, "-t", 300)
         assert (done.returncode, done.stdout) == (111, b"")
     for mode, ident, said in ((0o604, 1, "take key 1 from %s: others can read or write it"),
-                              (0o602, 1, "take key 1 from %s: others can"), (0o600, 9, "take key 9 from %s: it is not")):
+                              (0o602, 1, "take key 1 from %s: others can"),
+                              (0o600, 9, "take key 9 from %s: it is not")):
         keys.chmod(mode)
         done = ask("sntpclock", 1, "-k", keys, "-K", ident)
         assert done.returncode == 111 and said % keys in done.stderr
-    for args in ("-k", keys), ("-K", 1), ("-k", keys, "-K", 0), ("-k", keys, "-K", "1x"), ("-k", keys, "-K", 2**32):
+    for args in [["-k", keys], ["-K", 1]] + [["-k", keys, "-K", ident] for ident in (0, "1x", 2**32)]:
         assert ask("sntpclock", 1, *args).returncode == 100
     os.mkfifo(str(tmp_path / "fifo"), 0o600)
     assert "it is not there" in ask("sntpclock", 1, "-k", tmp_path / "fifo", "-K", 1).stderr
@@ -1090,7 +1102,8 @@ def test_only_what_is_authenticated_counts(tmp_path):
     key, other = SNTP.read_key(str(keys), 2), SNTP.read_key(str(keys), 1)
     for tamper in (lambda answer: answer, lambda answer: answer + bytes(4),
                    lambda answer: answer + SNTP.mac(key, answer)[:-1] + b"?",
-                   lambda answer: answer + SNTP.mac(other, answer), lambda answer: answer + SNTP.mac(key, answer) + b"?",
+                   lambda answer: answer + SNTP.mac(other, answer),
+                   lambda answer: answer + SNTP.mac(key, answer) + b"?",
                    lambda answer: answer + SNTP.mac(key, answer[:-1] + b"?")):
         with Rogue(lambda query, n: [tamper(ntp_answer(query))]) as server:
             done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 1)
@@ -1112,9 +1125,10 @@ def test_labels_that_are_taken():
     query = TAI.make_query(None)
     for label, tai_minus_clock_sec, wanted in (
             ("40000000586846a5" + "00000005" + "00000000", 37, (5, 5)),
-            ("40000000586846a5" + "00000005" + "00000001", 37, (6, 5)),  # an attosecond must not make it a lie
+            ("40000000586846a5" + "00000005" + "00000001", 37, (6, 5)),  # an attosecond is no lie
             ("40000000586846a5" + "00000005" + "3b9ac9ff", 10, (27 * 10**9 + 6, 27 * 10**9 + 5))):
-        answer = TAI.decode_answer(query, b"stai" + bytes.fromhex(label) + query[20:], tai_minus_clock_sec * 10**9)
+        packet = b"stai" + bytes.fromhex(label) + query[20:]
+        answer = TAI.decode_answer(query, packet, tai_minus_clock_sec * 10**9)
         received_ns, sent_ns = (1483228800 * 10**9 + ns for ns in wanted)
         assert answer == (received_ns, sent_ns, 0, "-", "-")
 
@@ -1122,8 +1136,8 @@ def test_labels_that_are_taken():
 def test_what_is_no_answer_is_ignored_and_what_is_no_label_refused():
     query = TAI.make_query(None)
     right = tai_answer(query)
-    for packet in (query, right[:-1], right + b"?", b"Stai" + right[4:], b"stbi" + right[4:], b"", bytes(32)) + tuple(
-            right[:place] + bytes([right[place] ^ 1]) + right[place + 1:] for place in (20, 31)):
+    changed = [right[:at] + bytes([right[at] ^ 1]) + right[at + 1:] for at in (0, 1, 2, 3, 20, 31)]
+    for packet in [query, right[:-1], right + b"?", b"", bytes(32)] + changed:
         assert TAI.decode_answer(query, packet) is None
     for label in bytes(8) + b"\xff" * 8, b"\x80" + bytes(15), bytes(8) + bytes.fromhex("000000003b9aca00"):
         with pytest.raises(ValueError, match="not a TAI64NA"):
@@ -1143,7 +1157,7 @@ def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
     def result(*samples):
         server = TAI.Server("a")
         server.samples = [TAI.Sample(TAI.Answer(t2, t2, 0, "-", "-"), *[
-            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in (own, kernel)]) for t2, own, kernel in samples]
+            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in stamps]) for t2, *stamps in samples]
         end = TAI.Reading(300, 300)
         server.range = server.certain = TAI.server_range([
             TAI.sample_range(sample.answer, sample.kernel, end) for sample in server.samples])
@@ -1165,6 +1179,15 @@ def test_taiclock_asks_taiclockd(address):
                               if done.returncode == 0])[0]
     value_ns, spread_ns, _ = result_of(done)
     assert abs(value_ns) <= spread_ns < 10**6
+
+
+NTP_QUERY, TAI_QUERY = SNTP.make_query(), TAI.make_query(None)
+DECODERS += [
+    ("sntpclock: an answer", lambda data: SNTP.answers(NTP_QUERY, data) and SNTP.decode_answer(data),
+     [ntp_answer(NTP_QUERY), ntp_answer(NTP_QUERY) + bytes(20)], (ValueError, SNTP.Dismissed)),
+    ("sntpclock: a key file", lambda data: SNTP.parse_key(data.decode("latin-1"), 2), [KEYS.encode()], ValueError),
+    ("taiclock: an answer", lambda data: TAI.decode_answer(TAI_QUERY, data), [tai_answer(TAI_QUERY)], ValueError),
+]
 
 
 # ==== ntsclock ======================================================================================
