@@ -44,8 +44,8 @@ class Watch(threading.Thread):
 
 
 def sh(command):
-    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
-    return done.stdout
+    return subprocess.run(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          universal_newlines=True).stdout
 
 
 def lines(word=""):
@@ -107,15 +107,20 @@ mark()
 check("and takes marks", lines("mark: ")[-1].rstrip().endswith("used"), lines("mark: ")[-1].strip())
 sh("umount " + HOME + "/etc")
 
+
+
+def fifo_is_there():
+    return sh("stat -c '%F %U' " + HOME + "/adjust") == "fifo clocksd\n"
+
+
 os.unlink(HOME + "/adjust")
-there = until(lambda: sh("stat -c '%F %U' " + HOME + "/adjust") == "fifo clocksd\n", 120)
-check("a FIFO that was deleted is made anew", there)
+check("a FIFO that was deleted is made anew", until(fifo_is_there, 120))
 check("and takes marks", until(mark, 60))
 os.unlink(HOME + "/adjust")
 open(HOME + "/adjust", "w").close()
-check("of a file in its place a line says what to remove", until(lambda: lines("adjust: "), 120), (lines("adjust") or [""])[-1])
+check("of a file in its place a line says what to remove", until(lambda: lines("adjust: "), 120),
+      (lines("adjust") or [""])[-1])
 os.unlink(HOME + "/adjust")
-check("and when that was done it goes on", until(lambda: sh("stat -c '%F %U' " + HOME + "/adjust") == "fifo clocksd\n", 120)
-      and until(mark, 60))
+check("and when that was done it goes on", until(fifo_is_there, 120) and until(mark, 60))
 say(sh("tail -n 60 %s | cut -d' ' -f2- | cut -c1-200" % LOG))
 finish()

@@ -13,7 +13,8 @@ work=$(mktemp -d "$PWD/.build.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
 missing=()
-for each in qemu-system-x86_64:qemu-system-x86 debootstrap:debootstrap cpio:cpio mke2fs:e2fsprogs modprobe:kmod; do
+for each in qemu-system-x86_64:qemu-system-x86 debootstrap:debootstrap cpio:cpio mke2fs:e2fsprogs \
+    modprobe:kmod; do
     command -v "${each%:*}" >/dev/null || missing+=("${each#*:}")
 done
 [ ${#missing[@]} = 0 ] ||

@@ -10,7 +10,8 @@ rig 'wait_for_server()'
 
 # block KIND N - the Nth block of that kind, asking guest A
 block() {
-    awk -v kind="\`\`\`sh $1" -v n="$2" '$0 == kind { at++; next } /^```$/ { if (at == n) exit } at == n' README.md |
+    awk -v kind="\`\`\`sh $1" -v n="$2" \
+        '$0 == kind { at++; next } /^```$/ { if (at == n) exit } at == n' README.md |
         sed 's/192\.0\.2\.[0-9]*/10.9.0.1/g'
 }
 blocks() { grep -c "^\`\`\`sh $1\$" README.md; }
@@ -42,7 +43,8 @@ svscan /service &
 svscan=$!
 count=$(blocks install)
 for ((n = 1; n <= count; n++)); do
-    follow install $n || { [ $? = 1 ] && grep -q 'clockctl check' /tmp/block; } || exit 1  # 1: there are warnings
+    # clockctl check ends with 1 when there are warnings
+    follow install $n || { [ $? = 1 ] && grep -q 'clockctl check' /tmp/block; } || exit 1
     grep -q -- --start /tmp/block || continue
     sleep 20
     clockctl status
@@ -51,7 +53,8 @@ for ((n = 1; n <= count; n++)); do
     check "a second run finds nothing to do" grep -q '^nothing to do$' <(bash /tmp/block 2>&1)
     sleep 3
 done
-check "svc/install --remove --purge leaves nothing" [ -z "$(ls -A /service /var/svc.d /var/multilog /usr/local/clockspeed \
+check "svc/install --remove --purge leaves nothing" \
+    [ -z "$(ls -A /service /var/svc.d /var/multilog /usr/local/clockspeed \
     /usr/local/etc/clockspeed.conf /usr/local/bin/clockctl 2>/dev/null | grep -v :)" ]
 sleep 6  # svscan buries its dead every 5 s
 check "and no process" [ -z "$(pgrep supervise)" ]
@@ -88,17 +91,20 @@ log = open("/var/multilog/clockspeed/current").read()
 mark = [line for line in log.splitlines() if "mark: " in line][-1]
 rate, rate_error, error = (float(re.search(r" %s ([-+.\d]+)" % name, mark).group(1))
                            for name in ("rate", "rate error", "error"))
-check("the clock is within 4 of what it says its error is", abs(last.offset_ns) < 4e9 * error + last.unsure_ns + 10**5,
+check("the clock is within 4 of what it says its error is",
+      abs(last.offset_ns) < 4e9 * error + last.unsure_ns + 10**5,
       "off by %+.1f us +- %.1f, error %.1f us" % (last.offset_ns / 1e3, last.unsure_ns / 1e3, error * 1e6))
 check("and so is the rate", abs(rate - server_ppm) < 4 * rate_error + unsure_ppm,
       "%+.2f ppm, error %.2f; the server's %+.2f +- %.2f" % (rate, rate_error, server_ppm, unsure_ppm))
 check("the log tells of the first mark, 5 s off", re.search(r"offset \+[45]\.\d+ s", log))
-logs = subprocess.run("cat /var/multilog/*/current", shell=True, stdout=subprocess.PIPE, universal_newlines=True).stdout
+def sh(command):
+    return subprocess.run(command, shell=True, stdout=subprocess.PIPE, universal_newlines=True).stdout
+logs = sh("cat /var/multilog/*/current")
 check("nothing failed", "fatal" not in logs and "warning" not in logs)
-owners = subprocess.run("stat -c '%U %a' /usr/local/clockspeed/adjust /usr/local/clockspeed/etc /usr/local/clockspeed/mark;"
-                        " ps -o user= -C clockspeed,taiclockd,multilog,clock_adjust.sh | sort -u",
-                        shell=True, stdout=subprocess.PIPE, universal_newlines=True).stdout.split()
-check("each has its user", owners == "clocksd 600 clockspeed 755 clocksd 700 clocksd clockspeed multilog".split(), " ".join(owners))
+owners = sh("cd /usr/local/clockspeed; stat -c '%U %a' adjust etc mark;"
+            " ps -o user= -C clockspeed,taiclockd,multilog,clock_adjust.sh | sort -u").split()
+check("each has its user",
+      owners == "clocksd 600 clockspeed 755 clocksd 700 clocksd clockspeed multilog".split(), " ".join(owners))
 finish()
 END
 exit $((failures > 0))
