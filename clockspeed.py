@@ -850,8 +850,8 @@ class Estimator:
 # A mark proves that real time is within its spread and the server's root distance of it, however the path is.
 # ASSUMPTION  The counter's mean rate over the time to come differs from that over a stretch of two days
 #             before by at most 1.1 ppm for a day, then by that times the square root of the days: a wave of
-#             1 ppm a day, or four standard deviations of a rate that wanders by 1e-9 per sqrt(s).  A stretch x
-#             times as long or as short tells less: the square root of x times as much is allowed.
+#             1 ppm a day, or four standard deviations of a rate that wanders by 1e-9 per sqrt(s).  A stretch
+#             x times as long or as short tells less: the square root of x times as much is allowed.
 # Both ends of the stretch are proven ranges, which bound its mean rate.  A mark that contradicts the bound
 # shows that some server did not tell the truth, or a counter less steady than assumed: what is proven begins
 # anew with it, and twice the change is allowed from then on.
