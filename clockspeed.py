@@ -489,7 +489,8 @@ def awake(beliefs, kinds):
 PATH_MARKS, FAR = 200, 4.0
 FIRST_EXCESS, FIRST_MARKS = 1 / 8, 4  # typical before there are some marks, as a share of the first spread
 TWO_WAYS, ONE_WAY = 0.8, 1.0  # least of n excesses / typical: * n^-0.5, as both queues must be empty; * n^-1
-SCALES = 1.0, 1 / 3, 0.1, 0.03, 0.003, 0.0003  # a mark's variance / excess^2: heavy tails, exponential ... none
+# A mark's variance / excess^2: heavy tails, exponential ... none.
+SCALES = 1.0, 1 / 3, 0.1, 0.03, 0.003, 0.0003
 SCALE_SHARES = [0.1, 0.7, 0.1, 0.05, 0.03, 0.02]
 SCALE_SWITCH = 0.01   # chance that it changes between two marks
 
@@ -818,7 +819,8 @@ class Estimator:
         self.forget_phase(0.0)
         beliefs = []
         for number, weight, mean, cov in self.beliefs:
-            cov = [[0.0 if RATE in (i, j) else value for j, value in enumerate(row)] for i, row in enumerate(cov)]
+            cov = [[0.0 if RATE in (i, j) else value for j, value in enumerate(row)]
+                   for i, row in enumerate(cov)]
             cov[RATE][RATE] = (rate_error_ppm * 1e3) ** 2
             beliefs.append(Belief(number, weight, [0.0, rate_ppm * 1e3] + mean[2:], cov))
         self._sum_up(beliefs)
