@@ -106,6 +106,7 @@ try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 except KeyboardInterrupt:
     raise SystemExit(130)
+import atexit
 import collections
 import errno
 import fcntl
@@ -281,7 +282,8 @@ def step_kernel(adjtimex, delta_ns):
 #
 # MODEL   A counter's rate wanders as a random walk.  A mark is real time plus noise.  With wander and noise
 #         known a Kalman filter is the best there is.  They are not known, so one filter runs for each pair of
-#         a grid, weighted by how likely it found each mark (D. T. Magill, 1965), and the answer is the mixture.
+#         a grid, weighted by how likely it found each mark (D. T. Magill, 1965), and the answer is the
+#         mixture.
 #         A model that became unlikely follows the mixture, ready when its time comes.
 # PATH    A mark's spread is half the width of what its exchanges prove.  By what it is over the path's floor,
 #         the excess, real time may be off the mark, as queueing on one way or the other made it.  Queueing on
@@ -483,7 +485,8 @@ def awake(beliefs, kinds):
     return models
 
 
-# So many spreads are remembered: with more the floor is known better, but slow changes are noticed later.  The
+# So many spreads are remembered: with more the floor is known better, but slow changes are noticed later. 
+# The
 # floor has moved if a mark is under it by FAR typical excesses, or if the last three are as much over it, and
 # by more than twice what they differ among themselves.
 PATH_MARKS, FAR = 200, 4.0
@@ -817,7 +820,8 @@ class Estimator:
         self.forget_phase(0.0)
         beliefs = []
         for number, weight, mean, cov in self.beliefs:
-            cov = [[0.0 if RATE in (i, j) else value for j, value in enumerate(row)] for i, row in enumerate(cov)]
+            cov = [[0.0 if RATE in (i, j) else value for j, value in enumerate(row)]
+                   for i, row in enumerate(cov)]
             cov[RATE][RATE] = (rate_error_ppm * 1e3) ** 2
             beliefs.append(Belief(number, weight, [0.0, rate_ppm * 1e3] + mean[2:], cov))
         self._sum_up(beliefs)
@@ -864,8 +868,10 @@ class Estimator:
 # ---- the bound ----
 #
 # A mark proves that real time is within its spread and the server's root distance of it, however the path is.
-# ASSUMPTION  The counter's mean rate over the time to come differs from that over two days before
-#             by at most 1.1 ppm for a day, then by that times the square root of the days: a room's daily wave
+# ASSUMPTION  The counter's mean rate over the time to come differs from that over a stretch of two days
+# before
+#             by at most 1.1 ppm for a day, then by that times the square root of the days: a room's daily
+#             wave
 #             of 1 ppm, or four standard deviations of a rate that wanders by 1e-9 per sqrt(s).  A stretch x
 #             times as long or as short tells less: the square root of x times as much is allowed.
 # Both ends of the stretch are proven ranges, which bound its mean rate.  A mark that contradicts the bound
@@ -1362,7 +1368,7 @@ def parse_state(data):
             {outcome: whole(state["marks"][outcome], 0) for outcome in OUTCOMES},
             state["last_mark"] and parse_mark(state["last_mark"]), estimator, bound)
     except (ArithmeticError, AttributeError, LookupError, TypeError, RecursionError) as err:
-        raise ValueError("damaged: %.200s" % err)
+        raise ValueError("%.200s" % err)
 
 
 def parse_atto(packet):
@@ -1889,4 +1895,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    # At exit, since Python keeps the syntax tree of a script, 4 MB here, until the script is through.
+    atexit.register(lambda: os._exit(main(sys.argv)))
