@@ -106,6 +106,7 @@ try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 except KeyboardInterrupt:
     raise SystemExit(130)
+import atexit
 import collections
 import errno
 import fcntl
@@ -1365,7 +1366,7 @@ def parse_state(data):
             {outcome: whole(state["marks"][outcome], 0) for outcome in OUTCOMES},
             state["last_mark"] and parse_mark(state["last_mark"]), estimator, bound)
     except (ArithmeticError, AttributeError, LookupError, TypeError, RecursionError) as err:
-        raise ValueError("damaged: %.200s" % err)
+        raise ValueError("%.200s" % err)
 
 
 def parse_atto(packet):
@@ -1892,4 +1893,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    # At exit, since Python keeps the syntax tree of a script, 4 MB here, until the script is through.
+    atexit.register(lambda: os._exit(main(sys.argv)))
