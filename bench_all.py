@@ -693,6 +693,7 @@ ntsport %d
 ntsntpserver 127.0.0.2
 ntsservercert %s
 ntsserverkey %s
+pidfile %s
 """
 NTS_CERTIFICATE = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=bench " \
                   "-keyout host.key -out host.crt -days 9 -addext subjectAltName=IP:127.0.0.1"
@@ -734,11 +735,11 @@ def bench_nts():
             ("ntsclock.py --version", installed("ntsclock.py", "--version"), lambda done: (0, None))]
     with tempfile.TemporaryDirectory() as home:
         subprocess.run(NTS_CERTIFICATE.split(), cwd=home, check=True, stderr=subprocess.DEVNULL)
-        conf = os.path.join(home, "conf")
+        conf, *paths = [os.path.join(home, name) for name in ("conf", "host.crt", "host.key", "server.pid")]
         with open(conf, "w") as file:
-            file.write(NTS_CONF % (port, port, os.path.join(home, "host.crt"), os.path.join(home, "host.key")))
+            file.write(NTS_CONF % (port, port, *paths))
         # All answers come through the relay, since key establishment says that NTP is asked at 127.0.0.2.
-        with started("chronyd", "-x", "-d", "-f", conf, "pidfile " + os.path.join(home, "server.pid")), \
+        with started("chronyd", "-x", "-d", "-f", conf), \
                 started(sys.executable, __file__, "relay", "127.0.0.2", str(port), str(port)):
             time.sleep(2)  # for chronyd's start
             found = {name: [] for name, _, _ in rows}

@@ -404,7 +404,7 @@ def test_adjtimex_reads_this_kernel():
 SNTP, TAI = load("sntpclock"), load("taiclock")
 SECOND_NS = 10**9
 NEAR_NS = 50 * 10**6  # what a busy machine may take from an exchange
-LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernel stamps and filters are Linux's")
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="kernel stamps and filters are Linux's")
 
 
 class Rogue:
@@ -459,9 +459,10 @@ def tai_answer(query, off_ns=0):
 
 both = pytest.mark.parametrize("name, answer", [("sntpclock", ntp_answer), ("taiclock", tai_answer)],
                                ids=["sntpclock", "taiclock"])
-DECODE = {"sntpclock": lambda _, query, packet: SNTP.decode_answer(packet) if SNTP.answers(query, packet) else None,
-          "taiclock": lambda _, query, packet: TAI.decode_answer(query, packet, 37 * 10**9)}
-QUERY = {"sntpclock": lambda server: SNTP.make_query(), "taiclock": TAI.make_query}
+DECODE_FOR = {
+    "sntpclock": lambda _, query, packet: SNTP.answers(query, packet) and SNTP.decode_answer(packet),
+    "taiclock": lambda _, query, packet: TAI.decode_answer(query, packet, 37 * 10**9)}
+MAKE_QUERY = {"sntpclock": lambda server: SNTP.make_query(), "taiclock": TAI.make_query}
 
 
 def ask(name, port, *args, hosts=("127.0.0.1",), **env):
@@ -476,7 +477,8 @@ def offset_of(done):
 
 def result_of(done):
     """-> (offset, spread, root distance) in ns as `-v 2` shows them, which is what came out."""
-    shown = re.search(r"info: result: offset (\S+) s, spread (\S+) s, root distance (\S+) s\n", done.stderr).groups()
+    line = r"info: result: offset (\S+) s, spread (\S+) s, root distance (\S+) s\n"
+    shown = re.search(line, done.stderr).groups()
     value_ns, spread_ns, distance_ns = (round(float(text) * 1e9) for text in shown)
     ns, last = SNTP.unpack(done.stdout)
     assert abs(ns - value_ns) <= 1 and last == SNTP.pack_quality(spread_ns, distance_ns)
@@ -501,13 +503,14 @@ def test_the_result_is_the_servers_offset(name, answer, scale, missing_sec):
 
 
 def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
-    for scale, zone, offset_sec in (("utc", "UTC", 37), ("tai", "UTC", 10), ("", "UTC", 37)):
+    for scale, second, offset_sec in ("utc", 60, 37), ("tai", 0, 10), ("", 0, 37), ("", 60, 10):
         monkeypatch.setenv("CLOCK_SCALE", scale)
-        assert TAI.scale_offset_sec() == offset_sec
-    monkeypatch.setattr(TAI.time, "localtime", lambda sec: time.struct_time((1972, 6, 30, 23, 59, 60, 4, 182, 0)))
-    assert TAI.scale_offset_sec() == 10
+        with monkeypatch.context() as patch:
+            june = time.struct_time((1972, 6, 30, 23, 59, second, 4, 182, 0))
+            patch.setattr(TAI.time, "localtime", lambda _: june)
+            assert TAI.scale_offset_sec() == offset_sec
     done = ask("taiclock", 1, CLOCK_SCALE="gps")
-    assert done.returncode == 111 and "tell this clock's scale: CLOCK_SCALE is neither utc nor tai" in done.stderr
+    assert done.returncode == 111 and "this clock's scale: CLOCK_SCALE is neither utc nor tai" in done.stderr
 
 
 @pytest.mark.parametrize("spread_ns, distance_ns, last", [
@@ -520,7 +523,8 @@ def test_what_a_mark_tells_of_itself_is_rounded_up(spread_ns, distance_ns, last)
     assert packed // 100 == last // 100 and packed % 97 == (1 if last else 0)
     if packed:
         told = VIEW.unpack_quality(packed)
-        assert spread_ns <= told[0] <= spread_ns * 1.001 + 1 and distance_ns <= told[1] <= max(distance_ns * 1.18, 1180)
+        assert spread_ns <= told[0] <= spread_ns * 1.001 + 1
+        assert distance_ns <= told[1] <= max(distance_ns * 1.18, 1180)
 
 
 @both
@@ -581,8 +585,8 @@ def test_the_total_bounds_names_and_pauses_too(name, answer):
 
     def asked(*args):
         began = time.monotonic()
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program] + list(args), stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=LIMIT_SEC, env=UTC_ENV)
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program] + list(args), env=UTC_ENV,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=LIMIT_SEC)
         assert time.monotonic() - began < 10
         return done.returncode, len(done.stdout), done.stderr.decode()
     assert asked("-T500", "slow") == (111, 0, "%s: fatal: unable to find slow: timed out\n" % name)
@@ -596,8 +600,8 @@ def test_the_total_bounds_names_and_pauses_too(name, answer):
 
 @both
 def test_wrong_usage(name, answer):
-    for line in ("", "-r 0 0", "-r x 0", "-r", "-p 65536 0", "-p 0 0", "-e nan 0", "-e -1 0", "-t inf 0", "-T -1 0",
-                 "-l -1 0", "-h -1 0", "-v -1 0", "-x 0", "--force 0", "-h 5"):
+    for line in ("", "-r 0 0", "-r x 0", "-r", "-p 65536 0", "-p 0 0", "-e nan 0", "-e -1 0", "-t inf 0",
+                 "-T -1 0", "-l -1 0", "-h -1 0", "-v -1 0", "-x 0", "--force 0", "-h 5"):
         done = run(name, *line.split())
         assert done.returncode == 100 and done.stderr.startswith("%s: usage: %s [" % (name, name)), line
     module = load(name)
@@ -605,13 +609,15 @@ def test_wrong_usage(name, answer):
         settings = module.Settings(words.split(), 123)
         assert (settings.exchanges, settings.force, settings.hosts) == (7, True, ["a", "b"]), words
         assert settings.family == (socket.AF_INET if words.startswith("-f4") else socket.AF_UNSPEC)
+    settings = module.Settings(["-p", "65535", "a"], 1)
+    assert (settings.wait_ns, settings.total_ns, settings.limit_ns) == (10**9, 10**10, 172800 * 10**9)
     settings = module.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
-    assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns, settings.pause_ns, settings.limit_ns,
-            settings.port) == (250000, 10**6, 2 * 10**6, 0, 43200 * 10**9, 9)
+    assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns) == (250000, 10**6, 2 * 10**6)
+    assert (settings.pause_ns, settings.limit_ns, settings.port) == (0, 43200 * 10**9, 9)
 
 
-@pytest.mark.parametrize("days, said", [(2.1, "2.1 days behind"), (-2.1, "2.1 days ahead"), (2192, "6.0 years behind"),
-                                        (999.9, "999.9 days behind")])
+@pytest.mark.parametrize("days, said", [(2.1, "2.1 days behind"), (-2.1, "2.1 days ahead"),
+                                        (2192, "6.0 years behind"), (999.9, "999.9 days behind")])
 @both
 def test_a_clock_far_away_is_told_so_and_how_to_set_it(name, answer, days, said):
     off_ns = round(days * 86400) * SECOND_NS
@@ -654,8 +660,8 @@ def test_answers_that_are_late_doubled_forged_or_from_elsewhere_do_not_count(nam
         done = ask(name, server.port, "-r", 3, "-t", 100)
         assert done.returncode == 111 and "timed out (3 times)" in done.stderr
     with Rogue(forged) as server, elsewhere:
-        done = ask(name, server.port)
-        assert abs(offset_of(done)) < 2 * NEAR_NS and done.stderr == "" and len(server.queries) == 10
+        done = ask(name, server.port, "-t", 5000, "-T", 60000)
+        assert abs(offset_of(done)) < 1000 * 10**6 and done.stderr == "" and len(server.queries) == 10
 
 
 @LINUX_ONLY
@@ -663,13 +669,14 @@ def test_answers_that_are_late_doubled_forged_or_from_elsewhere_do_not_count(nam
 def test_the_kernel_drops_what_does_not_repeat_the_cookie(name, answer):
     module = load(name)
     for family, address in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"):
-        with socket.socket(family, socket.SOCK_DGRAM) as server, socket.socket(family, socket.SOCK_DGRAM) as client:
+        server, client = (socket.socket(family, socket.SOCK_DGRAM) for _ in range(2))
+        with server, client:
             server.bind((address, 0))
             client.connect(server.getsockname())
             client.setblocking(False)
             at, _, size = module.ECHO
             for _ in range(2):
-                query = QUERY[name](None)
+                query = MAKE_QUERY[name](None)
                 module.admit_only_answers(client, query)
                 client.send(query)
                 right, (_, asker) = answer(query), server.recvfrom(2048)
@@ -691,7 +698,8 @@ def test_several_servers_are_asked_at_once_and_falsetickers_are_named(name, answ
             return [answer(query, off_ns)]
         return late
     one, two, three = hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
-    with Rogue(serve(0)) as server, Rogue(serve(SECOND_NS), two, server.port), Rogue(serve(0), three, server.port):
+    with Rogue(serve(0)) as server, Rogue(serve(SECOND_NS), two, server.port), \
+            Rogue(serve(0), three, server.port):
         began = time.monotonic()
         done = ask(name, server.port, "-r", 5, hosts=hosts)
         assert time.monotonic() - began < 1.4, "three servers of 0.5 s each, one after the other"
@@ -738,7 +746,8 @@ def test_s_keeps_what_each_server_said(name, answer, tmp_path):
 def test_signals_end_it_at_once_and_a_terminal_gets_no_raw_bytes(name, answer):
     for number in signal.SIGINT, signal.SIGTERM:
         with Rogue(lambda query, n: []) as server, process(
-                command_of(name, "-p", server.port, "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+                command_of(name, "-p", server.port, "0"), stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE) as client:
             until(lambda: server.queries)
             client.send_signal(number)
             assert client.communicate(timeout=PATIENCE_SEC) == (b"", b"") and client.returncode == -number
@@ -802,7 +811,7 @@ def samples_of(name, answer, monkeypatch, clocks=None, exchanges=4):
     with Rogue(answer) as rogue:
         settings = module.Settings(["-r%d" % exchanges, "-t100", "0"], rogue.port)
         servers = module.find_servers(settings.hosts, settings.port, settings)
-        end = module.ask(servers, settings, QUERY[name], DECODE[name], clocks or module.read_clocks)
+        end = module.ask(servers, settings, MAKE_QUERY[name], DECODE_FOR[name], clocks or module.read_clocks)
     module.weigh(servers[0], settings, end)
     return servers[0], end
 
@@ -822,7 +831,7 @@ def test_a_step_during_the_measurement_is_allowed_for(name, answer, monkeypatch)
 @LINUX_ONLY
 @both
 def test_kernel_stamps_are_paired_with_their_exchange(name, answer, monkeypatch):
-    server, _ = samples_of(name, lambda query, n: [answer(query)] * 2 if n != 3 else [], monkeypatch, exchanges=6)
+    server, _ = samples_of(name, lambda query, n: [answer(query)] * 2 * (n != 3), monkeypatch, exchanges=6)
     assert len(server.samples) == 5 and server.failures == {"timed out": 1}
     for _, own, kernel in server.samples:
         assert own[0].clock_ns < kernel[0].clock_ns < kernel[1].clock_ns < own[1].clock_ns
@@ -853,13 +862,14 @@ def test_only_the_stamp_of_this_query_counts():
 def test_a_kernel_stamp_counts_only_between_our_own():
     own = SNTP.Reading(1000, 50), SNTP.Reading(3000, 2050)
     for stamps, wanted in (((None, None), own), ((999, 3001), own), ((1000, 3000), own),
-                           ((1500, 2500), ((1500, 550), (2500, 1550))), ((2500, None), ((2500, 1550), own[1]))):
+                           ((1500, 2500), ((1500, 550), (2500, 1550))),
+                           ((2500, None), ((2500, 1550), own[1]))):
         assert SNTP.kernel_readings(own, *stamps) == wanted
 
 
 @pytest.mark.parametrize("near, addresses", [
-    (True, "10.1.2.3 127.9.9.9 169.254.1.1 172.16.0.1 172.31.255.255 192.168.7.7 ::1 fc00::1 fdff::1 fe80::1%lo"),
-    (False, "9.9.9.9 172.15.0.1 172.32.0.1 192.167.0.1 169.253.0.1 128.0.0.1 11.0.0.1 2600::1 fec0::1 ::ffff:9.9.9.9")])
+    (True, "10.1.2.3 127.9.9.9 169.254.1.1 172.16.0.1 192.168.7.7 ::1 fc00::1 fe80::1%lo ::ffff:10.1.2.3"),
+    (False, "9.9.9.9 172.15.0.1 172.32.0.1 192.167.0.1 128.0.0.1 11.0.0.1 2600::1 ::ffff:9.9.9.9")])
 def test_public_addresses_are_spared(near, addresses, monkeypatch):
     sent, paused = [], []
 
@@ -872,7 +882,7 @@ def test_public_addresses_are_spared(near, addresses, monkeypatch):
     for address in addresses.split():
         assert SNTP.is_near(address) is near
     server = SNTP.Server("a", socket.AF_INET, (address, 1))
-    SNTP.ask([server], SNTP.Settings(["a"], 1), QUERY["sntpclock"], None)
+    SNTP.ask([server], SNTP.Settings(["a"], 1), MAKE_QUERY["sntpclock"], None)
     assert (len(sent), paused) == ((10, 9 * [0]) if near else (4, 3 * [2]))
 
 
@@ -900,7 +910,7 @@ def test_a_delayer_moves_the_result_by_no_more_than_the_spread(name, answer, to_
         return [packet]
     with Rogue(late) as server:
         value_ns, spread_ns, _ = result_of(ask(name, server.port, "-v", 2, "-r", 5))
-    assert abs(value_ns) <= spread_ns and 0.2e9 * (to_sec + back_sec) < spread_ns < 1.05e9 * (to_sec + back_sec)
+    assert abs(value_ns) <= spread_ns and 0.2 < spread_ns / 1e9 / (to_sec + back_sec) < 1.05
 
 
 
@@ -955,7 +965,7 @@ def test_a_real_chronyd_and_one_that_is_not_synchronised(tmp_path):
 
 
 def test_every_answer_of_a_coarse_chronyd_counts(tmp_path):
-    """It randomises what is below a millisecond, so that it seems to send before it receives half of the time."""
+    """It randomises what is below a millisecond, so that half of the time it seems to send first."""
     with Chronyd(tmp_path, "local stratum 1", "clockprecision 1e-3") as server:
         done = ask("sntpclock", server.port, "-r", 20, "-v", 2)
     value_ns, spread_ns, _ = result_of(done)
@@ -969,15 +979,15 @@ def decoded(ahead_ns=0, **fields):
 
 
 @pytest.mark.parametrize("fields, words", [
-    (dict(flags=0xe4), "the server is not synchronised"), (dict(stratum=16), "the server is not synchronised"),
+    (dict(flags=0xe4), "the server is not synchronised"), (dict(stratum=16), "is not synchronised"),
     (dict(stratum=0, refid=bytes(4)), "the server is not synchronised"),
-    (dict(stratum=0, refid=b"INIT"), "stratum 0, INIT"), (dict(stratum=0, refid=b"\n\x1b[m"), r"stratum 0, \?\?\[m"),
-    (dict(flags=0x23), "answer of mode 3, version 4"), (dict(flags=0x25), "mode 5"), (dict(flags=4), "version 0"),
+    (dict(stratum=0, refid=b"INIT"), "stratum 0, INIT"), (dict(stratum=0, refid=b"\n\x1b[m"), r"0, \?\?\[m"),
+    (dict(flags=0x23), "answer of mode 3, version 4"), (dict(flags=0x25), "mode 5"), (dict(flags=4), "n 0"),
     (dict(receive=0), "answer without time"), (dict(transmit=0), "answer without time"),
     (dict(receive=ntp_stamp(10**18 + 2000), transmit=ntp_stamp(10**18)), "sent before the query came"),
     (dict(receive=5 * 2**22 + 2**60, transmit=2**60, precision=-10), "sent before the query came"),
     (dict(precision=1), "precise to 2 s only"), (dict(precision=127), "precise to"),
-    (dict(delay=3 * 2**16 + 2), "up to 1.5 s off"), (dict(delay=2**16, dispersion=2**16 + 1), "up to 1.5 s off"),
+    (dict(delay=3 * 2**16 + 2), "up to 1.5 s off"), (dict(delay=2**16, dispersion=2**16 + 1), "1.5 s off"),
     (dict(delay=2**32 - 1, dispersion=2**32 - 1), "up to 98304.0 s off")])
 def test_answers_that_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
@@ -991,7 +1001,8 @@ def test_answers_that_are_taken():
     assert decoded(originate=1) is None and not SNTP.answers(SNTP.make_query(), bytes(47))
     base = 2**64 - 2**40
     for precision, ahead_ns, early in ((-10, 0, 0), (-10, 27 * 10**9, 2**22), (-32, 0, 0), (-128, 0, 0)):
-        answer = decoded(ahead_ns, precision=precision, receive=base + early, transmit=base, delay=2**16, dispersion=1)
+        answer = decoded(ahead_ns, precision=precision, receive=base + early, transmit=base, delay=2**16,
+                         dispersion=1)
         at_ns, coarse_ns = SNTP.stamp_ns(base) + ahead_ns, (10**9 >> -precision) + 1
         early_ns = early * 10**9 >> 32
         assert answer == (at_ns + early_ns + coarse_ns, at_ns - coarse_ns, 500015258, 1, "54455354")
@@ -1022,17 +1033,16 @@ def test_the_era_is_the_one_that_holds_the_release():
 
 
 def test_ranges_are_widened_by_the_root_distance():
-    """Each server is sure of itself to some us, and 0.3 s from the other: that is within what both admit, or not."""
-    for one_distance, other_distance, agree in (0x4000, 0x4000, True), (0x4000, 0x2000, True), (0x1000, 0x1000, False):
-        with Rogue(lambda query, n: [ntp_answer(query, dispersion=one_distance)]) as server, Rogue(
-                lambda query, n: [ntp_answer(query, 3 * 10**8, dispersion=other_distance)], "127.0.0.2", server.port):
+    """Each is sure of itself to some us, and 0.3 s from the other: that is within what both admit, or not."""
+    for one, two, agree in (0x4000, 0x4000, True), (0x4000, 0x2000, True), (0x1000, 0x1000, False):
+        with Rogue(lambda query, n: [ntp_answer(query, dispersion=one)]) as server, Rogue(
+                lambda query, n: [ntp_answer(query, 3 * 10**8, dispersion=two)], "127.0.0.2", server.port):
             done = ask("sntpclock", server.port, "-v", 2, hosts=["127.0.0.1", "127.0.0.2"])
         if agree:
-            _, spread_ns, distance_ns = result_of(done)
-            value_ns = SNTP.unpack(done.stdout)[0]
-            least_ns, most_ns = 3 * 10**8 - other_distance * 10**9 / 65536, one_distance * 10**9 / 65536
+            value_ns, spread_ns, distance_ns = result_of(done)
+            least_ns, most_ns = 3 * 10**8 - two * 10**9 / 65536, one * 10**9 / 65536
             assert abs(value_ns - (least_ns + most_ns) / 2) < NEAR_NS
-            assert distance_ns == min(one_distance, other_distance) * 10**9 >> 16
+            assert distance_ns == min(one, two) * 10**9 >> 16
             assert abs(max((most_ns - least_ns) / 2 - distance_ns, 1) - spread_ns) < NEAR_NS
         else:
             assert done.returncode == 111 and "no majority" in done.stderr
@@ -1054,10 +1064,11 @@ KEYS = """# keys, as chronyc keygen writes them
 @pytest.mark.parametrize("line, said", [
     ("7 SHA256 HEX:", "it has 0 bytes, and 16 are the least"), ("7 SHA256 ASCII:", "0 bytes"),
     ("7 SHA1 fifteen-bytes-1", "15 bytes"), ("7 SHA1 ASCII:fifteen-bytes-1", "15 bytes"),
-    ("7 SHA1 HEX:" + 15 * "00", "15 bytes"), ("7 SHA1 HEX:0g", "non-hexadecimal"), ("7 SHA256", "its line is not"),
-    ("7 chrysanthemum-and-lotus", "its line is not the number, MD5 or SHA1 or SHA256 or SHA384 or SHA512, and the"),
+    ("7 SHA1 HEX:" + 15 * "00", "15 bytes"), ("7 SHA1 HEX:0g", "non-hexadecimal"),
+    ("7 SHA256", "its line is not the number, MD5 or SHA1 or SHA256 or SHA384 or SHA512, and the key"),
+    ("7 chrysanthemum-and-lotus", "its line is not"),
     ("7 AES128 " + HEX_KEY, "its line is not"), ("7 SHA256 %s x" % HEX_KEY, "its line is not"),
-    ("7", "its line is not"), ("#7 SHA256 " + HEX_KEY, "it is not there"), ("77 MD5 " + HEX_KEY, "it is not there")])
+    ("7", "its line is not"), ("#7 MD5 " + HEX_KEY, "is not there"), ("77 MD5 " + HEX_KEY, "is not there")])
 def test_keys_that_are_refused(line, said):
     with pytest.raises(ValueError, match=said):
         SNTP.parse_key(KEYS + line + "\n", 7)
@@ -1076,11 +1087,12 @@ def test_authentication_with_a_real_chronyd(tmp_path):
         done = ask("sntpclock", server.port, "-k", tmp_path / "others", "-K", 2, "-r", 1, "-t", 300)
         assert (done.returncode, done.stdout) == (111, b"")
     for mode, ident, said in ((0o604, 1, "take key 1 from %s: others can read or write it"),
-                              (0o602, 1, "take key 1 from %s: others can"), (0o600, 9, "take key 9 from %s: it is not")):
+                              (0o602, 1, "take key 1 from %s: others can"),
+                              (0o600, 9, "take key 9 from %s: it is not")):
         keys.chmod(mode)
         done = ask("sntpclock", 1, "-k", keys, "-K", ident)
         assert done.returncode == 111 and said % keys in done.stderr
-    for args in ("-k", keys), ("-K", 1), ("-k", keys, "-K", 0), ("-k", keys, "-K", "1x"), ("-k", keys, "-K", 2**32):
+    for args in [["-k", keys], ["-K", 1]] + [["-k", keys, "-K", ident] for ident in (0, "1x", 2**32)]:
         assert ask("sntpclock", 1, *args).returncode == 100
     os.mkfifo(str(tmp_path / "fifo"), 0o600)
     assert "it is not there" in ask("sntpclock", 1, "-k", tmp_path / "fifo", "-K", 1).stderr
@@ -1093,7 +1105,8 @@ def test_only_what_is_authenticated_counts(tmp_path):
     key, other = SNTP.read_key(str(keys), 2), SNTP.read_key(str(keys), 1)
     for tamper in (lambda answer: answer, lambda answer: answer + bytes(4),
                    lambda answer: answer + SNTP.mac(key, answer)[:-1] + b"?",
-                   lambda answer: answer + SNTP.mac(other, answer), lambda answer: answer + SNTP.mac(key, answer) + b"?",
+                   lambda answer: answer + SNTP.mac(other, answer),
+                   lambda answer: answer + SNTP.mac(key, answer) + b"?",
                    lambda answer: answer + SNTP.mac(key, answer[:-1] + b"?")):
         with Rogue(lambda query, n: [tamper(ntp_answer(query))]) as server:
             done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 1)
@@ -1115,9 +1128,10 @@ def test_labels_that_are_taken():
     query = TAI.make_query(None)
     for label, tai_minus_clock_sec, wanted in (
             ("40000000586846a5" + "00000005" + "00000000", 37, (5, 5)),
-            ("40000000586846a5" + "00000005" + "00000001", 37, (6, 5)),  # an attosecond must not make it a lie
+            ("40000000586846a5" + "00000005" + "00000001", 37, (6, 5)),  # an attosecond is no lie
             ("40000000586846a5" + "00000005" + "3b9ac9ff", 10, (27 * 10**9 + 6, 27 * 10**9 + 5))):
-        answer = TAI.decode_answer(query, b"stai" + bytes.fromhex(label) + query[20:], tai_minus_clock_sec * 10**9)
+        packet = b"stai" + bytes.fromhex(label) + query[20:]
+        answer = TAI.decode_answer(query, packet, tai_minus_clock_sec * 10**9)
         received_ns, sent_ns = (1483228800 * 10**9 + ns for ns in wanted)
         assert answer == (received_ns, sent_ns, 0, "-", "-")
 
@@ -1125,8 +1139,8 @@ def test_labels_that_are_taken():
 def test_what_is_no_answer_is_ignored_and_what_is_no_label_refused():
     query = TAI.make_query(None)
     right = tai_answer(query)
-    for packet in (query, right[:-1], right + b"?", b"Stai" + right[4:], b"stbi" + right[4:], b"", bytes(32)) + tuple(
-            right[:place] + bytes([right[place] ^ 1]) + right[place + 1:] for place in (20, 31)):
+    changed = [right[:at] + bytes([right[at] ^ 1]) + right[at + 1:] for at in (0, 1, 2, 3, 20, 31)]
+    for packet in [query, right[:-1], right + b"?", b"", bytes(32)] + changed:
         assert TAI.decode_answer(query, packet) is None
     for label in bytes(8) + b"\xff" * 8, b"\x80" + bytes(15), bytes(8) + bytes.fromhex("000000003b9aca00"):
         with pytest.raises(ValueError, match="not a TAI64NA"):
@@ -1146,7 +1160,7 @@ def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
     def result(*samples):
         server = TAI.Server("a")
         server.samples = [TAI.Sample(TAI.Answer(t2, t2, 0, "-", "-"), *[
-            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in (own, kernel)]) for t2, own, kernel in samples]
+            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in stamps]) for t2, *stamps in samples]
         end = TAI.Reading(300, 300)
         server.range = server.certain = TAI.server_range([
             TAI.sample_range(sample.answer, sample.kernel, end) for sample in server.samples])
@@ -1170,12 +1184,23 @@ def test_taiclock_asks_taiclockd(address):
     assert abs(value_ns) <= spread_ns < 10**6
 
 
+NTP_QUERY, TAI_QUERY = SNTP.make_query(), TAI.make_query(None)
+DECODERS += [
+    ("sntpclock: an answer", lambda data: SNTP.answers(NTP_QUERY, data) and SNTP.decode_answer(data),
+     [ntp_answer(NTP_QUERY), ntp_answer(NTP_QUERY) + bytes(20)], (ValueError, SNTP.Dismissed)),
+    ("sntpclock: a key file", lambda data: SNTP.parse_key(data.decode("latin-1"), 2), [KEYS.encode()],
+     ValueError),
+    ("taiclock: an answer", lambda data: TAI.decode_answer(TAI_QUERY, data), [tai_answer(TAI_QUERY)],
+     ValueError),
+]
+
+
 # ==== ntsclock ======================================================================================
 
 NTS = load("ntsclock")
 DAY_SEC, YEAR_SEC = 86400, 365 * 86400
-CMAC_KEY, CMAC_TEXT = "2b7e151628aed2a6abf7158809cf4f3c", ("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac"
-                                                           "45af8e5130c81c46a35ce411e5fbc1191a0a52eff69f2445")
+CMAC_KEY = "2b7e151628aed2a6abf7158809cf4f3c"
+CMAC_TEXT = "6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411e5fbc1191a0a52eff69f2445"
 VECTORS = [  # FIPS 197 C.1; RFC 4493, each with its size; RFC 5297 A.1 and A.2
     (lambda key, text: b"%032x" % NTS.Aes(key).encrypt(int(text.hex(), 16)), "000102030405060708090a0b0c0d0e0f",
      "00112233445566778899aabbccddeeff", b"69c4e0d86a7b0430d8cdb78070b4c55a")] + [
@@ -1218,8 +1243,8 @@ class Authority:
         subprocess.run(("openssl",) + words, cwd=str(self.home), check=True, stderr=subprocess.DEVNULL)
 
     def make_key(self, name, *words):
-        self.openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=" + name,
-                     "-keyout", name + ".key", "-out", name + ".crt", *words)
+        self.openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", name + ".key",
+                     "-out", name + ".crt", "-subj", "/CN=" + name, *words)
 
     def host(self, since_sec=-DAY_SEC, until_sec=YEAR_SEC, names="DNS:localhost,IP:127.0.0.1"):
         """-> (certificate, key) of a host, valid between those times from now."""
@@ -1229,8 +1254,8 @@ class Authority:
             "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nsubjectKeyIdentifier=hash\n"
             "authorityKeyIdentifier=keyid\nsubjectAltName=%s\n" % names)
         path = self.home / (os.urandom(4).hex() + ".crt")
-        self.openssl("ca", "-batch", "-notext", "-config", "ca.conf", "-cert", "ca.crt", "-keyfile", "ca.key", "-in",
-                     "host.crt", "-out", path.name, "-startdate", since, "-enddate", until_, "-extfile", "ext")
+        self.openssl("ca", "-batch", "-notext", "-config", "ca.conf", "-cert", "ca.crt", "-keyfile", "ca.key",
+                     "-in", "host.crt", "-out", path.name, "-startdate", since, "-enddate", until_, "-extfile", "ext")
         return str(path), str(self.home / "host.key")
 
 
@@ -1297,8 +1322,9 @@ class NtsHost:
                 plain.settimeout(PATIENCE_SEC)
                 with self.context.wrap_socket(plain, server_side=True) as tls:
                     if tls.recv(100) == ke_records((0x8001, b"\0\0"), (0x8004, b"\0\x0f")):
-                        keys = [NTS.Siv(key) for key in NTS.export_keys(NTS.secret_of(os.pread(self.keylog, 9999, 0)))]
+                        secret = NTS.secret_of(os.pread(self.keylog, 9999, 0))
                         os.ftruncate(self.keylog, 0)
+                        keys = [NTS.Siv(key) for key in NTS.export_keys(secret)]
                         self.sessions += 1
                         self.talk(tls, self.grant(self.new_cookies(keys, 8)))
 
@@ -1367,7 +1393,8 @@ def test_a_real_chronyd_tells_the_time_by_nts(suite, chronyd_port, authority, tm
     (tmp_path / "conf").write_text(
         "openssl_conf=a\n[a]\nssl_conf=b\n[b]\nsystem_default=c\n[c]\nCiphersuites=" + suite)
     done = nts_run(authority, chronyd_port, "-v", 2, host="localhost", OPENSSL_CONF=str(tmp_path / "conf"))
-    assert abs(nts_offset_ns(done)) < 10**7 and "warning" not in done.stderr and "new keys, 8 cookies" in done.stderr
+    assert abs(nts_offset_ns(done)) < 10**7
+    assert "warning" not in done.stderr and "new keys, 8 cookies" in done.stderr
     assert 0 < VIEW.unpack_quality(NTS.unpack(done.stdout)[1])[0] < 10**7
 
 
@@ -1383,7 +1410,8 @@ def test_a_run_with_stored_keys_does_not_even_load_tls(chronyd_port, authority, 
         done = subprocess.run(command[:1] + ["-X", "importtime"] + command[1:], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, env=UTC_ENV)
         assert done.returncode == 0 and (re.search(rb"\| *ssl\n", done.stderr) is not None) is first
-    assert (tmp_path / "nts").stat().st_mode & 0o777 == 0o600 and " nts 127.0" in (tmp_path / "sources").read_text()
+    assert (tmp_path / "nts").stat().st_mode & 0o777 == 0o600
+    assert " nts 127.0.0.1 " in (tmp_path / "sources").read_text()
 
 
 def test_a_server_with_new_keys_is_asked_for_them_once(authority, tmp_path):
@@ -1391,7 +1419,8 @@ def test_a_server_with_new_keys_is_asked_for_them_once(authority, tmp_path):
     for words in ("", "timed out"):  # a NAK may be forged: the answer is waited for
         with nts_chronyd(tmp_path, authority, port) as port:
             done = nts_run(authority, port, "-s", tmp_path, "-r", 3, "-v", 2)
-            assert abs(nts_offset_ns(done)) < 10**7 and done.stderr.count("new keys") == 1 and words in done.stderr
+            assert abs(nts_offset_ns(done)) < 10**7
+            assert done.stderr.count("new keys") == 1 and words in done.stderr
 
 
 def exchange_with(port, authority):
@@ -1418,7 +1447,8 @@ def test_no_answer_counts_that_is_not_the_servers_to_its_last_bit(chronyd_port, 
               other_answer, answer[:a + 4] + NTS.identifier_of(other_query) + answer[b:]]
     assert [packet for packet in wrong if NTS.decode(server, query, packet, 0)] == []
     assert NTS.decode(server, other_query, answer, 0) is None is NTS.decode(other, query, answer, 0)
-    assert len(server.keys.cookies) == 7 and NTS.decode(server, query, answer, 0) and len(server.keys.cookies) == 8
+    assert len(server.keys.cookies) == 7 and NTS.decode(server, query, answer, 0)
+    assert len(server.keys.cookies) == 8
 
 
 @pytest.mark.parametrize("certificate, off_sec, words", [
@@ -1481,7 +1511,7 @@ GOOD = NTPV4, SIV, COOKIE = (0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (5, bytes(10
     (lambda tls, grant: None, "its answer is cut short|eof"),
     (lambda tls, grant: tls.sendall(grant[:-1]), "its answer is cut short|eof"),
     (lambda tls, grant: tls.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "its answer is cut short|eof"),
-    ([(0x8002, b"\0\0")], "it says: it does not know a critical record"), ([(0x8002, b"\0\1")], "says: bad request"),
+    ([(0x8002, b"\0\0")], "it says: it does not know a critical record"), ([(0x8002, b"\0\1")], "bad request"),
     ([(0x8002, b"\0\2")], "it says: internal error"), ([(0x8002, b"\0\x09")], "it says: error 9"),
     ([*GOOD, (0x8003, b"\0\1")], "it says: warning 1"), ([*GOOD, (0x8063, b"")], "unknown critical record, 99"),
     ([(0x8001, b""), SIV, COOKIE], "it does not offer NTPv4"), ([(0x8001, b"\0\1"), SIV, COOKIE], "NTPv4"),
@@ -1519,7 +1549,7 @@ def test_the_ntp_server_is_where_key_establishment_says(authority):
 
 @pytest.mark.parametrize("reply, words", [
     (lambda host, siv, query, good: [bare_kiss(query), good], None),
-    (lambda host, siv, query, good: [bare_kiss(query, b"RATE"), bare_kiss(query, b"DENY"), good], "not authentic"),
+    (lambda host, siv, query, good: [bare_kiss(query, b"RATE"), bare_kiss(query, b"DENY"), good], "authentic"),
     (lambda host, siv, query, good: [good[:-1] + b"!", good, good], "was not authentic"),
     (lambda host, siv, query, good: [sealed_answer(siv, query, nts_header(query, stratum=0, word=b"DENY"))],
      "fatal: .*kiss-o'-death DENY"),
@@ -1571,7 +1601,7 @@ def spoil(path, kind):
         path.write_text({"empty": "", "torn": text[:-7], "zeros": "\0" * 999, "endless": text * 999}[kind])
 
 
-@pytest.mark.parametrize("kind", ["link", "fifo", "owner", "mode", "directory", "empty", "torn", "zeros", "endless"])
+@pytest.mark.parametrize("kind", "link fifo owner mode directory empty torn zeros endless".split())
 def test_a_damaged_or_foreign_store_is_as_good_as_none(kind, authority, tmp_path):
     if kind in ("owner", "directory") and os.getuid() != 0:
         pytest.skip("only root can give files away")
@@ -3099,14 +3129,15 @@ def host():
 def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
     """What clockspeed wrote that long ago, by which this clock is that far behind now."""
     now = CTL.take_reading("CLOCK_MONOTONIC_RAW")
-    tick_ns = now.tick_ns - age_sec * 10**9
+    tick_ns, offset_ns = now.tick_ns - age_sec * 10**9, round(clock_off_sec * 1e9)
+    real_ns = changes.get("written_ns", now.clock_ns - age_sec * 10**9) + offset_ns
     status = {
         "version": 2, "pid": os.getpid(), "boot_id": now.boot_id, "doing": "steering the clock",
         "observe_only": False, "counter": "CLOCK_MONOTONIC_RAW", "scale": "utc", "tick_ns": tick_ns,
         "written_ns": now.clock_ns - age_sec * 10**9, "suspended_ns": now.suspended_ns,
-        "offset_ns": round(clock_off_sec * 1e9),
-        "variance": [1e10, 0, 1e4, 0], "bound": A_BOUND, "rate_ppm": 0.0, "rate_error_ppm": 0.0123,
-        "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1, "refused": 0},
+        "offset_ns": offset_ns,
+        "variance": [1e10, 0, 1e4, 0], "bound": a_bound(tick_ns, real_ns), "rate_ppm": 0.0,
+        "rate_error_ppm": 0.0123, "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1, "refused": 0},
         "last_mark": {"tick_ns": tick_ns, "offset_ns": 1234567, "spread_ns": 10**6, "distance_ns": 10**5,
                       "outcome": "used"},
         "next": {"wait_sec": 700.0, "exchanges": 4, "settling": False},
@@ -3115,7 +3146,19 @@ def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
     return dict(status, **changes)
 
 
-A_BOUND = {"earliest_ns": -5 * 10**6, "latest_ns": 4 * 10**6}
+def a_bound(tick_ns, real_ns, early_ns=5 * 10**6, late_ns=4 * 10**6):
+    return {"tick_ns": tick_ns, "earliest_ns": real_ns - early_ns, "latest_ns": real_ns + late_ns,
+            "slow_ppm": 0.0, "fast_ppm": 0.0, "change_ppm": 0.0}
+
+
+def test_the_bound_is_carried_on_as_clockspeed_does():
+    rng, bound = random.Random(SEED), load("clockspeed").Bound()
+    for tick_ns in sorted(rng.randrange(1, 10**15) for _ in range(9)):
+        bound.mark(tick_ns, 10**18 + tick_ns + round(tick_ns * 2e-5), 10**7, 10**6)
+        for ahead_ns in (0, 10**9, 10**12, 10**15):
+            later = CTL.Reading(tick_ns + ahead_ns, 0, 0, "")
+            assert CTL.Status(a_status(bound=bound.coefficients()), later).carry_bound(
+                bound.coefficients()) == bound.at(tick_ns + ahead_ns)
 
 
 @pytest.mark.parametrize("text, wanted", [
@@ -3383,7 +3426,8 @@ def test_until_waits_for_the_bound(host):
     assert host.says("until", "9ms", "--timeout", "20s") == ""
     assert "the clock is certainly within" in host.refuses("until", "1ms", "--timeout", "10ms")
     with host.start("until", "1ms") as waiting:
-        host.status(clock_off_sec=0, bound={"earliest_ns": -10**5, "latest_ns": 10**5})
+        now = CTL.take_reading("CLOCK_MONOTONIC_RAW")
+        host.status(clock_off_sec=0, bound=a_bound(now.tick_ns, now.clock_ns, 10**5, 10**5))
         assert waiting.wait(PATIENCE_SEC) == 0
     assert host.run("until", "0").returncode == host.run("until", "1s", "--timeout", "x").returncode == 100
 
@@ -3436,7 +3480,8 @@ def test_a_damaged_status_is_a_line_and_shows_no_escapes(host, monkeypatch, capf
     inner = [(name, key) for name in ("last_mark", "next", "kernel", "marks", "bound") for key in good[name]]
     for name, key in [(name, None) for name in good] + inner:
         for value in BAD_VALUES:
-            host.status(**{name: dict(good[name], **{key: value}) if key else value})
+            damaged = dict(good, **{name: dict(good[name], **{key: value}) if key else value})
+            host.write("etc/status", json.dumps(damaged))
             for command in (["status"], ["status", "--json"], ["now"], ["wait", "541", "999"], ["metrics"]):
                 assert CTL.main(["clockctl"] + command) in (0, 111)
     said = capfd.readouterr()
