@@ -2,13 +2,16 @@
 """bench_all.py - what the programs reach, and what they cost
 
 SYNOPSIS
-    ./bench_all.py [-s seeds] [estimator | clients | server | nts | programs] ...
+    ./bench_all.py [-s seeds] [-w word] [estimator | clients | server | nts | programs] ...
+    ./bench_all.py replay LOG
 
 DESCRIPTION
     Without a name, all of them.  Nothing here touches the clock.
 
-    estimator  how near the estimator keeps to real time in simulated worlds, beside the
-               original's two points; medians over the seeds
+    estimator  how near the estimator keeps to real time in simulated worlds, beside a filter
+               that is told everything and the original's two points, over the seeds
+    replay     makes each estimate in a log of clockspeed again from its marks, to the last digit;
+               what differs is printed, and the exit status then 111
     clients    the error of one measurement by sntpclock and taiclock, beside the other clients
                that are installed; on loopback and over a path with jitter, on an idle and on a
                busy machine.  Needs root, iproute2 and chronyd: it makes two network namespaces
@@ -24,11 +27,13 @@ DESCRIPTION
     is an error.
 
 OPTIONS
-    -s seeds  simulated worlds of each kind (20: some ten minutes)
+    -s seeds  simulated worlds of each kind (10: a quarter of an hour)
+    -w word   only those lines of `estimator` that have this word
 
 EXIT STATUS
-    0 measured; 100 wrong usage
+    0 measured; 100 wrong usage; 111 a log that `replay` can't make again
 """
+import collections
 import contextlib
 import getopt
 import heapq
@@ -49,7 +54,7 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-USAGE = "./bench_all.py [-s seeds] [estimator | clients | server | nts | programs] ..."
+USAGE = "./bench_all.py [-s seeds] [-w word] [replay LOG | estimator | clients | server | nts | programs] ..."
 # No shim before the interpreter: the programs are measured as they run on a plain host.
 os.environ["PATH"] = "/usr/bin:" + os.environ["PATH"]
 ENV = dict(os.environ, CLOCK_SCALE="utc", TZ="UTC")
@@ -113,13 +118,13 @@ def resident_mb(pid):
 
 
 # ==== the estimator ===============================================================================
-Estimator = load("clockspeed").Estimator
+Estimator, Bound = load("clockspeed").Estimator, load("clockspeed").Bound
 DAY = 86400.0
 EPOCH_NS = 1800000000 * 10**9  # big enough that a float would lose 256 ns
 TICK0_NS = 7 * 10**14  # up for eight days
-MARK_LEAST_SEC = 64.0  # clockctl asks for no mark sooner
 RATIO_LEAST, RATIO_MOST = 0.7, 1.4  # wanted: rms of error / predicted error
 WILD_MOST = 1.3  # wanted: rms with 3% of wild marks / without
+DISTANCE_SEC = 1e-3  # the servers' root distance; they are right within it
 
 
 class Counter:
@@ -161,7 +166,7 @@ class TwoPoints:
     def __init__(self):
         self.first = self.last = None
 
-    def mark(self, tick_ns, real_ns):
+    def mark(self, tick_ns, real_ns, spread_ns=None):
         self.last = tick_ns, real_ns
         self.first = self.first or self.last
         return "used"
@@ -172,88 +177,183 @@ class TwoPoints:
         return real1 + tick_ns - tick1 + round(rate * (tick_ns - tick1)), 1.0
 
 
-# Noise of a mark: f(rng, index) -> s.
+class Informed:
+    """A Kalman filter of (phase, rate) that is told wander, daily wave, floor and the law of queueing.
+
+    A mark comes with the mean and variance of its error, given how far its spread is over the true floor.
+    """
+
+    def __init__(self, wander):
+        self.wander_var, self.sec = wander**2, None
+
+    def mark(self, sec, phase, mean, var):
+        phase, var = phase - mean, var + 1e-18
+        if self.sec is None:
+            self.phase, self.rate, self.cov, self.sec = phase, 0.0, (var, 0.0, (500e-6) ** 2), sec
+            return
+        t, q, (pp, pv, vv) = sec - self.sec, self.wander_var, self.cov
+        pp, pv, vv = pp + 2 * t * pv + t**2 * vv + q * t**3 / 3, pv + t * vv + q * t**2 / 2, vv + q * t
+        off = phase - self.at(sec)
+        both = pp + var
+        self.phase, self.rate, self.sec = self.at(sec) + pp / both * off, self.rate + pv / both * off, sec
+        self.cov = pp * var / both, pv * var / both, max(vv - pv**2 / both, vv * var / both)
+
+    def at(self, sec):
+        return self.phase + self.rate * (sec - self.sec)
+
+
+# A mark's noise: f(rng, index, exchanges) -> Noise; spread_sec None where the client doesn't tell.
+Noise = collections.namedtuple("Noise", "error_sec spread_sec mean_sec var")
+
 
 def normal(sigma):
-    return lambda rng, index: rng.gauss(0, sigma)
+    return lambda rng, index, exchanges: Noise(rng.gauss(0, sigma), None, 0.0, sigma**2)
 
 
 def wild(noise, share=0.03, where=()):
     """Some marks, and those numbered in where, wrong by 0.05 to 5 s more; the others as without this."""
-    def draw(rng, index):
-        error = noise(rng, index)
-        apart = random.Random(repr(error))
+    def draw(rng, index, exchanges):
+        drawn = noise(rng, index, exchanges)
+        apart = random.Random(repr(drawn.error_sec))
         is_wild = apart.random() < share or index in where
-        return error + is_wild * apart.uniform(0.05, 5) * apart.choice((-1, 1))
+        more_sec = is_wild * apart.uniform(0.05, 5) * apart.choice((-1, 1))
+        return drawn._replace(error_sec=drawn.error_sec + more_sec)
     return draw
 
 
 def late(sigma):
     """A quiet floor, and Pareto latency on a fifth of the marks: late only, of infinite variance."""
-    return lambda rng, index: rng.gauss(0, sigma) + (
-        sigma * 10 * (rng.paretovariate(1.5) - 1) if rng.random() < 0.2 else 0.0)
+    return lambda rng, index, exchanges: Noise(rng.gauss(0, sigma) + (
+        sigma * 10 * (rng.paretovariate(1.5) - 1) if rng.random() < 0.2 else 0.0), None, 0.0, sigma**2)
 
 
 def louder(before, after, first):
     """Noise of another size from a mark on: a new route."""
-    return lambda rng, index: rng.gauss(0, before if index < first else after)
+    return lambda rng, index, exchanges: normal(before if index < first else after)(rng, index, exchanges)
 
 
-# When the next mark comes: f(estimator, rng, sec, index) -> s.
+def exponential(mean_sec):
+    return lambda rng, index: rng.expovariate(1 / mean_sec)
 
-def every(interval):
-    return lambda estimator, rng, sec, index: interval
+
+def heavy(mean_sec, shape=1.8):
+    return lambda rng, index: mean_sec * (shape - 1) * (rng.paretovariate(shape) - 1)
+
+
+def bursts(mean_sec):
+    """Ten times the queueing in a tenth of the time, ten marks on end."""
+    def draw(rng, index):
+        loud = random.Random(index // 10).random() < 0.1
+        return rng.expovariate(1 / mean_sec) * (10 if loud else 1)
+    return draw
+
+
+def none(rng, index):
+    return 0.0
+
+
+class Queues:
+    """Exchanges over a path: a floor in s each way, queueing out and back; the mark is what all prove.
+
+    Given the excess, exponential queueing alike both ways leaves the error uniform within it; one way, none.
+    asymmetry_sec is what the way out is longer for good; moved is (mark, another floor).
+    """
+
+    def __init__(self, floor_sec=0.02, out=exponential(5e-3), back=None, asymmetry_sec=0.0, moved=None):
+        self.floor_sec, self.asymmetry_sec, self.moved = floor_sec, asymmetry_sec, moved
+        self.out, self.back = out, back or out
+
+    def __call__(self, rng, index, exchanges):
+        floor = self.moved[1] if self.moved and index >= self.moved[0] else self.floor_sec
+        earliest, latest = -math.inf, math.inf
+        for _ in range(exchanges):
+            out, back = floor + self.asymmetry_sec + self.out(rng, index), floor + self.back(rng, index)
+            earliest, latest = max(earliest, -back), min(latest, out)
+        error, spread = (earliest + latest) / 2, (latest - earliest) / 2
+        excess = spread - floor - self.asymmetry_sec / 2
+        lean = (self.back is none) - (self.out is none)
+        return Noise(error, spread, lean * excess, 0.0 if lean else excess**2 / 3)
+
+
+# When the next mark comes, and of how many exchanges: f(estimator, rng, sec, index) -> (s, exchanges).
+
+def every(interval, exchanges=1):
+    return lambda estimator, rng, sec, index: (interval, exchanges)
 
 
 def irregular(low, high):
-    return lambda estimator, rng, sec, index: math.exp(rng.uniform(math.log(low), math.log(high)))
+    return lambda estimator, rng, sec, index: (math.exp(rng.uniform(math.log(low), math.log(high))), 1)
 
 
 def tripling(estimator, rng, sec, index):
-    return min(541.0 * 3**index, 30 * DAY)
+    return min(541.0 * 3**index, 30 * DAY), 1
 
 
-def asked(target_sec):
-    return lambda estimator, rng, sec, index: max(
-        MARK_LEAST_SEC, estimator.next_mark(TICK0_NS + int(sec * 1e9), target_sec * 1e9))
+def asked(target_sec, most=8):
+    """As clockctl asks: the wait grows threefold at most."""
+    def wait(estimator, rng, sec, index):
+        plan = estimator.next_mark_plan(TICK0_NS + int(sec * 1e9), target_sec * 1e9, most)
+        return min(plan.wait_sec, 541.0 * 3**min(index, 8)), plan.exchanges
+    return wait
 
 
 class Run:
-    """What a run gave: the samples [(sec, error in s, predicted error in s)], marks [(sec, outcome)]."""
+    """What a run gave: the samples [(sec, error in s, predicted error in s, informed's error)], marks
+    [(sec, outcome)], packets, and how often real time was not within the bound."""
 
-    def __init__(self, estimator):
-        self.estimator, self.samples, self.marks = estimator, [], []
+    def __init__(self, estimator, wander):
+        self.estimator, self.informed, self.bound = estimator, Informed(wander), Bound()
+        self.samples, self.marks, self.packets, self.outside, self.widths = [], [], 0, 0, []
 
     def rms(self, since, until=math.inf):
-        return rms(error for sec, error, _ in self.samples if since <= sec < until)
+        return rms(error for sec, error, _, _ in self.samples if since <= sec < until)
+
+    def informed_rms(self, since):
+        return rms(error for sec, _, _, error in self.samples if sec >= since)
 
     def ratio(self, since):
-        return rms(error / predicted for sec, error, predicted in self.samples if sec >= since)
+        return rms(error / predicted for sec, error, predicted, _ in self.samples if sec >= since)
 
 
 def rms(values):
     return math.sqrt(statistics.fmean(value * value for value in values))
 
 
-def simulate(seed, days, noise, schedule, make=Estimator, sample_sec=300.0, **counter):
-    """One estimator in one world.  Wander, noise and schedule draw from generators of their own, so that a
-    seed gives the same noise to different estimators, and with or without wild marks.
+def simulate(seed, days, noise, schedule, make=Estimator, sample_sec=300.0, dark_days=0, **counter):
+    """One estimator in one world, then dark_days without marks.  Wander, noise and schedule draw from
+    generators of their own, so that a seed gives the same noise to different estimators, with or without wild
+    marks.
     """
     counter_rng, noise_rng, schedule_rng = [random.Random("%s %d" % (what, seed)) for what in "cns"]
-    counter, run = Counter(counter_rng, **counter), Run(make())
-    next_mark, next_sample = 0.0, sample_sec
-    while min(next_mark, next_sample) <= days * DAY:
+    counter = Counter(counter_rng, **counter)
+    run = Run(make(), counter.wander)
+    next_mark, next_sample, exchanges = 0.0, sample_sec, 1
+    while min(next_mark, next_sample) <= (days + dark_days) * DAY:
         sec = min(next_mark, next_sample)
         tick_ns = TICK0_NS + int(sec * 1e9)
-        real_ns = EPOCH_NS + tick_ns - TICK0_NS + round(counter.at(sec) * 1e9)
+        phase = counter.at(sec)
+        real_ns = EPOCH_NS + tick_ns - TICK0_NS + round(phase * 1e9)
         if sec == next_sample:
             guess_ns, error_ns = run.estimator.real(tick_ns)
-            run.samples.append((sec, (guess_ns - real_ns) * 1e-9, error_ns * 1e-9))
+            run.samples.append((sec, (guess_ns - real_ns) * 1e-9, error_ns * 1e-9,
+                                run.informed.at(sec) + counter.wave(sec) - phase))
+            bound = run.bound.at(tick_ns)
+            if bound:
+                run.outside += not bound[0] <= real_ns <= bound[1]
+                run.widths.append((sec, (bound[1] - bound[0]) * 1e-9))
             next_sample += sample_sec
         if sec == next_mark:
-            noise_ns = round(noise(noise_rng, len(run.marks)) * 1e9)
-            run.marks.append((sec, run.estimator.mark(tick_ns, real_ns + noise_ns)))
-            next_mark += schedule(run.estimator, schedule_rng, sec, len(run.marks) - 1)
+            drawn = noise(noise_rng, len(run.marks), exchanges)
+            marked_ns = real_ns + round(drawn.error_sec * 1e9)
+            spread_ns = round(drawn.spread_sec * 1e9) if drawn.spread_sec else None
+            outcome = run.estimator.mark(tick_ns, marked_ns, spread_ns)
+            if outcome == "used":
+                run.bound.mark(tick_ns, marked_ns, spread_ns, round(DISTANCE_SEC * 1e9))
+            run.informed.mark(sec, phase + drawn.error_sec - counter.wave(sec), drawn.mean_sec, drawn.var)
+            run.marks.append((sec, outcome))
+            run.packets += exchanges
+            wait_sec, exchanges = schedule(run.estimator, schedule_rng, sec, len(run.marks) - 1)
+            next_mark += wait_sec if next_mark + wait_sec <= days * DAY else math.inf
     return run
 
 
@@ -261,7 +361,7 @@ def world(days, noise, schedule, **counter):
     return dict(days=days, noise=noise, schedule=schedule, **counter)
 
 
-# name: (world, wanted: most of two points' rms, most rms in s, most marks), as the project's goal has it
+# Without a spread.  name: (world, wanted: most of two points' rms, most rms in s, most packets)
 TABLE = {
     "w 1e-9, 20 us, 1024 s": (world(4, normal(20e-6), every(1024)), 0.3, None, None),
     "w 1e-9, 20 us, 3600 s": (world(10, normal(20e-6), every(3600)), 0.2, None, None),
@@ -269,8 +369,8 @@ TABLE = {
     "w 1e-10, 2 ms, 1024 s": (world(4, normal(2e-3), every(1024), wander=1e-10), 0.22, None, None),
     "w 1e-10, 2 ms, 1 ppm daily": (world(10, normal(2e-3), every(3600), wander=1e-10, daily_ppm=1.0),
                                    0.9, None, None),
-    "w 1e-9, 2 ms, asked 10 ms": (world(30, normal(2e-3), asked(10e-3)), None, 8e-3, 65),
-    "w 1e-10, 2 ms, asked 10 ms": (world(30, normal(2e-3), asked(10e-3), wander=1e-10), None, 9e-3, 30),
+    "w 1e-9, 2 ms, asked 10 ms": (world(30, normal(2e-3), asked(10e-3, 1)), None, 8e-3, 65),
+    "w 1e-10, 2 ms, asked 10 ms": (world(30, normal(2e-3), asked(10e-3, 1), wander=1e-10), None, 9e-3, 30),
 }
 THERMOSTAT = tuple((day * DAY / 3, 0.3 * (-1) ** day) for day in range(1, 30))
 OTHERS = {
@@ -286,11 +386,11 @@ OTHERS = {
     "20 us, 1 ppm daily": world(6, normal(20e-6), every(1024), wander=1e-10, daily_ppm=1.0),
     "2 ms, 1 ppm, weather 50%": world(20, normal(2e-3), every(3600), wander=1e-10, daily_ppm=1.0,
                                       weather=0.5),
-    "2 ms, 1 ppm, asked 10 ms": world(30, normal(2e-3), asked(10e-3), wander=1e-10, daily_ppm=1.0),
+    "2 ms, 1 ppm, asked 10 ms": world(30, normal(2e-3), asked(10e-3, 1), wander=1e-10, daily_ppm=1.0),
     "100 us, 0.3 ppm thermostat": world(10, normal(100e-6), every(1024), wander=1e-10, jumps=THERMOSTAT),
     "50 us, then 5 ms": world(6, louder(50e-6, 5e-3, 200), every(1024)),
     "5 ms, then 50 us": world(6, louder(5e-3, 50e-6, 200), every(1024)),
-    "2 ms, wild, asked 10 ms": world(30, wild(normal(2e-3)), asked(10e-3)),
+    "2 ms, wild, asked 10 ms": world(30, wild(normal(2e-3)), asked(10e-3, 1)),
     "late Pareto 100 us": world(6, late(100e-6), every(1024)),
 }
 # (days, noise, interval, wander)
@@ -298,18 +398,73 @@ WILD_WORLDS = (4, 20e-6, 1024, 1e-9), (4, 2e-3, 1024, 1e-9), (10, 2e-3, 3600, 1e
 CHANGES = ((20e-6, dict(jump_ppm=1.0)), (200e-6, dict(jump_ppm=1.0)), (20e-6, dict(jump_ppm=-100.0)),
            (20e-6, dict(step_sec=0.001)), (2e-3, dict(step_sec=-3600.0)))
 
+# With a spread.  name: (world, rms in ms of the estimator before, which knew none; goal in ms; most of the
+# informed filter's error)
+WAN, LAN = Queues(), Queues(100e-6, exponential(50e-6))
+SPREADS = {
+    "w 1e-9, 1 a mark, 896 s": (world(2, WAN, every(896)), 1.33, 0.55, 1.15),
+    "w 1e-9, 4 a mark, 3600 s": (world(2, WAN, every(3600, 4)), 0.72, 0.48, 1.15),
+    "w 1e-9, 8 a mark, 1024 s": (world(2, WAN, every(1024, 8)), 0.28, 0.20, 1.15),
+    "1 ppm daily, 4 a mark": (world(2, WAN, every(3600, 4), daily_ppm=1.0), 0.81, 0.6, None),
+    "w 1e-9, 30 days, 4 a mark": (world(30, WAN, every(4094, 4)), None, 0.6, 1.15),
+    "w 1e-11, 30 days, 4 a mark": (world(30, WAN, every(4094, 4), wander=1e-11), None, 0.13, 1.15),
+    "w 1e-11, 2 days, 1 a mark": (world(2, WAN, every(495), wander=1e-11, dark_days=2), None, None, 1.4),
+    "w 1e-11, 2 days, 4 a mark": (world(2, WAN, every(1980, 4), wander=1e-11, dark_days=2), None, 0.2, 1.15),
+    "LAN, 576 s": (world(2, LAN, every(576)), 0.034, 0.026, 1.15),
+    "LAN, 8 a mark, 1024 s": (world(2, LAN, every(1024, 8)), 0.015, 0.0115, 1.15),
+    "bursts": (world(4, Queues(out=bursts(5e-3)), every(1024)), None, None, 1.4),
+    "heavy tails": (world(4, Queues(out=heavy(5e-3)), every(1024)), None, None, 1.4),
+    "one way": (world(4, Queues(back=none), every(1024)), None, None, None),
+    "other way": (world(4, Queues(out=none, back=exponential(5e-3)), every(1024)), None, None, None),
+}
+MOVES = {
+    "floor 30 ms up, 1 a mark": (Queues(moved=(168, 0.05)), 1),
+    "floor 30 ms down, 1 a mark": (Queues(0.05, moved=(168, 0.02)), 1),
+    "floor 30 ms up, 4 a mark": (Queues(moved=(168, 0.05)), 4),
+    "floor 30 ms down, 4 a mark": (Queues(0.05, moved=(168, 0.02)), 4),
+}
+# Packets for CLOCK_ERROR.  name: (world, packets by the estimator and the rule before)
+PACKETS = {
+    "30 days, w 1e-9, 10 ms": (world(30, Queues(out=exponential(2.8e-3)), asked(10e-3)), 127),
+    "30 days, w 1e-10, 10 ms": (world(30, Queues(out=exponential(2.8e-3)), asked(10e-3), wander=1e-10), 52),
+    "30 days, w 1e-9, 2 ms": (world(30, WAN, asked(2e-3)), None),
+    "30 days, w 1e-9, 1 ms": (world(30, WAN, asked(1e-3)), None),
+}
+
 
 def compare(options, seeds):
-    """-> medians of rms in s, rms / two points' (NaN if they can't be asked), rms of error/predicted, marks"""
+    """-> medians of rms in s, rms / two points' (NaN if not asked), rms of error/predicted, packets"""
     rows, start = [], options["days"] * DAY / 4  # errors are those of the last three quarters
     for seed in seeds:
         run, share = simulate(seed, **options), math.nan
         try:
             share = run.rms(start) / simulate(seed, make=TwoPoints, **options).rms(start)
-        except AttributeError:  # two points have no next_mark
+        except AttributeError:  # two points have no plan
             pass
-        rows.append((run.rms(start), share, run.ratio(start), len(run.marks)))
+        rows.append((run.rms(start), share, run.ratio(start), run.packets))
     return medians(rows)
+
+
+def compare_informed(options, seeds):
+    """-> rms of all seeds in s, rms / the informed filter's, rms of error/predicted, packets; where there are
+    days without marks, of these."""
+    start = options["days"] * DAY * (1 if options.get("dark_days") else 0.25)
+    runs = [simulate(seed, **options) for seed in seeds]
+    error = rms(run.rms(start) for run in runs)
+    informed, honesty = rms(run.informed_rms(start) for run in runs), rms(run.ratio(start) for run in runs)
+    return error, error / informed, honesty, runs[0].packets, sum(run.outside for run in runs)
+
+
+def moved(noise, exchanges, seeds, interval=1024.0, marks=8):
+    """-> ([rms in s before the floor moves, after the 1st ... mark since], most of error / predicted)"""
+    first, rows, worst = noise.moved[0] * interval, [], 0.0
+    for seed in seeds:
+        run = simulate(seed, (noise.moved[0] + marks) * interval / DAY, noise, every(interval, exchanges))
+        rows.append([run.rms(DAY, first)] + [run.rms(first + i * interval, first + (i + 1) * interval)
+                                             for i in range(marks)])
+        since = [sample for sample in run.samples if sample[0] >= first]
+        worst = max([worst] + [abs(error) / predicted for _, error, predicted, _ in since])
+    return [rms(column) for column in zip(*rows)], worst
 
 
 def wild_price(days, sigma, interval, wander, seeds):
@@ -332,41 +487,78 @@ def recovery(sigma, seeds, jump_ppm=0.0, step_sec=0.0, interval=1024.0, marks=6)
     return medians(rows)
 
 
+def bound_growth(seeds, noise=WAN, days=4):
+    """-> (ms that each side of the bound grows in 24 hours without marks, at most; times outside)"""
+    runs = [simulate(seed, days, noise, every(1024), dark_days=1) for seed in seeds]
+    grown = [run.widths[-1][1] - min(width for sec, width in run.widths if sec > (days - 0.02) * DAY)
+             for run in runs]
+    return max(grown) / 2 * 1e3, sum(run.outside for run in runs)
+
+
 def cpu_per_mark(marks=300):
-    """-> (s for a mark, s for the dearest: the last of eight that contradict everything)."""
+    """-> (s for a mark, s for the dearest of eight that contradict everything, s for a plan)."""
     rng, estimator, used = random.Random(1), Estimator(), []
     for index in range(marks + 8):
         tick_ns = (index + 1) * 10**12
         wrong_ns = rng.randrange(10**6 if index < marks else 10**18)
         start = time.process_time()
-        estimator.mark(tick_ns, EPOCH_NS + tick_ns + wrong_ns)
+        estimator.mark(tick_ns, EPOCH_NS + tick_ns + wrong_ns, 20 * 10**6 + rng.randrange(10**7))
         used.append(time.process_time() - start)
-    return statistics.median(used[:marks]), max(used[marks:])
+    start = time.process_time()
+    estimator.next_mark_plan(tick_ns, 10**7)
+    return statistics.median(used[:marks]), max(used[marks:]), time.process_time() - start
 
 
-def verdict(found, share, error, marks):
+def verdict(found, share, error, packets):
     """What a row of TABLE wants, and whether found has it."""
     wanted = [text % limit for text, limit in (("share %.2f", share), ("%.0f ms", error and error * 1e3),
-                                               ("%d marks", marks)) if limit]
-    within = all(value <= limit for value, limit in zip(found, (error, share, RATIO_MOST, marks)) if limit)
+                                               ("%d packets", packets)) if limit]
+    within = all(value <= limit for value, limit in zip(found, (error, share, RATIO_MOST, packets)) if limit)
     return "%-16s %s" % (", ".join(wanted), "reached" if within and found[2] >= RATIO_LEAST else "MISSED")
 
 
 def bench_estimator(seeds=range(20), words=()):
-    """Accuracy beside the original's two points, honesty of the predicted error, robustness, cost."""
+    """Accuracy beside the informed filter and the original's two points, honesty, packets, bound, cost."""
     def say(name, text):
         if not words or any(word in name for word in words):
             print("%-27s %s" % (name, text()), flush=True)
 
+    def informed(options, before, goal, most):
+        error, ratio, honesty, packets, outside = compare_informed(options, seeds)
+        return "%10.4f %8.3f %9.2f %7d  before %s, wanted %s: %s" % (
+            error * 1e3, ratio, honesty, packets, before or "-", goal or most or "-",
+            "reached" if (not most or ratio <= most) and RATIO_LEAST <= honesty <= RATIO_MOST and not outside
+            else "MISSED")
+
+    def movement(noise, exchanges):
+        errors, worst = moved(noise, exchanges, seeds)
+        return "ms before, after each mark: %s; error/predicted at most %.1f (wanted 4)" % (
+            " ".join("%.2f" % (error * 1e3) for error in errors), worst)
+
+    def asking(options, before):
+        error, _, honesty, packets = compare(options, seeds)
+        return "%10.4f %8s %9.2f %7d  before %s" % (error * 1e3, "", honesty, packets, before or "-")
+
     def accuracy(options, *wanted):
         found = compare(options, seeds)
-        return "%10.4f %8.3f %9.2f %6d  %s" % (found[0] * 1e3, *found[1:], verdict(found, *wanted))
+        return "%10.4f %8.3f %9.2f %7d  %s" % (found[0] * 1e3, *found[1:], verdict(found, *wanted))
 
     def recovered(sigma, change):
         return "ms before, after each mark: " + " ".join(
             "%.3f" % (value * 1e3) for value in recovery(sigma, seeds, **change))
 
-    print("%-27s %10s %8s %9s %6s  %s" % ("world", "rms ms", "share", "err/pred", "marks", "wanted at most"))
+    print("%-27s %10s %8s %9s %7s" % ("with spread", "rms ms", "/informed", "err/pred", "packets"))
+    for name, row in SPREADS.items():
+        say(name, lambda: informed(*row))
+    for name, row in MOVES.items():
+        say(name, lambda: movement(*row))
+    for name, row in PACKETS.items():
+        say(name, lambda: asking(*row))
+    say("bound", lambda: "grows by %.1f ms in a day without marks (wanted 129.6), outside %d times"
+        % bound_growth(seeds))
+    say("bound, 100 ms more one way", lambda: "grows by %.1f ms in a day without marks, outside %d times"
+        % bound_growth(seeds, Queues(asymmetry_sec=0.1)))
+    print("%-27s %10s %8s %9s %7s  %s" % ("without", "rms ms", "share", "err/pred", "packets", "wanted"))
     for name, (options, *wanted) in TABLE.items():
         say(name, lambda: accuracy(options, *wanted))
     for name, options in OTHERS.items():
@@ -377,8 +569,63 @@ def bench_estimator(seeds=range(20), words=()):
     for sigma, change in CHANGES:
         say("%g us, %s %g" % (sigma * 1e6, *next(iter(change.items()))),
             lambda: recovered(sigma, change))
-    say("CPU", lambda: "%.2f ms a mark (wanted 5), %.1f ms the dearest" % tuple(
+    say("CPU", lambda: "%.2f ms a mark (wanted 10), %.1f ms the dearest, %.1f ms a plan" % tuple(
         value * 1e3 for value in cpu_per_mark()))
+
+
+# What clockspeed's lines say: what went in, and what came out of it.
+MARK_LINE = re.compile(
+    r"mark: tick (?P<tick>\d+) ns, real (?P<real>\d+) ns, spread (?P<spread>\d+|-) ns, "
+    r"distance (?P<distance>\d+|-) ns, offset \S+ s, (?P<found>error .*)$")
+
+
+def replay(log):
+    """Feed the marks of clockspeed's log to today's estimator and bound -> (marks, [lines that differ])"""
+    estimator, bound, marks, differing = Estimator(), Bound(), 0, []
+    for line in log:
+        line = re.sub(r"^@[0-9a-f]{24} ", "", line.rstrip("\n"))
+        if line.startswith("start:"):
+            if "phase and rate of etc/state" not in line:
+                bound = Bound()
+                if "rate of etc/state" in line:
+                    estimator.forget_phase(1.0)
+                else:
+                    estimator = Estimator()
+        elif line.startswith(("suspend:", "counter:")):
+            estimator.forget_phase(0.0)
+            bound = Bound()
+        match = MARK_LINE.match(line)
+        if match:
+            spread, distance = [None if match[name] == "-" else int(match[name])
+                                for name in ("spread", "distance")]
+            found = replayed(estimator, bound, int(match["tick"]), int(match["real"]), spread, distance)
+            marks += 1
+            if found != match["found"]:
+                differing.append("%s\n    replayed: %s" % (line, found))
+    return marks, differing
+
+
+def replayed(estimator, bound, tick_ns, real_ns, spread_ns, distance_ns):
+    """What clockspeed's line of such a mark says after the offset."""
+    outcome = estimator.mark(tick_ns, real_ns, spread_ns)
+    if outcome == "used":
+        bound.mark(tick_ns, real_ns, spread_ns, distance_ns)
+    error_sec, half = "-", "-"
+    if estimator.has_phase():
+        known_ns, error_ns = estimator.real(tick_ns)
+        error_sec, within = "%.9f" % (error_ns / 1e9), bound.at(tick_ns)
+        if within:
+            half = "%.9f" % (max(within[1] - known_ns, known_ns - within[0]) / 1e9)
+    return "error %s s, bound %s s, rate %+.4f ppm, rate error %.4f ppm, %s" % (
+        error_sec, half, *estimator.rate(), outcome)
+
+
+def bench_replay(path):
+    """Each estimate in a log of clockspeed (multilog's or svlogd's file) made again from its marks."""
+    with open(path, errors="replace") as log:
+        marks, differing = replay(log)
+    print("%d marks, %d differ" % (marks, len(differing)), *differing, sep="\n")
+    return 111 if differing else 0
 
 
 # ==== clients =======================================================================================
@@ -802,9 +1049,11 @@ def main(argv):
     if argv[1:] in (["-h"], ["--help"]):
         sys.stdout.write(__doc__)
         return 0
+    if argv[1:2] == ["replay"] and len(argv) == 3:
+        return bench_replay(argv[2])
     try:
-        options, names = getopt.getopt(argv[1:], "s:")
-        seeds = range(int(dict(options).get("-s", "20")))
+        options, names = getopt.getopt(argv[1:], "s:w:")
+        seeds = range(int(dict(options).get("-s", "10")))
         if not seeds or not set(names) <= set(BENCHES):
             raise ValueError
     except (ValueError, getopt.GetoptError):
@@ -813,7 +1062,7 @@ def main(argv):
     for name in names or BENCHES:
         bench = BENCHES[name]
         print("\n== %s: %s" % (name, bench.__doc__.strip().splitlines()[0]), flush=True)
-        bench(*[seeds] * (bench is bench_estimator))
+        bench(*[seeds, [word for letter, word in options if letter == "-w"]] * (name == "estimator"))
     return 0
 
 

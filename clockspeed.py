@@ -281,7 +281,7 @@ def step_kernel(adjtimex, delta_ns):
 #
 # MODEL   A counter's rate wanders as a random walk.  A mark is real time plus noise.  With wander and noise
 #         known a Kalman filter is the best there is.  They are not known, so one filter runs for each pair of
-#         a grid, weighted by how likely it found each mark (D. T. Magill, 1965), and the answer is the mixture.
+#         a grid, weighted by how likely it found each mark (D. T. Magill, 1965); the answer is the mixture.
 #         A model that became unlikely follows the mixture, ready when its time comes.
 # PATH    A mark's spread is half the width of what its exchanges prove.  By what it is over the path's floor,
 #         the excess, real time may be off the mark, as queueing on one way or the other made it.  Queueing on
@@ -483,13 +483,14 @@ def awake(beliefs, kinds):
     return models
 
 
-# So many spreads are remembered: with more the floor is known better, but slow changes are noticed later.  The
+# So many spreads are remembered: with more the floor is known better, slow changes are noticed later.  The
 # floor has moved if a mark is under it by FAR typical excesses, or if the last three are as much over it, and
 # by more than twice what they differ among themselves.
 PATH_MARKS, FAR = 200, 4.0
 FIRST_EXCESS, FIRST_MARKS = 1 / 8, 4  # typical before there are some marks, as a share of the first spread
 TWO_WAYS, ONE_WAY = 0.8, 1.0  # least of n excesses / typical: * n^-0.5, as both queues must be empty; * n^-1
-SCALES = 1.0, 1 / 3, 0.1, 0.03, 0.01, 0.003  # a mark's variance / excess^2: heavy tails, exponential ... none
+# A mark's variance / excess^2: heavy tails, exponential ... none.
+SCALES = 1.0, 1 / 3, 0.1, 0.03, 0.003, 0.0003
 SCALE_SHARES = [0.1, 0.7, 0.1, 0.05, 0.03, 0.02]
 SCALE_SWITCH = 0.01   # chance that it changes between two marks
 
@@ -725,7 +726,8 @@ class Estimator:
         """Square of the expected error of real time in ns^2, sec after (or before) the last mark used."""
         moves = reach(self.last.real_ns, sec)
         known_var = max(dot(moves, [dot(row, moves) for row in self.cov]), 0.0)
-        return known_var + self.wander_var * abs(sec)**3 / 3 + (self.mean[LEANING] * self.path.gap())**2
+        floor_var = (self.mean[LEANING] * self.path.gap())**2 / 2   # if queueing leans, a wrong floor shifts
+        return known_var + self.wander_var * abs(sec)**3 / 3 + floor_var
 
     def _error(self, sec):
         return math.sqrt(self._var(sec))
@@ -817,7 +819,8 @@ class Estimator:
         self.forget_phase(0.0)
         beliefs = []
         for number, weight, mean, cov in self.beliefs:
-            cov = [[0.0 if RATE in (i, j) else value for j, value in enumerate(row)] for i, row in enumerate(cov)]
+            cov = [[0.0 if RATE in (i, j) else value for j, value in enumerate(row)]
+                   for i, row in enumerate(cov)]
             cov[RATE][RATE] = (rate_error_ppm * 1e3) ** 2
             beliefs.append(Belief(number, weight, [0.0, rate_ppm * 1e3] + mean[2:], cov))
         self._sum_up(beliefs)
@@ -864,10 +867,10 @@ class Estimator:
 # ---- the bound ----
 #
 # A mark proves that real time is within its spread and the server's root distance of it, however the path is.
-# ASSUMPTION  The counter's mean rate over the time to come differs from that over two days before
-#             by at most 1.1 ppm for a day, then by that times the square root of the days: a room's daily wave
-#             of 1 ppm, or four standard deviations of a rate that wanders by 1e-9 per sqrt(s).  A stretch x
-#             times as long or as short tells less: the square root of x times as much is allowed.
+# ASSUMPTION  The counter's mean rate over the time to come differs from that over a stretch of two days
+#             before by at most 1.1 ppm for a day, then by that times the square root of the days: a wave of
+#             1 ppm a day, or four standard deviations of a rate that wanders by 1e-9 per sqrt(s).  A stretch
+#             x times as long or as short tells less: the square root of x times as much is allowed.
 # Both ends of the stretch are proven ranges, which bound its mean rate.  A mark that contradicts the bound
 # shows that some server did not tell the truth, or a counter less steady than assumed: what is proven begins
 # anew with it, and twice the change is allowed from then on.
