@@ -104,7 +104,7 @@ check("nothing failed", "fatal" not in logs and "warning" not in logs)
 owners = sh("cd /usr/local/clockspeed; stat -c '%U %a' adjust etc mark;"
             " ps -o user= -C clockspeed,taiclockd,multilog,clock_adjust.sh | sort -u").split()
 check("each has its user",
-      owners == "clocksd 600 clockspeed 755 clocksd 700 clocksd clockspeed multilog".split(), " ".join(owners))
+      " ".join(owners) == "clocksd 600 clockspeed 755 clocksd 700 clocksd clockspeed multilog", str(owners))
 finish()
 END
 exit $((failures > 0))

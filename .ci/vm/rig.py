@@ -89,7 +89,7 @@ def ask(exchanges=20):
                 continue
         t2, t3 = (((stamp - (2208988800 << 32)) * 10**9) >> 32
                   for stamp in struct.unpack("!QQ", data[32:48]))
-        looks.append((abs((t4 - t1) - (t3 - t2)), tick, t4, ((t2 - t1) + (t3 - t4)) // 2))
+        looks.append((abs((t4 - t1) - (t3 - t2)), tick, t1, ((t2 - t1) + (t3 - t4)) // 2))
     return Look(*min(looks)[1:], min(looks)[0] // 2) if looks else None
 
 
