@@ -2853,9 +2853,11 @@ def contents(path):
 @pytest.fixture
 def public_tmp():
     """A directory that every user can enter: pytest's own are for one."""
+    before = os.umask(0o022)
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield pathlib.Path(name)
+    os.umask(before)
 
 
 class Daemon:
