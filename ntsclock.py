@@ -939,17 +939,9 @@ class Store:
 
 
 def open_keylog():
-    """-> (descriptor, path) of a file for the secrets of a session, in memory where that is possible."""
-    try:
-        keylog = os.memfd_create(PROGRAM)
-        path = "/proc/self/fd/%d" % keylog
-        if os.path.exists(path):
-            return keylog, path
-        os.close(keylog)
-    except (AttributeError, OSError):
-        pass
-    path = "/tmp/%s.%s" % (PROGRAM, os.urandom(16).hex())
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), path
+    """-> (descriptor, path) of a file in memory, for the secrets of a session; OSError."""
+    keylog = os.memfd_create(PROGRAM)
+    return keylog, "/proc/self/fd/%d" % keylog
 
 
 def secret_of(keylog):
@@ -970,8 +962,6 @@ def make_context(ssl, keylog_path, authorities):
     """TLS 1.3 that verifies all of a certificate but its time."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.keylog_filename = keylog_path
-    with contextlib.suppress(OSError):  # nothing is to be removed where it is in memory
-        os.unlink(keylog_path)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols([PROTOCOL])
     context.verify_flags |= NO_CHECK_TIME
@@ -1097,11 +1087,9 @@ class NtsServer(Server):
 def locate(keys, settings):
     """-> (family, address) of the NTP server, or None, as for IPv6 under -4."""
     try:
-        found = socket.getaddrinfo(keys.address, keys.ntp_port, settings.family, socket.SOCK_DGRAM, 0,
-                                   socket.AI_NUMERICHOST)
+        return look_up(keys.address, keys.ntp_port, settings.family)[0]
     except OSError:
         return None
-    return found[0][0], found[0][4]
 
 
 def find_nts_servers(settings, stored):
