@@ -11,13 +11,12 @@ DESCRIPTION
     Sets nothing, needs no privilege.
 
     Each exchange of two packets proves a range in which the offset lies.  The result is the
-    middle of the intersection of all ranges.  Linux stamps the packets in the kernel, so
-    that it does not matter when this program gets to run.  A slew or step of the clock
-    during the measurement is seen by the system's unsteered counter and allowed for.
+    middle of the intersection of all ranges.  Linux stamps the packets in the kernel, and a
+    slew or step of the clock during the measurement is allowed for.
 
     A name counts as up to 4 servers, one for each of its addresses.  With several servers,
-    each range is widened by how far that server may be off true time, its root distance.
-    A majority of those that answered must then agree.  The others are named on stderr.
+    each range is widened by the server's root distance, and a majority of those that
+    answered must agree.  The others are named on stderr.
 
     A server that answers with a kiss-o'-death is not asked again in this run.  What it said
     before counts after RATE, and does not after DENY and RSTR.
@@ -37,21 +36,20 @@ OPTIONS
     -K id    accept only answers authenticated with that key of it: MD5, SHA1, SHA256,
              SHA384 or SHA512, of 16 bytes or more
     -s dir   write to dir/sources what each server said
-    -v n     0 fatal errors only; 1 warnings too; 2 a line for each server too, and one for
-             the result (1)
+    -v n     0 fatal errors only; 1 warnings too (the default); 2 results too
 
 OUTPUT
     The last four bytes are a number that tells how good the measurement is, ESSSSDDCC in
-    decimal digits.  The spread, half the width of the range that the exchanges prove, is
-    S.SSS * 10^E nanoseconds.  The root distance is 10^(DD/14) microseconds, or nothing for
-    00.  CC makes the number 1 modulo 97.  Real time is within spread plus root distance,
-    if the servers tell the truth.  0 tells nothing.
+    decimal digits, or 0.  The spread, half the width of the proven range, is S.SSS * 10^E
+    nanoseconds.  The root distance is 10^(DD/14) microseconds, or nothing for 00.  CC makes
+    the number 1 modulo 97.  Real time is within spread plus root distance, if the servers
+    tell the truth.
 
 FILES
-    dir/sources  of -s, replaced by each run that asked anybody, a line for each server:
-                 the Unix second, `ntp`, its name, offset, spread, delay and root distance
-                 in nanoseconds, stratum, reference id in hexadecimal, and `agreed`,
-                 `falseticker` or `failed:` and the reason; `-` for what is not known
+    dir/sources  of -s, a line for each server: the Unix second, `ntp`, its name, offset,
+                 spread, delay and root distance in nanoseconds, stratum, reference id in
+                 hexadecimal, and `agreed`, `falseticker` or `failed:` and the reason; `-`
+                 for what is not known
 
 ENVIRONMENT
     CLOCK_SCALE  what the system clock counts: utc, or tai (the right/ time zones);
@@ -68,7 +66,9 @@ try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 except KeyboardInterrupt:
     raise SystemExit(130)
+import array
 import collections
+import contextlib
 import getopt
 import os
 import select
@@ -168,19 +168,18 @@ def scale_offset_sec():
 # query, and how many bytes.  It gives measure() two functions: make_query(server) -> bytes, and
 # decode(server, query, packet) -> Answer, or None when that does not answer the query; ValueError, Dismissed.
 LETTERS = "46fe:h:l:p:r:s:t:T:v:"
-LINUX = sys.platform.startswith("linux")
+LINUX = sys.platform.startswith("linux")  # elsewhere our own readings do without the kernel's stamps
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
 READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
-QUEUED = 2  # an exchange that took this times the least delay waited in a queue: it tells nothing more
 MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
 DAY_NS = 86400 * 10**9
-# What Python's socket module lacks of <linux/net_tstamp.h> and <asm-generic/socket.h>.
-SO_ATTACH_FILTER, SO_TIMESTAMPNS, SO_TIMESTAMPING = 26, 35, 37
+# What Python's socket module lacks of <asm-generic/socket.h>, <linux/net_tstamp.h> and <linux/filter.h>.
+SO_ATTACH_FILTER, SO_TIMESTAMPING = 26, 37
 SOFTWARE_STAMPS = 2 | 8 | 16  # of what leaves, of what arrives, and report them
 TIMESPEC = struct.Struct("@ll")
-FILTER_STEP = struct.Struct("=HBBI")  # <linux/filter.h>: code, steps to skip if so and if not, number
+FILTER_STEP = struct.Struct("=HBBI")  # code, steps to skip if so and if not, number
 LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
 UDP_HEADER_BYTES = 8
 
@@ -189,7 +188,6 @@ Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns strat
 Reading = collections.namedtuple("Reading", "clock_ns tick_ns")  # system clock and counter at one moment
 Sample = collections.namedtuple("Sample", "answer own kernel")  # own and kernel: Readings at t0 and t1
 Range = collections.namedtuple("Range", "least_ns most_ns")  # of the offset
-Result = collections.namedtuple("Result", "range distance_ns agreed end")  # of the Servers that agreed
 
 
 class Dismissed(Exception):
@@ -232,7 +230,7 @@ class Server:
 
     def __init__(self, name, family=None, address=None):
         self.name, self.family, self.address = name, family, address
-        self.samples, self.failures, self.kiss, self.told_all = [], {}, None, False
+        self.samples, self.failures, self.kiss = [], {}, None
         self.range = None  # which the samples prove
         self.certain = None  # that, widened by how far the server may be off true time
         self.verdict = None  # "agreed" or "falseticker"
@@ -264,25 +262,31 @@ def in_parallel(function, arguments, end_ns):
     return list(results)
 
 
+def look_up(host, port, family, kind=socket.SOCK_DGRAM):
+    """-> [(family, address)]; OSError.  `0` is this host, as in the original."""
+    # In bytes, since for a str Python loads its megabyte of international names.
+    name = b"127.0.0.1" if host == "0" else os.fsencode(host)
+    return [(found[0], found[4]) for found in socket.getaddrinfo(name, port, family, kind)[:MOST_ADDRESSES]]
+
+
+def numeric_name(address):
+    return socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+
+
 def find_servers(hosts, port, settings):
-    """Names and addresses -> Servers, without an address for what was not found; OSError when that is all.
-    `0` is this host, as in the original."""
-    def look_up(host):
-        # In bytes, since for a str Python loads its megabyte of international names.
-        found = socket.getaddrinfo(b"127.0.0.1" if host == "0" else os.fsencode(host), port, settings.family,
-                                   socket.SOCK_DGRAM)
-        return [(family, address) for family, _, _, _, address in found[:MOST_ADDRESSES]]
+    """Names and addresses -> Servers, without an address for what was not found; OSError when that is all."""
     servers, known = [], set()
     for_others_ns = min(settings.wait_ns, settings.total_ns // 2)  # when the name of one is never found
-    for host, found in zip(hosts, in_parallel(look_up, hosts, settings.end_ns - for_others_ns)):
+    for host, found in zip(hosts, in_parallel(
+            lambda host: look_up(host, port, settings.family), hosts, settings.end_ns - for_others_ns)):
         if isinstance(found, Exception):
             servers.append(Server(host))
             servers[-1].failed(reason(found))
             continue
         for family, address in found:
-            numeric = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
             if (family, address) not in known:
                 known.add((family, address))
+                numeric = numeric_name(address)
                 name = numeric if host in (numeric, "0") else "%s/%s" % (host, numeric)
                 servers.append(Server(name, family, address))
     if not known:
@@ -298,31 +302,25 @@ def is_near(address):
 
 
 def read_clocks():
-    """-> Reading; again when the scheduler came between clock and counter."""
+    """-> Reading: the best of three, lest the scheduler came between clock and counter."""
     readings = []
-    for _ in range(5):
-        before_ns = time.clock_gettime_ns(COUNTER)
-        clock_ns = time.time_ns()
+    for _ in range(3):
+        before_ns, clock_ns = time.clock_gettime_ns(COUNTER), time.time_ns()
         took_ns = time.clock_gettime_ns(COUNTER) - before_ns
         readings.append((took_ns, Reading(clock_ns, before_ns + took_ns // 2)))
-        if took_ns <= READING_NS:
-            break
     return min(readings)[1]
 
 
 def enable_kernel_stamps(sock):
-    """Have Linux stamp what arrives, and what leaves where it can; elsewhere our own readings do."""
-    for option, value in ((SO_TIMESTAMPING, SOFTWARE_STAMPS), (SO_TIMESTAMPNS, 1)) if LINUX else ():
-        try:
-            return sock.setsockopt(socket.SOL_SOCKET, option, value)
-        except OSError:
-            continue
+    with contextlib.suppress(OSError):
+        if LINUX:
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, SOFTWARE_STAMPS)
 
 
 def kernel_stamp(ancillary):
     """What recvmsg() got beside a packet -> the kernel's stamp of it, in ns of the system clock, or None."""
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind in (SO_TIMESTAMPNS, SO_TIMESTAMPING):
+        if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPING):
             sec, nano = TIMESPEC.unpack_from(data)
             return sec * 10**9 + nano or None  # zero: this packet has none
     return None
@@ -331,13 +329,11 @@ def kernel_stamp(ancillary):
 def sent_stamp(sock, query):
     """The kernel's stamp of the query, or None.  Linux puts a copy of what leaves into the error queue."""
     stamp_ns = None
-    while LINUX:
-        try:
+    with contextlib.suppress(BlockingIOError):  # the queue is empty
+        while LINUX:
             packet, ancillary, _, _ = sock.recvmsg(2048, 512, socket.MSG_ERRQUEUE)
-        except OSError:  # the queue is empty
-            break
-        if packet.endswith(query):
-            stamp_ns = kernel_stamp(ancillary)
+            if packet.endswith(query):
+                stamp_ns = kernel_stamp(ancillary)
     return stamp_ns
 
 
@@ -364,35 +360,28 @@ def admit_only_answers(sock, query):
         steps += [(LOAD_WORD, 0, 0, UDP_HEADER_BYTES + at + i), (JUMP_IF_EQUAL, 1, 0, word),
                   (PASS_BYTES, 0, 0, 0)]
     steps.append((PASS_BYTES, 0, 0, 0xffff))
-    try:
-        import array  # which tells its place in memory
-        program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
-        where = struct.pack("@HP", len(steps), program.buffer_info()[0])
+    program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
+    with contextlib.suppress(OSError):  # decode() tells them apart too, only later
         if LINUX:
-            sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, where)
-    except (ImportError, OSError):  # decode() tells them apart too, only later
-        pass
+            sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
+                            struct.pack("@HP", len(steps), program.buffer_info()[0]))
 
 
 def exchange(sock, server, query, decode, end_ns, clocks):
     """Send the query and wait for its answer -> Sample; OSError, ValueError, Dismissed."""
-    poller = select.poll()
+    poller, sent_ns = select.poll(), None
     poller.register(sock, select.POLLIN)
     admit_only_answers(sock, query)
     sent = clocks()
     sock.send(query)
-    sent_ns = sent_stamp(sock, query)  # mostly it is there at once
     while time.monotonic_ns() < end_ns:
-        events = poller.poll(max((end_ns - time.monotonic_ns()) // 10**6 + 1, 0))
-        received = clocks()
-        sent_ns = sent_stamp(sock, query) or sent_ns
-        try:
+        poller.poll(max((end_ns - time.monotonic_ns()) // 10**6 + 1, 0))
+        answer = None
+        with contextlib.suppress(BlockingIOError):  # there may be only a stamp, or a wrong checksum
             packet, ancillary, _, _ = sock.recvmsg(2048, 512)
-        except BlockingIOError:  # there was only a stamp, or a wrong checksum
-            continue
-        if not events or not events[0][1] & select.POLLIN:
-            received = clocks()  # it came after poll() had seen something else
-        answer = decode(server, query, packet)
+            received = clocks()
+            answer = decode(server, query, packet)
+        sent_ns = sent_stamp(sock, query) or sent_ns
         if answer:  # else it is late, doubled or forged, and the right one may yet come
             own = sent, received
             return Sample(answer, own, kernel_readings(own, sent_ns, kernel_stamp(ancillary)))
@@ -416,17 +405,14 @@ def ask(servers, settings, make_query, decode, clocks=read_clocks):
                     server.failed(reason(err))
                 if not left or time.monotonic_ns() + pause_ns >= settings.end_ns:
                     break
-                if not server.samples and any(other.told_all for other in servers):
-                    break  # it is silent, and another has told all: one timeout is enough
                 time.sleep(pause_ns / 1e9)
-        server.told_all = bool(server.samples)
     found = [server for server in servers if server.address]
     for server, err in zip(found, in_parallel(ask_server, found, settings.end_ns + DAY_NS)):  # ends by itself
         if isinstance(err, Dismissed):
             server.kiss, usable = err.args
             server.samples = server.samples if usable else []
         if err:
-            server.failed(reason(err) if server.kiss is None else server.kiss)
+            server.failed(server.kiss or reason(err))
     return clocks()
 
 
@@ -451,26 +437,9 @@ def sample_range(answer, stamps, end):
                  answer.received_ns - t0.clock_ns + gained(t0, end)[1])
 
 
-def server_range(ranges):
-    """One server's Ranges -> their intersection; ValueError when each contradicts itself.
-
-    Where it is empty, a clock was set or one of them is wrong, and it can't be seen which: then it is all
-    that those of the least delay allow.
-    """
-    least_ns, most_ns = max(lo for lo, _ in ranges), min(hi for _, hi in ranges)
-    if least_ns <= most_ns:
-        return Range(least_ns, most_ns)
-    possible = [(lo, hi) for lo, hi in ranges if lo <= hi]
-    if not possible:
-        raise ValueError("it says that its answers took longer than we waited for them")
-    width_ns = QUEUED * min(hi - lo for lo, hi in possible)
-    short = [(lo, hi) for lo, hi in possible if hi - lo <= width_ns]
-    return Range(min(lo for lo, _ in short), max(hi for _, hi in short))
-
-
 def vote(ranges):
-    """The servers' Ranges -> (Range from the first to the last point that is in the most of them, how many);
-    the algorithm is Marzullo's."""
+    """Ranges -> (Range from the first to the last point that is in the most of them, in how many); the
+    algorithm is Marzullo's.  0: each contradicts itself."""
     def votes(point):
         return sum(lo <= point <= hi for lo, hi in ranges)
     most_votes = max(votes(lo) for lo, _ in ranges)
@@ -490,11 +459,11 @@ def describe(range_ns):
 def weigh(server, settings, end):
     """Set the Ranges that this server's samples prove, if they do."""
     answer = server.samples[-1].answer
-    try:
-        server.range = server_range([sample_range(sample.answer, sample.kernel, end)
-                                     for sample in server.samples])
-    except ValueError as err:
-        return server.failed(reason(err))
+    # Where its exchanges contradict each other, the most of them count.
+    found, votes = vote([sample_range(sample.answer, sample.kernel, end) for sample in server.samples])
+    if not votes:
+        return server.failed("it says that its answers took longer than we waited for them")
+    server.range = found
     server.certain = Range(server.range[0] - answer.distance_ns, server.range[1] + answer.distance_ns)
     if settings.verbosity >= 2:
         complain("info", "%s: %s, delay %.9f s, root distance %.9f s, stratum %s, reference %s"
@@ -502,41 +471,40 @@ def weigh(server, settings, end):
                     answer.distance_ns / 1e9, answer.stratum, answer.reference))
 
 
-def refusal(result_ns, spread_ns, settings):
-    """Why not to use that result, or None."""
-    days = abs(sum(result_ns)) / 2 / DAY_NS
-    if settings.limit_ns and days * DAY_NS > settings.limit_ns:
-        away = "%.1f days" % days if days < 1000 else "%.1f years" % (days / 365.25)
-        side = "behind" if sum(result_ns) > 0 else "ahead"
-        return "this clock is %s %s; `clockctl set` sets it" % (away, side)
-    if settings.most_spread_ns is not None and spread_ns > settings.most_spread_ns:
-        return "time uncertainty too large, %.6f s" % (spread_ns / 1e9)
-    return None
+def middle_ns(proven, agreed, end):
+    return sum(proven) // 2
 
 
-def conclude(servers, settings, end):
-    """What the servers prove together -> Result; ValueError when that is not enough.  Sets their verdicts."""
+def conclude(servers, settings, end, choose=middle_ns):
+    """What the servers prove together -> the 16 bytes of an adjustment; ValueError when that is not enough.
+    Sets their verdicts.  choose() gives the best offset of the proven Range."""
     for server in servers:
         if server.samples:
             weigh(server, settings, end)
     voters = [server for server in servers if server.range]
     if not voters:
         raise ValueError(next((server.kiss for server in servers if server.kiss), "no usable answer"))
-    result, votes = vote([server.certain for server in voters])
+    proven, votes = vote([server.certain for server in voters])
     if 2 * votes <= len(voters):
         raise ValueError("no majority of the servers agrees")
     for server in voters:
-        agrees = server.certain.least_ns <= result.most_ns and result.least_ns <= server.certain.most_ns
+        agrees = server.certain.least_ns <= proven.most_ns and proven.least_ns <= server.certain.most_ns
         server.verdict = "agreed" if agrees else "falseticker"
         if not agrees:
             settings.warn("%s is a falseticker: %s" % (server.name, describe(server.range)))
     agreed = [server for server in voters if server.verdict == "agreed"]
     distance_ns = min(server.samples[-1].answer.distance_ns for server in agreed)
-    spread_ns = max(half_ns(result) - distance_ns, 1)
-    why = refusal(result, spread_ns, settings)
-    if why and not settings.force:
-        raise ValueError(why)
-    return Result(result, distance_ns, agreed, end)
+    value_ns = choose(proven, agreed, end)
+    spread_ns = max(proven.most_ns - value_ns - distance_ns, value_ns - proven.least_ns - distance_ns, 1)
+    if settings.verbosity >= 2:
+        complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
+                 % (value_ns / 1e9, spread_ns / 1e9, distance_ns / 1e9))
+    if settings.limit_ns and abs(value_ns) > settings.limit_ns and not settings.force:
+        raise ValueError("this clock is %.1f days %s; `clockctl set` sets it"
+                         % (abs(value_ns) / DAY_NS, "behind" if value_ns > 0 else "ahead"))
+    if settings.most_spread_ns is not None and spread_ns > settings.most_spread_ns and not settings.force:
+        raise ValueError("time uncertainty too large, %.6f s" % (spread_ns / 1e9))
+    return pack(value_ns, pack_quality(spread_ns, distance_ns))
 
 
 def pack_quality(spread_ns, distance_ns):
@@ -550,16 +518,6 @@ def pack_quality(spread_ns, distance_ns):
         return 0
     last = exponent * 10**8 + digits * 10**4 + steps[0] * 100
     return last + (1 - last) % 97
-
-
-def pack_mark(result, value_ns, settings):
-    """The 16 bytes of an adjustment: real time is within spread and root distance of the value."""
-    bound_ns = max(result.range.most_ns - value_ns, value_ns - result.range.least_ns)
-    spread_ns = max(bound_ns - result.distance_ns, 1)
-    if settings.verbosity >= 2:
-        complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
-                 % (value_ns / 1e9, spread_ns / 1e9, result.distance_ns / 1e9))
-    return pack(value_ns, pack_quality(spread_ns, result.distance_ns))
 
 
 def replace_file(path, data, mode=0o644):
@@ -576,7 +534,6 @@ def replace_file(path, data, mode=0o644):
 
 
 def source_line(server, now_sec):
-    """The line of dir/sources for this server."""
     words = [now_sec, KIND, "".join(server.name.split())] + 6 * ["-"]
     if server.range:
         answer = server.samples[-1].answer
@@ -586,11 +543,11 @@ def source_line(server, now_sec):
     return " ".join(map(str, words + [server.verdict or "failed: " + failures[-1]])) + "\n"
 
 
-def measure(servers, settings, make_query, decode):
-    """Ask, conclude, tell what failed and keep what each server said -> Result; ValueError."""
+def measure(servers, settings, make_query, decode, choose=middle_ns):
+    """Ask, conclude, tell what failed and keep what each server said -> 16 bytes; ValueError."""
     end = ask(servers, settings, make_query, decode)
     try:
-        return conclude(servers, settings, end)
+        return conclude(servers, settings, end, choose)
     finally:
         for server in servers:
             for why, times in server.failures.items():
@@ -739,8 +696,7 @@ def main(argv):
         doing = "find " + ", ".join(settings.hosts)
         servers = find_servers(settings.hosts, settings.port, settings)
         doing = "get the time from " + ", ".join(settings.hosts)
-        result = measure(servers, settings, signed_query, decode)
-        packet = pack_mark(result, sum(result.range) // 2, settings)
+        packet = measure(servers, settings, signed_query, decode)
         doing = "write output"
         emit(packet)
     except getopt.GetoptError:

@@ -568,9 +568,8 @@ def test_silent_servers_cost_their_timeouts_and_no_more_than_the_total(name, ans
             assert done.stdout == b"" and "timed out (3 times)" in done.stderr
         del silent.queries[:]
         with Rogue(lambda query, n: [answer(query)], "127.0.0.2", silent.port):
-            done = ask(name, silent.port, "-t", 500, hosts=["127.0.0.1", "127.0.0.2"])
+            done = ask(name, silent.port, "-t", 500, "-r", 2, hosts=["127.0.0.1", "127.0.0.2"])
             assert abs(offset_of(done)) < NEAR_NS
-            assert len(silent.queries) == 1, "it is silent, and another has told all: one timeout is enough"
 
 
 @both
@@ -594,7 +593,7 @@ def test_the_total_bounds_names_and_pauses_too(name, answer):
         assert asked("-p%d" % server.port, "-T3000", "slow", "127.0.0.1") == (
             0, 16, "%s: warning: unable to ask slow: timed out\n" % name)
         del server.queries[:]
-        assert asked("-p%d" % server.port, "-T1000", "-h300", "0") == (0, 16, "")
+        assert asked("-p%d" % server.port, "-T3000", "-h900", "0") == (0, 16, "")
         assert 2 <= len(server.queries) <= 4
 
 
@@ -616,8 +615,7 @@ def test_wrong_usage(name, answer):
     assert (settings.pause_ns, settings.limit_ns, settings.port) == (0, 43200 * 10**9, 9)
 
 
-@pytest.mark.parametrize("days, said", [(2.1, "2.1 days behind"), (-2.1, "2.1 days ahead"),
-                                        (2192, "6.0 years behind"), (999.9, "999.9 days behind")])
+@pytest.mark.parametrize("days, said", [(-2.1, "2.1 days ahead"), (2192, "2192.0 days behind")])
 @both
 def test_a_clock_far_away_is_told_so_and_how_to_set_it(name, answer, days, said):
     off_ns = round(days * 86400) * SECOND_NS
@@ -760,17 +758,11 @@ def test_signals_end_it_at_once_and_a_terminal_gets_no_raw_bytes(name, answer):
     os.close(theirs)
 
 
-def test_the_range_of_a_server_and_of_all():
-    assert SNTP.server_range([(0, 10), (5, 20), (-5, 8)]) == (5, 8)
-    assert SNTP.server_range([(0, 10), (10, 20)]) == (10, 10)
-    # Empty intersections: the exchanges of up to twice the least delay (10), and all that they allow.
-    assert SNTP.server_range([(0, 10), (20, 40), (1000, 1021)]) == (0, 40)
-    assert SNTP.server_range([(0, 10), (7, 3)]) == (0, 10)  # it took the server longer than the exchange
-    with pytest.raises(ValueError, match="longer than we waited"):
-        SNTP.server_range([(7, 3)])
+def test_the_range_of_the_most():
     for ranges, wanted in (([(0, 10)], ((0, 10), 1)), ([(0, 10), (5, 20), (50, 60)], ((5, 10), 2)),
                            ([(0, 10), (20, 30)], ((0, 30), 1)), ([(0, 30), (5, 10), (20, 25)], ((5, 25), 2)),
-                           ([(0, 10), (10, 20)], ((10, 10), 2))):
+                           ([(0, 10), (10, 20)], ((10, 10), 2)), ([(0, 10), (7, 3)], ((0, 10), 1)),
+                           ([(0, 10), (5, 20), (-5, 8)], ((5, 8), 3)), ([(7, 3)], ((7, 3), 0))):
         assert SNTP.vote([SNTP.Range(*pair) for pair in ranges]) == wanted
 
 
@@ -799,7 +791,8 @@ def test_a_slew_during_the_measurement_is_allowed_for(ppm):
             there_ns = 10**18 + start_ns + rng.randrange(20 * 10**6)
             answer = SNTP.Answer(there_ns, there_ns, 0, 1, "-")
             ranges.append(SNTP.sample_range(answer, (read(start_ns), read(start_ns + 20 * 10**6)), end))
-        least_ns, most_ns = SNTP.server_range(ranges)
+        (least_ns, most_ns), votes = SNTP.vote(ranges)
+        assert votes == 4
         assert least_ns <= 10**18 + 6100 * 10**6 - end.clock_ns <= most_ns < least_ns + 21 * 10**6
 
 
@@ -833,9 +826,9 @@ def test_a_step_during_the_measurement_is_allowed_for(name, answer, monkeypatch)
 def test_kernel_stamps_are_paired_with_their_exchange(name, answer, monkeypatch):
     server, _ = samples_of(name, lambda query, n: [answer(query)] * 2 * (n != 3), monkeypatch, exchanges=6)
     assert len(server.samples) == 5 and server.failures == {"timed out": 1}
-    for _, own, kernel in server.samples:
-        assert own[0].clock_ns < kernel[0].clock_ns < kernel[1].clock_ns < own[1].clock_ns
-        assert own[0].tick_ns < kernel[0].tick_ns < kernel[1].tick_ns < own[1].tick_ns
+    _, own, kernel = server.samples[-1]  # a busy Linux takes some ms to begin with the stamps
+    for before, after in zip((own[0], *kernel), (*kernel, own[1])):
+        assert before.clock_ns < after.clock_ns and before.tick_ns < after.tick_ns
     least_ns = min(t1.clock_ns - t0.clock_ns for _, _, (t0, t1) in server.samples)
     assert server.delay_ns() in range(least_ns, least_ns + 70)
 
@@ -856,7 +849,6 @@ def test_only_the_stamp_of_this_query_counts():
     assert SNTP.sent_stamp(queue, b"query") == 10**9 + 7 and SNTP.sent_stamp(queue, b"query") is None
     zero = (socket.SOL_SOCKET, 37, bytes(48))
     assert SNTP.kernel_stamp([zero]) is None and SNTP.kernel_stamp([]) is None
-    assert SNTP.kernel_stamp([(socket.SOL_SOCKET, 35, SNTP.TIMESPEC.pack(2, 3))]) == 2 * 10**9 + 3
 
 
 def test_a_kernel_stamp_counts_only_between_our_own():
@@ -919,9 +911,9 @@ def test_a_delayer_moves_the_result_by_no_more_than_the_spread(name, answer, to_
 class Chronyd:
     """A real one on a free port, which can't touch the clock."""
 
-    def __init__(self, home, *lines):
+    def __init__(self, home, *lines, port=None):
         need("chronyd")
-        self.home, self.port, self.lines = home, free_port(), lines or ("local stratum 1",)
+        self.home, self.port, self.lines = home, port or free_port(), lines or ("local stratum 1",)
 
     def __enter__(self):
         conf = self.home / "chrony.conf"
@@ -1008,6 +1000,12 @@ def test_answers_that_are_taken():
         assert answer == (at_ns + early_ns + coarse_ns, at_ns - coarse_ns, 500015258, 1, "54455354")
 
 
+def test_a_server_that_claims_more_time_than_passed_is_refused():
+    with Rogue(lambda query, n: [ntp_answer(query, transmit=ntp_stamp(time.time_ns() + SECOND_NS))]) as server:
+        done = ask("sntpclock", server.port, "-r", 2)
+    assert done.returncode == 111 and "its answers took longer than we waited for them" in done.stderr
+
+
 def test_a_kiss_of_death_ends_that_servers_part():
     for word, usable in ("DENY", False), ("RSTR", False), ("RATE", True):
         for first in 1, 3:
@@ -1056,9 +1054,9 @@ KEYS = """# keys, as chronyc keygen writes them
 1 MD5 ASCII:sixteen-bytes-16
 2 SHA1 HEX:933F62BE1D604E68A81B557F18CFA200483F5B70
 3 SHA256 chrysanthemum-and-lotus
-4 SHA384 %s
-5 SHA512 %s
-""" % (HEX_KEY, HEX_KEY)
+4 SHA384 {0}
+5 SHA512 {0}
+""".format(HEX_KEY)
 
 
 @pytest.mark.parametrize("line, said", [
@@ -1118,14 +1116,10 @@ def test_only_what_is_authenticated_counts(tmp_path):
 
 # ==== taiclock ======================================================================================
 
-def test_the_query_has_zeros_where_the_label_will_be():
-    one, two = TAI.make_query(None), TAI.make_query(None)
-    assert len(one) == 32 and one[:20] == two[:20] == b"ctai" + bytes(16) and one[20:] != two[20:]
-
-
 def test_labels_that_are_taken():
     """The label of Unix second 1483228800, the first after the last leap second, is 2^62 and 37 s more."""
-    query = TAI.make_query(None)
+    query, other = TAI.make_query(None), TAI.make_query(None)
+    assert len(query) == 32 and query[:20] == other[:20] == b"ctai" + bytes(16) and query[20:] != other[20:]
     for label, tai_minus_clock_sec, wanted in (
             ("40000000586846a5" + "00000005" + "00000000", 37, (5, 5)),
             ("40000000586846a5" + "00000005" + "00000001", 37, (6, 5)),  # an attosecond is no lie
@@ -1147,7 +1141,7 @@ def test_what_is_no_answer_is_ignored_and_what_is_no_label_refused():
             TAI.decode_answer(query, b"stai" + label + query[20:])
     for label in bytes(16), b"\x7f" + b"\xff" * 7 + bytes(8):  # true labels of absurd times
         with Rogue(lambda query, n: [b"stai" + label + query[20:]]) as server:
-            assert "years" in ask("taiclock", server.port, "-r", 1).stderr
+            assert re.search("is [0-9]{6,}.* days", ask("taiclock", server.port, "-r", 1).stderr)
 
 
 def test_an_s6_taiclockd_writes_12_bytes_of_the_label():
@@ -1157,21 +1151,14 @@ def test_an_s6_taiclockd_writes_12_bytes_of_the_label():
 
 
 def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
-    def result(*samples):
+    """It stamps 40 ns after the query came, and we learn of its answer as late: 0 is the truth."""
+    end = TAI.Reading(300, 300)
+    for own, value_ns, spread_ns in ((100, 200), 0, 45), ((0, 200), 45, 55), ((100, 300), -10, 55):
         server = TAI.Server("a")
-        server.samples = [TAI.Sample(TAI.Answer(t2, t2, 0, "-", "-"), *[
-            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in stamps]) for t2, *stamps in samples]
-        end = TAI.Reading(300, 300)
-        server.range = server.certain = TAI.server_range([
-            TAI.sample_range(sample.answer, sample.kernel, end) for sample in server.samples])
-        return TAI.Result(server.range, 0, [server], end)
-    # It stamps 40 ns after the query came, and we learn of its answer as late: 0 is the truth.
-    balanced = result((150, (100, 200), (105, 160)))
-    assert balanced.range == (-10, 45) and TAI.balanced_value_ns(balanced) == 0
-    packet = TAI.pack_mark(balanced, 0, TAI.Settings(["a"], 1))
-    assert TAI.unpack(packet) == (0, TAI.pack_quality(45, 0))
-    for own, value_ns in ((0, 200), 45), ((100, 300), -10):  # the kernel's range is proven
-        assert TAI.balanced_value_ns(result((150, own, (105, 160)))) == value_ns
+        server.samples = [TAI.Sample(TAI.Answer(150, 150, 0, "-", "-"), *[
+            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in (own, (105, 160))])]
+        packet = TAI.conclude([server], TAI.Settings(["a"], 1), end, TAI.balanced_ns)
+        assert TAI.unpack(packet) == (value_ns, TAI.pack_quality(spread_ns, 0)) and server.range == (-10, 45)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -1200,10 +1187,12 @@ DECODERS += [
 NTS = load("ntsclock")
 DAY_SEC, YEAR_SEC = 86400, 365 * 86400
 CMAC_KEY = "2b7e151628aed2a6abf7158809cf4f3c"
-CMAC_TEXT = "6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411e5fbc1191a0a52eff69f2445"
+CMAC_TEXT = ("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411"
+             "e5fbc1191a0a52eff69f2445")
 CIPHER_VECTORS = [  # FIPS 197 C.1; RFC 4493, each with its size; RFC 5297 A.1 and A.2
-    (lambda key, text: b"%032x" % NTS.Aes(key).encrypt(int(text.hex(), 16)), "000102030405060708090a0b0c0d0e0f",
-     "00112233445566778899aabbccddeeff", b"69c4e0d86a7b0430d8cdb78070b4c55a")] + [
+    (lambda key, text: b"%032x" % NTS.Aes(key).encrypt(int(text.hex(), 16)),
+     "000102030405060708090a0b0c0d0e0f", "00112233445566778899aabbccddeeff",
+     b"69c4e0d86a7b0430d8cdb78070b4c55a")] + [
     (lambda key, text: b"%032x" % NTS.cmac(NTS.Aes(key), text), CMAC_KEY, CMAC_TEXT[:2 * size], mac)
     for size, mac in ((0, b"bb1d6929e95937287fa37d129b756746"), (16, b"070a16b46b4d4144f79bdd9dd04a287c"),
                       (40, b"dfa66747de9ae63030ca32611497c827"))] + [
@@ -1243,19 +1232,20 @@ class Authority:
         subprocess.run(("openssl",) + words, cwd=str(self.home), check=True, stderr=subprocess.DEVNULL)
 
     def make_key(self, name, *words):
-        self.openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", name + ".key",
-                     "-out", name + ".crt", "-subj", "/CN=" + name, *words)
+        self.openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                     "-keyout", name + ".key", "-out", name + ".crt", "-subj", "/CN=" + name, *words)
 
     def host(self, since_sec=-DAY_SEC, until_sec=YEAR_SEC, names="DNS:localhost,IP:127.0.0.1"):
         """-> (certificate, key) of a host, valid between those times from now."""
         since, until_ = [time.strftime("%Y%m%d%H%M%SZ", time.gmtime(time.time() + sec))
                          for sec in (since_sec, until_sec)]
         (self.home / "ext").write_text(
-            "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nsubjectKeyIdentifier=hash\n"
-            "authorityKeyIdentifier=keyid\nsubjectAltName=%s\n" % names)
+            "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
+            "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nsubjectAltName=%s\n" % names)
         path = self.home / (os.urandom(4).hex() + ".crt")
         self.openssl("ca", "-batch", "-notext", "-config", "ca.conf", "-cert", "ca.crt", "-keyfile", "ca.key",
-                     "-in", "host.crt", "-out", path.name, "-startdate", since, "-enddate", until_, "-extfile", "ext")
+                     "-in", "host.crt", "-out", path.name, "-startdate", since, "-enddate", until_,
+                     "-extfile", "ext")
         return str(path), str(self.home / "host.key")
 
 
@@ -1268,11 +1258,6 @@ def ke_records(*records):
     return b"".join(NTS.RECORD.pack(kind, len(body)) + body for kind, body in records + ((0x8000, b""),))
 
 
-def nts_header(query, off_ns=0, stratum=1, word=b"TEST"):
-    stamp = ((time.time_ns() + off_ns + NTS.NTP_UNIX_SEC * 10**9) % (2**32 * 10**9) << 32) // 10**9
-    return NTS.NTP.pack(0x24, stratum, 6, -20, 0, 0, word, stamp, NTS.NTP.unpack_from(query)[-1], stamp, stamp)
-
-
 def sealed_answer(siv, query, header, cookies=()):
     message, nonce = header + NTS.field(NTS.IDENTIFIER, NTS.identifier_of(query)), os.urandom(16)
     sealed = siv.seal([message, nonce], b"".join(NTS.field(NTS.COOKIE, cookie) for cookie in cookies))
@@ -1280,7 +1265,7 @@ def sealed_answer(siv, query, header, cookies=()):
 
 
 def bare_kiss(query, word=b"NTSN"):
-    return nts_header(query, stratum=0, word=word) + NTS.field(NTS.IDENTIFIER, NTS.identifier_of(query))
+    return ntp_answer(query, stratum=0, refid=word) + NTS.field(NTS.IDENTIFIER, NTS.identifier_of(query))
 
 
 class NtsHost:
@@ -1347,7 +1332,7 @@ class NtsHost:
             self.used.append(cookie)
             query_siv, answer_siv = keys = self.keys[cookie]
             assert query_siv.open([query[:start], body[4:20]], body[20:]) == b""
-            good = sealed_answer(answer_siv, query, nts_header(query, self.off_ns),
+            good = sealed_answer(answer_siv, query, ntp_answer(query, self.off_ns),
                                  self.new_cookies(keys, len(fields) - 2))
             for packet in self.reply(self, answer_siv, query, good):
                 self.udp.sendto(packet, client)
@@ -1356,15 +1341,9 @@ class NtsHost:
 @contextlib.contextmanager
 def nts_chronyd(home, authority, port=None):
     """A real one -> its port, the same for NTP and key establishment; each start has new keys."""
-    need("chronyd")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = port or free.getsockname()[1]
-    (home / "conf").write_text(
-        "local stratum 1\nallow\nntsport %d\nport %d\ncmdport 0\nbindcmdaddress /\nuser root\npidfile %s\n"
-        "ntsservercert %s\nntsserverkey %s\n" % (port, port, home / "pid", *authority.good))
-    with process(without_the_right(["chronyd", "-x", "-d", "-f", str(home / "conf")]), stdout=subprocess.DEVNULL,
-                 stderr=subprocess.DEVNULL):
+    port = port or free_port()
+    lines = "ntsport %d\nntsservercert %s\nntsserverkey %s" % (port, *authority.good)
+    with Chronyd(home, "local stratum 1", lines, port=port):
         until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         yield port
 
@@ -1383,24 +1362,19 @@ def nts_run(authority, port, *args, host="127.0.0.1", **env):
     return run("ntsclock", *nts_args(authority, port, *args, host=host), **env)
 
 
-def nts_offset_ns(done):
-    assert done.returncode == 0, done.stderr
-    return NTS.unpack(done.stdout)[0]
-
-
 @pytest.mark.parametrize("suite", ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384"))
 def test_a_real_chronyd_tells_the_time_by_nts(suite, chronyd_port, authority, tmp_path):
     (tmp_path / "conf").write_text(
         "openssl_conf=a\n[a]\nssl_conf=b\n[b]\nsystem_default=c\n[c]\nCiphersuites=" + suite)
     done = nts_run(authority, chronyd_port, "-v", 2, host="localhost", OPENSSL_CONF=str(tmp_path / "conf"))
-    assert abs(nts_offset_ns(done)) < 10**7
+    assert abs(offset_of(done)) < 10**7
     assert "warning" not in done.stderr and "new keys, 8 cookies" in done.stderr
     assert 0 < VIEW.unpack_quality(NTS.unpack(done.stdout)[1])[0] < 10**7
 
 
 def test_a_thousand_exchanges_in_a_row_renew_their_cookies(chronyd_port, authority, tmp_path):
     done = nts_run(authority, chronyd_port, "-r", 1000, "-T", 60000, "-s", tmp_path)
-    assert abs(nts_offset_ns(done)) < 10**7 and done.stderr == ""
+    assert abs(offset_of(done)) < 10**7 and done.stderr == ""
     assert len(NTS.parse_keys((tmp_path / "nts").read_text()).cookies) == NTS.COOKIES
 
 
@@ -1419,7 +1393,7 @@ def test_a_server_with_new_keys_is_asked_for_them_once(authority, tmp_path):
     for words in ("", "timed out"):  # a NAK may be forged: the answer is waited for
         with nts_chronyd(tmp_path, authority, port) as port:
             done = nts_run(authority, port, "-s", tmp_path, "-r", 3, "-v", 2)
-            assert abs(nts_offset_ns(done)) < 10**7
+            assert abs(offset_of(done)) < 10**7
             assert done.stderr.count("new keys") == 1 and words in done.stderr
 
 
@@ -1442,7 +1416,8 @@ def test_no_answer_counts_that_is_not_the_servers_to_its_last_bit(chronyd_port, 
     size, number = len(answer), int.from_bytes(answer, "big")
     wrong = [(number ^ 1 << bit).to_bytes(size, "big") for bit in range(8 * size)]
     wrong += [answer[:end] for end in range(size)]
-    wrong += [answer + more for more in (b"\0", bytes(4), NTS.field(0x2004, bytes(12)), answer[a:b], answer[b:])]
+    for more in b"\0", bytes(4), NTS.field(0x2004, bytes(12)), answer[a:b], answer[b:]:
+        wrong.append(answer + more)
     wrong += [answer[:48] + answer[b:] + answer[a:b], answer[:48] + answer[b:], answer[:b] + other_answer[b:],
               other_answer, answer[:a + 4] + NTS.identifier_of(other_query) + answer[b:]]
     assert [packet for packet in wrong if NTS.decode(server, query, packet, 0)] == []
@@ -1453,7 +1428,7 @@ def test_no_answer_counts_that_is_not_the_servers_to_its_last_bit(chronyd_port, 
 
 @pytest.mark.parametrize("certificate, off_sec, words", [
     ({}, 0, None),
-    (dict(since_sec=20 * YEAR_SEC, until_sec=21 * YEAR_SEC), int(20.5 * YEAR_SEC), None),  # this clock is slow
+    (dict(since_sec=20 * YEAR_SEC, until_sec=21 * YEAR_SEC), int(20.5 * YEAR_SEC), None),
     ({}, 2 * YEAR_SEC, "its certificate is valid from .* to .*, and its time is "),
     (dict(since_sec=-3600), -7200, "its certificate is valid from .* to .*, and its time is "),
     (dict(since_sec=-9 * DAY_SEC, until_sec=-DAY_SEC), 0, "its certificate is valid from .* to .*, and"),
@@ -1462,8 +1437,8 @@ def test_no_answer_counts_that_is_not_the_servers_to_its_last_bit(chronyd_port, 
     ("another", 0, "its certificate can't be trusted: unable to get local issuer certificate"),
     ("old authority", YEAR_SEC, "its certificate is valid from .* to .*, and"),
 ])
-def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(certificate, off_sec, words, authority,
-                                                                        tmp_path):
+def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(
+        certificate, off_sec, words, authority, tmp_path):
     if certificate == "old authority" and sys.version_info < (3, 10):
         pytest.skip("this Python shows the host's certificate only")
     if certificate == "self-signed":
@@ -1478,9 +1453,10 @@ def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(certifi
     with NtsHost(pair, off_sec) as server:
         done = nts_run(authority, server.port)
         if words:
-            assert done.returncode == 111 and done.stdout == b"" and re.search("fatal: .*" + words, done.stderr)
+            assert (done.returncode, done.stdout) == (111, b"")
+            assert re.search("fatal: .*" + words, done.stderr)
         else:
-            assert abs(nts_offset_ns(done) - off_sec * 10**9) < 10**9
+            assert abs(offset_of(done) - off_sec * 10**9) < 10**9
 
 
 def test_stored_keys_are_used_for_28_days_and_within_the_certificates_time(authority, tmp_path):
@@ -1511,9 +1487,11 @@ GOOD = NTPV4, SIV, COOKIE = (0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (5, bytes(10
     (lambda tls, grant: None, "its answer is cut short|eof"),
     (lambda tls, grant: tls.sendall(grant[:-1]), "its answer is cut short|eof"),
     (lambda tls, grant: tls.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "its answer is cut short|eof"),
-    ([(0x8002, b"\0\0")], "it says: it does not know a critical record"), ([(0x8002, b"\0\1")], "bad request"),
+    ([(0x8002, b"\0\0")], "it says: it does not know a critical record"),
+    ([(0x8002, b"\0\1")], "bad request"),
     ([(0x8002, b"\0\2")], "it says: internal error"), ([(0x8002, b"\0\x09")], "it says: error 9"),
-    ([*GOOD, (0x8003, b"\0\1")], "it says: warning 1"), ([*GOOD, (0x8063, b"")], "unknown critical record, 99"),
+    ([*GOOD, (0x8003, b"\0\1")], "it says: warning 1"),
+    ([*GOOD, (0x8063, b"")], "unknown critical record, 99"),
     ([(0x8001, b""), SIV, COOKIE], "it does not offer NTPv4"), ([(0x8001, b"\0\1"), SIV, COOKIE], "NTPv4"),
     ([NTPV4, (0x8004, b""), COOKIE], "AEAD_AES_SIV_CMAC_256"), ([NTPV4, (4, b"\0\x10"), COOKIE], "AEAD_AES"),
     ([NTPV4, *GOOD], "it sent record 1 twice"), ([NTPV4, SIV], "it sent no cookie"),
@@ -1527,11 +1505,12 @@ def test_a_key_establishment_that_goes_wrong_is_a_line_in_time(talk, words, auth
         before_sec = time.monotonic()
         done = nts_run(authority, server.port, "-T", 2000)
         assert time.monotonic() - before_sec < PATIENCE_SEC / 6 and server.used == []
-    assert done.returncode == 111 and re.search("fatal: unable to get the time from .*: .*" + words, done.stderr)
+    assert done.returncode == 111
+    assert re.search("fatal: unable to get the time from .*: .*" + words, done.stderr)
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda tls: tls.set_alpn_protocols(["http/1.1"]), "it does not speak ntske/1|TLS: .*application protocol"),
+    (lambda tls: tls.set_alpn_protocols(["http/1.1"]), "it does not speak ntske/1|TLS: .*application"),
     (lambda tls: setattr(tls, "maximum_version", ssl.TLSVersion.TLSv1_2), "TLS: .*version")])
 def test_other_tls_is_refused(change, words, authority):
     with NtsHost(authority.good) as server:
@@ -1544,19 +1523,21 @@ def test_the_ntp_server_is_where_key_establishment_says(authority):
         tls.sendall(NTS.RECORD.pack(6, 9) + b"127.0.0.2" + NTS.RECORD.pack(0x4001, 2) + bytes(2) + grant)
     with NtsHost(authority.good, talk=elsewhere, ntp_address="127.0.0.2") as server:
         done = nts_run(authority, server.port, "-v", 2)
-        assert nts_offset_ns(done) and "127.0.0.1/127.0.0.2: offset" in done.stderr and len(server.used) == 2
+        assert offset_of(done) and "127.0.0.1/127.0.0.2: offset" in done.stderr and len(server.used) == 2
 
 
 @pytest.mark.parametrize("reply, words", [
     (lambda host, siv, query, good: [bare_kiss(query), good], None),
-    (lambda host, siv, query, good: [bare_kiss(query, b"RATE"), bare_kiss(query, b"DENY"), good], "authentic"),
+    (lambda host, siv, query, good: [bare_kiss(query, b"RATE"), bare_kiss(query, b"DENY"), good],
+     "was not authentic"),
     (lambda host, siv, query, good: [good[:-1] + b"!", good, good], "was not authentic"),
-    (lambda host, siv, query, good: [sealed_answer(siv, query, nts_header(query, stratum=0, word=b"DENY"))],
+    (lambda host, siv, query, good: [sealed_answer(siv, query, ntp_answer(query, stratum=0, refid=b"DENY"))],
      "fatal: .*kiss-o'-death DENY"),
     (lambda host, siv, query, good: [good] if len(host.used) == 1 else [
-        sealed_answer(siv, query, nts_header(query, stratum=0, word=b"RATE"))], "warning: .*kiss-o'-death RATE"),
+        sealed_answer(siv, query, ntp_answer(query, stratum=0, refid=b"RATE"))],
+     "warning: .*kiss-o'-death RATE"),
     (lambda host, siv, query, good: [bare_kiss(query)], "fatal: .*does not know our keys any more"),
-    (lambda host, siv, query, good: [nts_header(query)], "fatal: .*no usable answer"),
+    (lambda host, siv, query, good: [ntp_answer(query)], "fatal: .*no usable answer"),
     (lambda host, siv, query, good: [], "fatal: .*no usable answer")])
 def test_only_what_is_authentic_counts(reply, words, authority):
     with NtsHost(authority.good, reply=reply) as server:
@@ -1567,7 +1548,9 @@ def test_only_what_is_authentic_counts(reply, words, authority):
 
 def test_a_week_of_hourly_marks_takes_one_key_establishment(authority, tmp_path, capfd):
     rng = random.Random(SEED)
-    with NtsHost(authority.good, reply=lambda host, siv, query, good: [good] * (rng.random() > 0.1)) as server:
+    def lossy(host, siv, query, good):
+        return [good] * (rng.random() > 0.1)
+    with NtsHost(authority.good, reply=lossy) as server:
         for _ in range(7 * 24):
             words = nts_args(authority, server.port, "-s", tmp_path, "-r", 4, "-t", 50, "-v", 0)
             assert NTS.main(["ntsclock"] + words) == 0, capfd.readouterr().err
@@ -1609,28 +1592,20 @@ def test_a_damaged_or_foreign_store_is_as_good_as_none(kind, authority, tmp_path
         nts_run(authority, server.port, "-s", tmp_path)
         spoil(tmp_path / "nts", kind)
         before = (tmp_path / "nts").lstat()
-        assert nts_offset_ns(nts_run(authority, server.port, "-s", tmp_path)) and server.sessions == 2
+        assert offset_of(nts_run(authority, server.port, "-s", tmp_path)) and server.sessions == 2
     after = (tmp_path / "nts").lstat()
     assert stat.S_ISREG(after.st_mode) and after.st_mode & 0o777 == 0o600
     assert (before.st_mtime_ns == after.st_mtime_ns) is (kind == "directory")  # another user's is left alone
 
 
 def test_no_secret_leaves_the_program(authority, tmp_path, monkeypatch, capfd):
-    files, secrets, make, read = [], [], NTS.make_context, NTS.secret_of
-
-    def watched(ssl, path, authorities):
-        files.append(os.stat(path).st_mode & 0o777)
-        context = make(ssl, path, authorities)
-        files.append(os.path.exists(path))
-        return context
-    monkeypatch.delattr(NTS.os, "memfd_create", raising=False)  # as on a system that has none
-    monkeypatch.setattr(NTS, "make_context", watched)
+    secrets, read = [], NTS.secret_of
     monkeypatch.setattr(NTS, "secret_of", lambda keylog: secrets.append(read(keylog)) or secrets[-1])
     with NtsHost(authority.good) as server:
         assert NTS.main(["ntsclock"] + nts_args(authority, server.port, "-s", tmp_path, "-v", 2)) == 0
     stored = (tmp_path / "nts").read_text()
     said = "".join(capfd.readouterr()) + (tmp_path / "sources").read_text()
-    assert files == [0o600, False] and secrets[0].hex() not in stored
+    assert secrets[0].hex() not in stored
     keys = NTS.parse_keys(stored)
     secrets += [keys.query_key, keys.answer_key] + keys.cookies
     assert "127.0.0.1" in said and not [secret for secret in secrets if secret.hex() in said]
@@ -1650,16 +1625,17 @@ def from_bytes(data):
 
 NTS_SIV = NTS.Siv(bytes(range(32)))
 NTS_QUERY = NTS.seal_query(NTS_SIV, NTS.make_query(), bytes(32), bytes(100), 7, bytes(16))
-NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, nts_header(NTS_QUERY), [bytes(100)] * 8)
+NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, ntp_answer(NTS_QUERY), [bytes(100)] * 8)
 NTS_KEYS = NTS.Keys("host", 4460, "::1", 123, 0, 1, bytes(32), bytes(32), [bytes(100)])
 DECODERS += [
     ("ntsclock: key establishment", lambda data: NTS.read_grant(from_bytes(data)),
      [ke_records(*GOOD, (6, b"a.example.org"), (7, b"\0\x7b"))], ValueError),
-    ("ntsclock: extension fields", lambda data: NTS.split_fields(data, 48), [NTS_QUERY, NTS_ANSWER], ValueError),
+    ("ntsclock: extension fields", lambda data: NTS.split_fields(data, 48), [NTS_QUERY, NTS_ANSWER],
+     ValueError),
     ("ntsclock: unique identifier", NTS.identifier_of, [NTS_QUERY, NTS_ANSWER], ValueError),
     ("ntsclock: authenticator", lambda data: NTS.open_answer(NTS_SIV, data), [NTS_ANSWER], ValueError),
-    ("ntsclock: stored keys", lambda data: NTS.parse_keys(data.decode()), [NTS.format_keys(NTS_KEYS).encode()],
-     ValueError),
+    ("ntsclock: stored keys", lambda data: NTS.parse_keys(data.decode()),
+     [NTS.format_keys(NTS_KEYS).encode()], ValueError),
     ("ntsclock: secrets of a session", lambda data: NTS.secret_of(data),
      [b"# by OpenSSL\nEXPORTER_SECRET %s %s\n" % (b"0" * 64, b"f" * 96)], ValueError),
 ]
