@@ -3476,8 +3476,7 @@ def test_the_bound_is_carried_on_as_clockspeed_does():
 @pytest.mark.parametrize("text, wanted", [
     ("# only a comment, isn't it\n\n  # another", {}), ("CLOCK_IP=192.0.2.1", {"CLOCK_IP": "192.0.2.1"}),
     ('CLOCK_IP="192.0.2.1 192.0.2.2" # two\r\n', {"CLOCK_IP": "192.0.2.1 192.0.2.2"}),
-    ("CLOCK_TYPE=n't'\"p\"; CLOCK_KEY=1", {"CLOCK_TYPE": "ntp", "CLOCK_KEY": "1"}),
-    ("export CLOCK_KEY=a#b\\ c\nexport CLOCK_KEY CLOCK_IP", {"CLOCK_KEY": "a#b c"}),
+    ("\texport CLOCK_KEY=a#b #c", {"CLOCK_KEY": "a#b"}), ('CLOCK_KEY="it\'s # \'"', {"CLOCK_KEY": "it's # '"}),
     ("CLOCK_KEY=1\nCLOCK_KEY=';&|<>()'\nCLOCK_IP=", {"CLOCK_KEY": ";&|<>()", "CLOCK_IP": ""}),
 ])
 def test_shell_assignments_are_understood(text, wanted):
@@ -3486,10 +3485,9 @@ def test_shell_assignments_are_understood(text, wanted):
 
 @pytest.mark.parametrize("line, said", [(line, "not of the form") for line in (
     "CLOCK_IP=$HOME", "CLOCK_IP=`id`", "CLOCK_IP=~/a", 'CLOCK_IP="$(id)"', "CLOCK_IP=a b", "CLOCK_IP", "id",
-    "CLOCK_IP = a", "CLOCK_IP=a & id", "CLOCK_IP=a>b", "CLOCK_IP=(a)", "CLOCK_IP=a\0", "1A=b", "A-B=c", "=",
-    ". x", "if CLOCK_IP=a; then", "CLOCK_IP+=a")] + [
-    ('CLOCK_IP="a', "No closing quotation"), ("CLOCK_IP=a\\", "No escaped character"),
-    ('CLOCK_IP="a # b"', "No closing quotation"), ("LD_PRELOAD=/tmp/x", "there is no variable LD_PRELOAD"),
+    "CLOCK_IP = a", "CLOCK_IP=a & id", "CLOCK_IP=a>b", "CLOCK_IP=(a)", "CLOCK_IP=a\0", "A-B=c", "=",
+    ". x", "if CLOCK_IP=a; then", "CLOCK_IP+=a", 'CLOCK_IP="a', "CLOCK_IP='a", "CLOCK_IP=a\\", 'CLOCK_IP="a"#b')] + [
+    ("LD_PRELOAD=/tmp/x", "there is no variable LD_PRELOAD"),
     ("PATH=/tmp", "no variable PATH"), ("PYTHONPATH=/tmp", "no variable"), ("IFS=x", "no variable IFS"),
     ("CLOCK_ERR=1", "no variable CLOCK_ERR; the nearest known one is CLOCK_ERROR"),
     ("CLOCK_IPS=a", "no variable CLOCK_IPS; the nearest known one is CLOCK_IP")])
@@ -3701,11 +3699,9 @@ def test_a_status_that_says_nothing_of_now_says_why(host, changes, problem):
 def test_status_begins_with_how_far_the_clock_is_off_now(host, off_sec, said):
     """Whatever the system clock showed when clockspeed wrote it."""
     host.status(clock_off_sec=0, written_ns=a_status()["written_ns"] + round(off_sec * 1e9))
-    assert re.match(r"clock now     %s real time, ± \d+ µs\n"
-                    r"bound         real time is certainly within \S+ \S+ and \S+ \S+ of the clock\n"
-                    r"deviation     \d+ µs now; without a mark \d+ µs in an hour, .* in a day, " % said,
+    assert re.match(r"clock now     %s real time, standard deviation \d+ us\n"
+                    r"bound         real time is certainly within \S+ \S+ and \S+ \S+ of the clock\n" % said,
                     host.says("status"))
-    assert not [line for line in host.says("status", LC_ALL="C") if not line.isascii()]
 
 
 @pytest.mark.parametrize("changes, due, said", [
@@ -3721,14 +3717,13 @@ def test_status_knows_the_next_mark_from_the_loop_itself(host, changes, due, sai
 def test_now_tells_the_earliest_and_the_latest(host):
     host.status(clock_off_sec=0)
     before_ns, now, after_ns = time.time_ns(), json.loads(host.says("now", "--json")), time.time_ns()
-    assert before_ns - 6 * 10**6 < now["earliest_ns"] < now["latest_ns"] < after_ns + 5 * 10**6
-    assert now["width_ns"] == 9 * 10**6 and now["deviation_ns"] >= 10**5
-    latest = time.gmtime(now["latest_ns"] // 10**9)
-    assert now["latest"].startswith(time.strftime("%Y-%m-%dT%H:%M:%S.", latest))
+    assert now["earliest"] < now["latest"] and now["width_sec"] == 0.009 and now["deviation_sec"] >= 1e-4
+    assert all(CTL.format_utc(before_ns - 6 * 10**6) < now[each] < CTL.format_utc(after_ns + 5 * 10**6)
+               for each in ("earliest", "latest")) and CTL.format_utc(1) == "1970-01-01T00:00:00.000000001"
     assert re.fullmatch(r"earliest   \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}\nlatest     \S+\nwidth      9 ms\n"
-                        r"deviation  \d+ µs\n", host.says("now"))
+                        r"deviation  \d+ us\n", host.says("now"))
     host.status(clock_off_sec=0, scale="tai")
-    assert abs(json.loads(host.says("now", "--json"))["earliest_ns"] + 27 * 10**9 - time.time_ns()) < 10**10
+    assert CTL.format_utc(before_ns - 28 * 10**9) < json.loads(host.says("now", "--json"))["latest"] < now["latest"]
     host.status(bound=None)
     assert host.refuses("now") == "tell the time: there has been no mark yet that tells how good it is"
 
@@ -3752,7 +3747,7 @@ SOURCES = """%d ntp 192.0.2.1 -1234567 412000 20000000 210000 2 c0000201 agreed
 def test_sources_are_a_table_with_their_ages(host):
     host.write("mark/sources", SOURCES % (time.time() - 3600, time.time() - 7300, "failed: timed out\x1b[2J"))
     _, first, second = [re.sub("  +", "|", line) for line in host.says("sources").splitlines()]
-    assert first == "ntp 192.0.2.1|60 min|-1.23 ms|412 µs|20 ms|210 µs|2|c0000201|agreed"
+    assert first == "ntp 192.0.2.1|60 min|-1.23 ms|412 us|20 ms|210 us|2|c0000201|agreed"
     assert second == "nts b.example|2.03 h|-|-|-|-|-|-|failed: timed out?[2J"
     host.status()
     assert "\nsource        ntp 192.0.2.1, 60 min ago: agreed\n" in host.says("status")
@@ -3876,10 +3871,10 @@ def trying(host, monkeypatch):
 
 def test_try_shows_what_clockspeed_makes_of_the_answers(trying, capfd):
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 0
-    said = capfd.readouterr().out.replace("±", "+-").splitlines()
-    assert said[0].endswith("13 marks: rate +10.00 +- 0.01 ppm")
-    assert said[1].endswith("is off by 864 ms a day, +- 1.06 ms.")
-    assert trying.lines()[1:] == ["sntpclock:-r 1 192.0.2.9"]
+    said = capfd.readouterr().out.splitlines()
+    assert said[0].endswith("13 marks: rate +10.00 ppm, give or take 0.01")
+    assert said[1].endswith("is off by 864 ms a day.")
+    assert trying.lines()[1:] == ["sntpclock:-r 2 192.0.2.9"]
 
 
 def test_try_ends_at_a_failure_that_time_will_not_mend_with_one_line(trying, capfd):
@@ -3908,10 +3903,10 @@ def test_a_signal_ends_a_try_and_all_that_it_started(trying):
 def test_try_without_a_server_compares_the_counter_with_the_kernels_clock(monkeypatch, capfd):
     monkeypatch.setattr(CTL, "TRY_SEC", 2)
     assert CTL.main(["clockctl", "try"]) == 0
-    first, *shown, last = capfd.readouterr().out.replace("±", "+-").splitlines()
+    first, *shown, last = capfd.readouterr().out.splitlines()
     assert first.startswith("No server is asked.") and "a server would tell: clockctl try ntp:HOST" in last
     for second, line in enumerate(shown, 1):
-        assert re.fullmatch(r" %d s: the kernel's clock is off by \S+ \+- \S+ ppm" % second, line)
+        assert re.fullmatch(r" %d s: the kernel's clock is off by \S+ ppm, give or take \S+" % second, line)
 
 
 def test_real_programs_from_the_server_to_the_status(host):
@@ -3936,7 +3931,7 @@ def test_real_programs_from_the_server_to_the_status(host):
 
 DECODERS += [
     ("clockctl's configuration", lambda data: CTL.parse_assignments(os.fsdecode(data)),
-     [b"CLOCK_IP=a # b\n", b"export CLOCK_KEY='7' CLOCK_TYPE=\"ntp\"; CLOCK_IP=\n"], ValueError),
+     [b"CLOCK_IP=a # b\n", b"export CLOCK_KEY='7'\nCLOCK_TYPE=\"ntp\"\n"], ValueError),
     ("clockctl's status", CTL.parse_status, [json.dumps(a_status()).encode()], CTL.DAMAGES),
     ("clockctl's sources", CTL.parse_sources, [(SOURCES % (1, 2, "failed: timed out")).encode()], CTL.DAMAGES),
 ]
@@ -4011,7 +4006,7 @@ def viewed(words, stderr=""):
     ("adjust", ("/adjust", None), "ok", "is read"), ("adjust", ("/adjust", PermissionError()), "warn", "as root"),
     ("adjust", ("/adjust", ImportError("No module named 'termios'")), "warn", "unable to see .*'termios'"),
     ("adjust", ("/adjust", ValueError("no clockspeed reads it")), "fail", "^/adjust: no clockspeed reads it; read"),
-    ("marks", (STATUS,), "ok", "^the clock is 3 ms behind, give or take 400 µs, by 10 marks, the next one in 50 s"),
+    ("marks", (STATUS,), "ok", "^the clock is 3 ms behind, give or take 400 us, by 10 marks, the next one in 50 s"),
     ("marks", (status(offset_sec=-3599.9),), "fail", "^the clock is 60 min ahead.*clockctl set.*83.3 days"),
     ("marks", (status(offset_sec=-3599.9, next={"settling": True}),), "fail", "60 min ahead"),
     ("marks", (status(next={"settling": True}, next_mark_sec=64),), "ok", "^settling, .*by 10 marks, .*in 64 s"),
@@ -4205,14 +4200,13 @@ def test_fewer_than_three_marks_are_said_to_be_so_few(tmp_path):
 
 def test_standard_deviation_and_bound_are_two_things(tmp_path):
     conf = conf_of(tmp_path, write_log(tmp_path / "log", 200, lambda number: 1e-4 * (number % 20) - 1e-3))
-    shown = run("clockctl-graph", "--ascii", CLOCKSPEED_CONF=conf).stdout.decode("ascii").splitlines()
+    shown = run("clockctl-graph", CLOCKSPEED_CONF=conf).stdout.decode("ascii").splitlines()
     assert shown[0] == "offset, real time minus system clock; marks: 200 used"
     assert shown[1] == "* offset +900 us,  . standard deviation 50 us,  = bound 900 us"
     assert re.fullmatch(r" +01-15 08:00 +01-15 19:\d\d +01-16 06:\d\d +01-16 17:10", shown[-1])
     picture = "".join(shown[2:-2])
     assert all(glyph in picture for glyph in "*.=") and "+1 ms +" in picture
-    assert any("\u2801" <= char <= "\u28ff" for char in run(
-        "clockctl-graph", "error", CLOCKSPEED_CONF=conf, LC_ALL="C.UTF-8").stdout.decode())
+    assert run("clockctl-graph", "error", CLOCKSPEED_CONF=conf).stdout.startswith(b"standard deviation")
     assert run("clockctl-graph", "rate", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
     assert run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
     curves = [each.get("class") for each in xml.etree.ElementTree.parse(tmp_path / "x.svg").iter()
@@ -4257,7 +4251,7 @@ def test_a_curve_has_no_gaps():
     assert all(0 <= top <= bottom <= 8 for _, top, bottom in GRAPH.strokes([(0, -2), (0.5, 3), (1, -2)], 9, 9))
 
 
-@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--ascii"], ["--svg"]))
+@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"], ["--svg"]))
 def test_graph_words_that_make_no_sense_are_usage(words):
     assert run("clockctl-graph", *words).returncode == 100
 
