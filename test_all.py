@@ -3449,7 +3449,8 @@ def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
         "written_ns": now.clock_ns - age_sec * 10**9, "suspended_ns": now.suspended_ns,
         "offset_ns": offset_ns,
         "variance": [1e10, 0, 1e4, 0], "bound": a_bound(tick_ns, real_ns), "rate_ppm": 0.0,
-        "rate_error_ppm": 0.0123, "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1, "refused": 0},
+        "rate_error_ppm": 0.0123, "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1,
+            "refused": 0},
         "last_mark": {"tick_ns": tick_ns, "offset_ns": 1234567, "spread_ns": 10**6, "distance_ns": 10**5,
                       "outcome": "used"},
         "next": {"wait_sec": 700.0, "exchanges": 4, "settling": False},
@@ -3476,7 +3477,8 @@ def test_the_bound_is_carried_on_as_clockspeed_does():
 @pytest.mark.parametrize("text, wanted", [
     ("# only a comment, isn't it\n\n  # another", {}), ("CLOCK_IP=192.0.2.1", {"CLOCK_IP": "192.0.2.1"}),
     ('CLOCK_IP="192.0.2.1 192.0.2.2" # two\r\n', {"CLOCK_IP": "192.0.2.1 192.0.2.2"}),
-    ("\texport CLOCK_KEY=a#b #c", {"CLOCK_KEY": "a#b"}), ('CLOCK_KEY="it\'s # \'"', {"CLOCK_KEY": "it's # '"}),
+    ("\texport CLOCK_KEY=a#b #c", {"CLOCK_KEY": "a#b"}), ('CLOCK_KEY="it\'s # \'"',
+     {"CLOCK_KEY": "it's # '"}),
     ("CLOCK_KEY=1\nCLOCK_KEY=';&|<>()'\nCLOCK_IP=", {"CLOCK_KEY": ";&|<>()", "CLOCK_IP": ""}),
 ])
 def test_shell_assignments_are_understood(text, wanted):
@@ -3486,7 +3488,8 @@ def test_shell_assignments_are_understood(text, wanted):
 @pytest.mark.parametrize("line, said", [(line, "not of the form") for line in (
     "CLOCK_IP=$HOME", "CLOCK_IP=`id`", "CLOCK_IP=~/a", 'CLOCK_IP="$(id)"', "CLOCK_IP=a b", "CLOCK_IP", "id",
     "CLOCK_IP = a", "CLOCK_IP=a & id", "CLOCK_IP=a>b", "CLOCK_IP=(a)", "CLOCK_IP=a\0", "A-B=c", "=",
-    ". x", "if CLOCK_IP=a; then", "CLOCK_IP+=a", 'CLOCK_IP="a', "CLOCK_IP='a", "CLOCK_IP=a\\", 'CLOCK_IP="a"#b')] + [
+    ". x", "if CLOCK_IP=a; then", "CLOCK_IP+=a", 'CLOCK_IP="a', "CLOCK_IP='a", "CLOCK_IP=a\\",
+        'CLOCK_IP="a"#b')] + [
     ("LD_PRELOAD=/tmp/x", "there is no variable LD_PRELOAD"),
     ("PATH=/tmp", "no variable PATH"), ("PYTHONPATH=/tmp", "no variable"), ("IFS=x", "no variable IFS"),
     ("CLOCK_ERR=1", "no variable CLOCK_ERR; the nearest known one is CLOCK_ERROR"),
@@ -3723,7 +3726,8 @@ def test_now_tells_the_earliest_and_the_latest(host):
     assert re.fullmatch(r"earliest   \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}\nlatest     \S+\nwidth      9 ms\n"
                         r"deviation  \d+ us\n", host.says("now"))
     host.status(clock_off_sec=0, scale="tai")
-    assert CTL.format_utc(before_ns - 28 * 10**9) < json.loads(host.says("now", "--json"))["latest"] < now["latest"]
+    assert CTL.format_utc(before_ns - 28 * 10**9) < json.loads(host.says("now",
+        "--json"))["latest"] < now["latest"]
     host.status(bound=None)
     assert host.refuses("now") == "tell the time: there has been no mark yet that tells how good it is"
 
@@ -3933,7 +3937,8 @@ DECODERS += [
     ("clockctl's configuration", lambda data: CTL.parse_assignments(os.fsdecode(data)),
      [b"CLOCK_IP=a # b\n", b"export CLOCK_KEY='7'\nCLOCK_TYPE=\"ntp\"\n"], ValueError),
     ("clockctl's status", CTL.parse_status, [json.dumps(a_status()).encode()], CTL.DAMAGES),
-    ("clockctl's sources", CTL.parse_sources, [(SOURCES % (1, 2, "failed: timed out")).encode()], CTL.DAMAGES),
+    ("clockctl's sources", CTL.parse_sources, [(SOURCES % (1, 2, "failed: timed out")).encode()],
+     CTL.DAMAGES),
 ]
 
 
@@ -3964,9 +3969,12 @@ def test_one_cause_is_one_failure_and_what_follows_says_so():
 
 
 CONFIG = {"CLOCK_TYPE": "ntp", "CLOCK_IP": "192.0.2.7 192.0.2.8"}
-STATUS = {"pid": 7, "doing": "steering", "observe_only": False, "marks": {"used": 9, "doubted": 0, "refused": 1},
-          "tick_ns": 10**12, "last_mark": {"tick_ns": 9 * 10**11, "outcome": "used"}, "next": {"settling": False},
-          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "age_sec": 5, "next_mark_sec": 50}}
+STATUS = {"pid": 7, "doing": "steering", "observe_only": False, "marks": {"used": 9, "doubted": 0,
+    "refused": 1},
+          "tick_ns": 10**12, "last_mark": {"tick_ns": 9 * 10**11, "outcome": "used"},
+              "next": {"settling": False},
+          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "age_sec": 5,
+              "next_mark_sec": 50}}
 
 
 def status(**fields):
@@ -3985,7 +3993,8 @@ def viewed(words, stderr=""):
 
 @pytest.mark.parametrize("probe, arguments, level, words", [
     ("configuration", (CONFIG, True, SAID, SAID), "ok", "ntp servers: 192.0.2.7 192.0.2.8"),
-    ("configuration", ({}, True, failed("clockctl: fatal: unable to read c: line 1: no\n"), failed("")), "fail",
+    ("configuration", ({}, True, failed("clockctl: fatal: unable to read c: line 1: no\n"), failed("")),
+     "fail",
      "^unable to read c: line 1: no; correct it"),
     ("configuration", (CONFIG, True, failed("p: fatal: unable to run c: Permission denied"), SAID), "fail",
      "^clocksd can't use it: unable to run c: Permission denied; chmod"),
@@ -4000,41 +4009,51 @@ def viewed(words, stderr=""):
     ("clockspeed", (STATUS, SAID, True), "ok", "process 7, steering"),
     ("clockspeed", (status(observe_only=True), SAID, True), "warn", "only observes"),
     ("clockspeed", (status(problem="it died"), SAID, False), "fail", "it died; read its log"),
-    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), False), "fail", "is none; read"),
+    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), False), "fail",
+     "is none; read"),
     ("clockspeed", (None, failed("clockctl: fatal: unable to read s: No module named 'json'"), True), "warn",
      "it runs, but tells nothing: unable to read s: No module named 'json'"),
-    ("adjust", ("/adjust", None), "ok", "is read"), ("adjust", ("/adjust", PermissionError()), "warn", "as root"),
+    ("adjust", ("/adjust", None), "ok", "is read"), ("adjust", ("/adjust", PermissionError()), "warn",
+     "as root"),
     ("adjust", ("/adjust", ImportError("No module named 'termios'")), "warn", "unable to see .*'termios'"),
-    ("adjust", ("/adjust", ValueError("no clockspeed reads it")), "fail", "^/adjust: no clockspeed reads it; read"),
-    ("marks", (STATUS,), "ok", "^the clock is 3 ms behind, give or take 400 us, by 10 marks, the next one in 50 s"),
+    ("adjust", ("/adjust", ValueError("no clockspeed reads it")), "fail",
+     "^/adjust: no clockspeed reads it; read"),
+    ("marks", (STATUS,), "ok",
+     "^the clock is 3 ms behind, give or take 400 us, by 10 marks, the next one in 50 s"),
     ("marks", (status(offset_sec=-3599.9),), "fail", "^the clock is 60 min ahead.*clockctl set.*83.3 days"),
     ("marks", (status(offset_sec=-3599.9, next={"settling": True}),), "fail", "60 min ahead"),
-    ("marks", (status(next={"settling": True}, next_mark_sec=64),), "ok", "^settling, .*by 10 marks, .*in 64 s"),
+    ("marks", (status(next={"settling": True}, next_mark_sec=64),), "ok",
+     "^settling, .*by 10 marks, .*in 64 s"),
     ("marks", (status(offset_sec=None, last_mark=None, next={"settling": True}),), "ok",
      "^settling, none in this boot, the next one in 50 s"),
-    ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn", "none in this boot; read the log"),
+    ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn",
+     "none in this boot; read the log"),
     ("marks", (status(next_mark_sec=-601),), "warn", "the next one is late"),
     ("marks", (status(tick_ns=3 * 10**15, next_mark_sec=None),), "warn", "late"),
     ("marks", (status(last_mark={"tick_ns": 9 * 10**11, "outcome": "doubted"}),), "warn", "one was doubted"),
     ("marks", (status(problem="it died"),), "fail", "not known"), ("marks", (None,), "fail", "not known"),
-    ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok", "^this clock is 3.2 ms behind"),
+    ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok",
+     "^this clock is 3.2 ms behind"),
     ("server", (viewed("60 min ahead of ntp x, give or take 1 ms"),), "fail", "60 min ahead.*`clockctl set`"),
     ("server", (viewed("1 ms behind ntp x", "sntpclock: warning: 192.0.2.8: a falseticker\n"),), "warn ok",
      "^192.0.2.8: a falseticker; correct CLOCK_IP"),
     ("server", (failed("sntpclock: fatal: this clock is 6 years off; see `clockctl set`"),), "fail",
      "^this clock is 6 years off; see `clockctl set`; $"),
-    ("server", (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
+    ("server",
+     (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
      "fail", "^unable to ask x: no usable answer; correct"),
     ("space", disk(10**6), "ok", "3906 MB at /"), ("space", disk(2000), "warn", "only 7 MB"),
     ("space", disk(10**6, files=0), "fail", "full"), ("space", disk(200), "fail", "full"),
     ("space", disk(10**6, flags=os.ST_RDONLY), "fail", "read-only"),
-    ("rivals", ([], b"", 0), "ok", ""), ("rivals", ([("ntpd", "7")], b"", 0), "fail", "ntpd sets .* process 7; stop"),
+    ("rivals", ([], b"", 0), "ok", ""), ("rivals", ([("ntpd", "7")], b"", 0), "fail",
+     "ntpd sets .* process 7; stop"),
     ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 10000), "fail", "another program steers"),
     ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 20000), "ok", ""),
     ("scale", ("utc", "utc", None), "ok", ""), ("scale", ("tai", "tai", "utc"), "fail", "set CLOCK_SCALE"),
     ("scale", ("tai", "utc", "tai"), "warn", "take a right/ zone"),
     ("counter", ("tsc", None), "ok", "tsc"), ("counter", ("hpet", None), "warn", "slow"),
-    ("counter", ("tsc", "CLOCK_MONOTONIC"), "warn", "others steer"), ("counter", ("jiffies", None), "fail", "ms|milli"),
+    ("counter", ("tsc", "CLOCK_MONOTONIC"), "warn", "others steer"), ("counter", ("jiffies", None), "fail",
+     "ms|milli"),
 ])
 def test_a_probe_finds(probe, arguments, level, words):
     found = list(getattr(CHECK, "check_" + probe)(*arguments))
@@ -4101,11 +4120,13 @@ def test_root_looks_with_the_eyes_of_another(tmp_path):
     assert CHECK.run(["cat", str(secret)]).stdout == b"x" and not CHECK.may_use("nobody", "-r", str(secret))
     assert "Permission denied" in CHECK.complaint(CHECK.run([str(secret)], "nobody"))
     assert CHECK.may_use("nobody", "-r", str(tmp_path / "none")) and CHECK.may_use("nobody", "-r", "/")
-    assert CHECK.run(["id", "-G"], "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid).encode()]
+    assert CHECK.run(["id", "-G"],
+        "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid).encode()]
 
 
 def test_who_sets_the_clock_is_known_by_name(tmp_path):
-    for pid, (name, words) in enumerate([("chronyd", "chronyd"), ("chronyd", "chronyd -x"), ("sh", "-x"), ("ntpd", "a")]):
+    for pid, (name, words) in enumerate([("chronyd", "chronyd"), ("chronyd", "chronyd -x"), ("sh", "-x"),
+        ("ntpd", "a")]):
         (tmp_path / str(pid)).mkdir()
         (tmp_path / str(pid) / "comm").write_text(name + "\n")
         (tmp_path / str(pid) / "cmdline").write_text(words.replace(" ", "\0") + "\0")
@@ -4113,14 +4134,16 @@ def test_who_sets_the_clock_is_known_by_name(tmp_path):
 
 
 def test_check_looks_at_every_topic_once_where_nothing_is_installed(tmp_path):
-    (tmp_path / "conf").write_text("CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n" % (tmp_path, HERE))
-    done = run("clockctl-check", "--json", CLOCKSPEED_CONF=tmp_path / "conf")
-    found = {each["topic"]: each for each in json.loads(done.stdout)["findings"]}
+    (tmp_path / "conf").write_text("CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n" % (tmp_path,
+     HERE))
+    lines = run("clockctl-check", CLOCKSPEED_CONF=tmp_path / "conf").stdout.decode().splitlines()
+    found = {topic: level for level, topic in (line.partition(":")[0].split() for line in lines[:-1])}
     assert set(found) | {"space", "users"} == {
-        "configuration", "programs", "owners", "users", "services", "clockspeed", "adjust", "marks", "server", "space",
+        "configuration", "programs", "owners", "users", "services", "clockspeed", "adjust", "marks", "server",
+            "space",
         "rivals", "scale", "counter"}
-    assert [found[topic]["level"] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
-    assert [found[topic]["level"] for topic in ("adjust", "marks")] == ["warn"] * 2  # clockspeed is their cause
+    assert [found[topic] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
+    assert [found[topic] for topic in ("adjust", "marks")] == ["warn"] * 2  # clockspeed is their cause
 
 
 def test_check_counts_and_its_status_is_the_worst(tmp_path):
@@ -4129,8 +4152,7 @@ def test_check_counts_and_its_status_is_the_worst(tmp_path):
     lines = done.stdout.decode().splitlines()
     assert done.returncode == 2 and lines[0].startswith("fail  configuration: unable to read %s" % tmp_path)
     assert "line 1" in lines[0] and lines[1:] == ["0 ok, 0 warn, 1 fail"]
-    done = run("clockctl-check", "--json", CLOCKSPEED_CONF=tmp_path / "conf")
-    assert done.returncode == 2 and json.loads(done.stdout)["findings"][0]["topic"] == "configuration"
+    assert run("clockctl-check", "x").returncode == 100
     with subprocess.Popen(command_of("clockctl-check"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=dict(UTC_ENV, CLOCKSPEED_CONF=str(tmp_path / "conf"))) as process:
         process.stdout.close()  # as `check | head -0` has it
@@ -4168,7 +4190,8 @@ def test_a_mark_is_read_off_the_log(line, mark):
 def write_log(directory, count, offset=lambda number: number * 1e-6, bound="0.000900000"):
     """Marks ten minutes apart, in two of multilog's files."""
     lines = ["@%016x00000000 mark: tick 1 ns, offset %+.9f s, error 0.000050000 s, bound %s s, rate +12.%04d ppm, "
-             "rate error 0.0100 ppm, used\n" % (2**62 + 10 + 1800000000 + 600 * number, offset(number), bound, number)
+             "rate error 0.0100 ppm, used\n" % (2**62 + 10 + 1800000000 + 600 * number, offset(number), bound,
+                 number)
              for number in range(count)]
     directory.mkdir(exist_ok=True)
     (directory / ("@" + "4" * 24 + ".s")).write_text("".join(lines[:count // 2]) + LABEL + "moved: x\nrubbish\n\xff")
@@ -4220,11 +4243,13 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
         "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
 
 
-@pytest.mark.parametrize("low, high", [(-1, 1), (0, 3), (0.3, 0.6), (1.2345, 1.23451), (-7e-9, 1e-9), (0, 1e12), (5, 65)])
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 3), (0.3, 0.6), (1.2345, 1.23451), (-7e-9, 1e-9), (0,
+    1e12), (5, 65)])
 def test_ticks_are_round_some_and_differ(low, high):
     ticks = GRAPH.round_ticks(low, high)
     assert 3 <= len(ticks) <= 8 and all(low - 1e-12 <= tick <= high * (1 + 1e-12) for tick in ticks)
-    marks = [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0) for at_sec, value in enumerate((low, high, low))]
+    marks = [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0) for at_sec, value in enumerate((low, high,
+        low))]
     words = [words for _, words in GRAPH.make_chart("offset", marks).ticks]
     assert len(set(words)) == len(words) >= 2, words
 
@@ -4232,7 +4257,8 @@ def test_ticks_are_round_some_and_differ(low, high):
 def test_one_value_far_out_does_not_flatten_the_rest():
     low, high = GRAPH.value_range([3600.0] + [number * 1e-6 for number in range(50)])
     assert -1e-5 < low <= 0 and 49e-6 <= high < 1e-4
-    marks = [GRAPH.Mark("used", number, 3600 if number == 0 else 1e-6 * number, 1e-6, None, 0, 0) for number in range(50)]
+    marks = [GRAPH.Mark("used", number, 3600 if number == 0 else 1e-6 * number, 1e-6, None, 0,
+        0) for number in range(50)]
     assert GRAPH.make_chart("offset", marks).title.endswith("marks: 50 used, 1 beyond the edge")
 
 
@@ -4247,8 +4273,10 @@ def test_a_curve_has_no_gaps():
     assert columns == list(range(columns[0], columns[-1] + 1))
     for left, right in zip(columns, columns[1:]):
         assert rows[right][0] <= rows[left][1] + 1 and rows[left][0] <= rows[right][1] + 1
-    assert not list(GRAPH.strokes([(0, -2), (1, -1)], 9, 9)) and not list(GRAPH.strokes([(0, 2), (1, 3)], 9, 9))
-    assert all(0 <= top <= bottom <= 8 for _, top, bottom in GRAPH.strokes([(0, -2), (0.5, 3), (1, -2)], 9, 9))
+    assert not list(GRAPH.strokes([(0, -2), (1, -1)], 9, 9)) and not list(GRAPH.strokes([(0, 2), (1, 3)], 9,
+        9))
+    assert all(0 <= top <= bottom <= 8 for _, top, bottom in GRAPH.strokes([(0, -2), (0.5, 3), (1, -2)], 9,
+        9))
 
 
 @pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"], ["--svg"]))
@@ -4264,9 +4292,11 @@ DECODERS += [
     ("a mark in the log", lambda data: parse_line(text_of(data)),
      [(LABEL + mark + "\n").encode() for mark in (OLD_MARK, NEW_MARK)], ()),
     ("what check reads of clockctl", lambda data: (CHECK.parse_environment(CHECK.Said(0, data, "")),
-                                                   levels(CHECK.check_server(CHECK.Said(0, data, text_of(data)))),
+                                                   levels(CHECK.check_server(CHECK.Said(0, data,
+                                                       text_of(data)))),
                                                    levels(CHECK.check_rivals([], data, 0))),
-     [b"CLOCK_IP=192.0.2.1\nCLOCK_TYPE=ntp\n", b"this clock is 3 ms behind\n", b"x: warning: y: fatal: z"], ()),
+     [b"CLOCK_IP=192.0.2.1\nCLOCK_TYPE=ntp\n", b"this clock is 3 ms behind\n", b"x: warning: y: fatal: z"],
+      ()),
 ]
 
 
