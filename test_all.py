@@ -3459,6 +3459,11 @@ def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
     return dict(status, **changes)
 
 
+def test_the_variance_is_carried_on_term_by_term():
+    status = CTL.parse_status(json.dumps(a_status(variance=[1e6, 1e4, 1e2, 1])).encode())  # by 100 s
+    assert status.deviation_sec == pytest.approx(2e-6, rel=0.03)
+
+
 def a_bound(tick_ns, real_ns, early_ns=5 * 10**6, late_ns=4 * 10**6):
     return {"tick_ns": tick_ns, "earliest_ns": real_ns - early_ns, "latest_ns": real_ns + late_ns,
             "slow_ppm": 0.0, "fast_ppm": 0.0, "change_ppm": 0.0}
@@ -3955,7 +3960,8 @@ def failed(text, status=111):
 def levels(findings):
     """(level, topic)… in short, and all the words."""
     findings = list(findings)
-    return " ".join(each.level for each in findings), "\n".join(each.text + "; " + each.todo for each in findings)
+    words = "\n".join(each.text + "; " + each.todo for each in findings)
+    return " ".join(each.level for each in findings), words
 
 
 def test_one_cause_is_one_failure_and_what_follows_says_so():
@@ -4164,8 +4170,8 @@ def test_check_counts_and_its_status_is_the_worst(tmp_path):
 GRAPH = load("clockctl-graph")
 LABEL = "@400000006b49d20a075bcd15 "  # 2027-01-15 08:00:00.123456789
 OLD_MARK = "mark: offset +0.5 s, error 0.25 s, rate -3.5 ppm, rate error 0.5 ppm, used"
-NEW_MARK = ("mark: tick 5 ns, real 1800000001000000000 ns, spread 2 ns, distance - ns, offset -0.5 s, error 0.25 s, "
-            "bound 0.75 s, rate +3.5 ppm, rate error 0.5 ppm, refused")
+NEW_MARK = ("mark: tick 5 ns, real 1800000001000000000 ns, spread 2 ns, distance - ns, offset -0.5 s, "
+            "error 0.25 s, bound 0.75 s, rate +3.5 ppm, rate error 0.5 ppm, refused")
 
 
 def parse_line(line):
@@ -4189,12 +4195,13 @@ def test_a_mark_is_read_off_the_log(line, mark):
 
 def write_log(directory, count, offset=lambda number: number * 1e-6, bound="0.000900000"):
     """Marks ten minutes apart, in two of multilog's files."""
-    lines = ["@%016x00000000 mark: tick 1 ns, offset %+.9f s, error 0.000050000 s, bound %s s, rate +12.%04d ppm, "
-             "rate error 0.0100 ppm, used\n" % (2**62 + 10 + 1800000000 + 600 * number, offset(number), bound,
+    lines = ["@%016x00000000 mark: tick 1 ns, offset %+.9f s, error 0.000050000 s, bound %s s, "
+             "rate +12.%04d ppm, rate error 0.0100 ppm, used\n" % (2**62 + 10 + 1800000000 + 600 * number, offset(number), bound,
                  number)
              for number in range(count)]
     directory.mkdir(exist_ok=True)
-    (directory / ("@" + "4" * 24 + ".s")).write_text("".join(lines[:count // 2]) + LABEL + "moved: x\nrubbish\n\xff")
+    (directory / ("@" + "4" * 24 + ".s")).write_text(
+        "".join(lines[:count // 2]) + LABEL + "moved: x\nrubbish\n\xff")
     (directory / "current").write_text("".join(lines[count // 2:]))
     return str(directory)
 
