@@ -4046,7 +4046,8 @@ def viewed(words, stderr=""):
     ("server", (failed("sntpclock: fatal: this clock is 6 years off; see `clockctl set`"),), "fail",
      "^this clock is 6 years off; see `clockctl set`; $"),
     ("server",
-     (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
+     (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\n"
+             "clockctl: fatal: z"),),
      "fail", "^unable to ask x: no usable answer; correct"),
     ("space", disk(10**6), "ok", "3906 MB at /"), ("space", disk(2000), "warn", "only 7 MB"),
     ("space", disk(10**6, files=0), "fail", "full"), ("space", disk(200), "fail", "full"),
@@ -4196,8 +4197,8 @@ def test_a_mark_is_read_off_the_log(line, mark):
 def write_log(directory, count, offset=lambda number: number * 1e-6, bound="0.000900000"):
     """Marks ten minutes apart, in two of multilog's files."""
     lines = ["@%016x00000000 mark: tick 1 ns, offset %+.9f s, error 0.000050000 s, bound %s s, "
-             "rate +12.%04d ppm, rate error 0.0100 ppm, used\n" % (2**62 + 10 + 1800000000 + 600 * number, offset(number), bound,
-                 number)
+             "rate +12.%04d ppm, rate error 0.0100 ppm, used\n" % (
+                 2**62 + 10 + 1800000000 + 600 * number, offset(number), bound, number)
              for number in range(count)]
     directory.mkdir(exist_ok=True)
     (directory / ("@" + "4" * 24 + ".s")).write_text(
