@@ -3427,13 +3427,19 @@ def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
         "written_ns": now.clock_ns - age_sec * 10**9, "suspended_ns": now.suspended_ns,
         "offset_ns": offset_ns,
         "variance": [1e10, 0, 1e4, 0], "bound": a_bound(tick_ns, real_ns), "rate_ppm": 0.0,
-        "rate_error_ppm": 0.0123, "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1, "refused": 0},
+        "rate_error_ppm": 0.0123, "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1,
+            "refused": 0},
         "last_mark": {"tick_ns": tick_ns, "offset_ns": 1234567, "spread_ns": 10**6, "distance_ns": 10**5,
                       "outcome": "used"},
         "next": {"wait_sec": 700.0, "exchanges": 4, "settling": False},
         "kernel": {"freq_ppm": 12.3, "tick": 10000, "maxerror_us": 5000, "esterror_us": 100,
                    "synchronised": True}}
     return dict(status, **changes)
+
+
+def test_the_variance_is_carried_on_term_by_term():
+    status = CTL.parse_status(json.dumps(a_status(variance=[1e6, 1e4, 1e2, 1])).encode())  # by 100 s
+    assert status.deviation_sec == pytest.approx(2e-6, rel=0.03)
 
 
 def a_bound(tick_ns, real_ns, early_ns=5 * 10**6, late_ns=4 * 10**6):
@@ -3454,8 +3460,8 @@ def test_the_bound_is_carried_on_as_clockspeed_does():
 @pytest.mark.parametrize("text, wanted", [
     ("# only a comment, isn't it\n\n  # another", {}), ("CLOCK_IP=192.0.2.1", {"CLOCK_IP": "192.0.2.1"}),
     ('CLOCK_IP="192.0.2.1 192.0.2.2" # two\r\n', {"CLOCK_IP": "192.0.2.1 192.0.2.2"}),
-    ("CLOCK_TYPE=n't'\"p\"; CLOCK_KEY=1", {"CLOCK_TYPE": "ntp", "CLOCK_KEY": "1"}),
-    ("export CLOCK_KEY=a#b\\ c\nexport CLOCK_KEY CLOCK_IP", {"CLOCK_KEY": "a#b c"}),
+    ("\texport CLOCK_KEY=a#b #c", {"CLOCK_KEY": "a#b"}), ('CLOCK_KEY="it\'s # \'"',
+     {"CLOCK_KEY": "it's # '"}),
     ("CLOCK_KEY=1\nCLOCK_KEY=';&|<>()'\nCLOCK_IP=", {"CLOCK_KEY": ";&|<>()", "CLOCK_IP": ""}),
 ])
 def test_shell_assignments_are_understood(text, wanted):
@@ -3464,10 +3470,10 @@ def test_shell_assignments_are_understood(text, wanted):
 
 @pytest.mark.parametrize("line, said", [(line, "not of the form") for line in (
     "CLOCK_IP=$HOME", "CLOCK_IP=`id`", "CLOCK_IP=~/a", 'CLOCK_IP="$(id)"', "CLOCK_IP=a b", "CLOCK_IP", "id",
-    "CLOCK_IP = a", "CLOCK_IP=a & id", "CLOCK_IP=a>b", "CLOCK_IP=(a)", "CLOCK_IP=a\0", "1A=b", "A-B=c", "=",
-    ". x", "if CLOCK_IP=a; then", "CLOCK_IP+=a")] + [
-    ('CLOCK_IP="a', "No closing quotation"), ("CLOCK_IP=a\\", "No escaped character"),
-    ('CLOCK_IP="a # b"', "No closing quotation"), ("LD_PRELOAD=/tmp/x", "there is no variable LD_PRELOAD"),
+    "CLOCK_IP = a", "CLOCK_IP=a & id", "CLOCK_IP=a>b", "CLOCK_IP=(a)", "CLOCK_IP=a\0", "A-B=c", "=",
+    ". x", "if CLOCK_IP=a; then", "CLOCK_IP+=a", 'CLOCK_IP="a', "CLOCK_IP='a", "CLOCK_IP=a\\",
+        'CLOCK_IP="a"#b')] + [
+    ("LD_PRELOAD=/tmp/x", "there is no variable LD_PRELOAD"),
     ("PATH=/tmp", "no variable PATH"), ("PYTHONPATH=/tmp", "no variable"), ("IFS=x", "no variable IFS"),
     ("CLOCK_ERR=1", "no variable CLOCK_ERR; the nearest known one is CLOCK_ERROR"),
     ("CLOCK_IPS=a", "no variable CLOCK_IPS; the nearest known one is CLOCK_IP")])
@@ -3679,11 +3685,9 @@ def test_a_status_that_says_nothing_of_now_says_why(host, changes, problem):
 def test_status_begins_with_how_far_the_clock_is_off_now(host, off_sec, said):
     """Whatever the system clock showed when clockspeed wrote it."""
     host.status(clock_off_sec=0, written_ns=a_status()["written_ns"] + round(off_sec * 1e9))
-    assert re.match(r"clock now     %s real time, ± \d+ µs\n"
-                    r"bound         real time is certainly within \S+ \S+ and \S+ \S+ of the clock\n"
-                    r"deviation     \d+ µs now; without a mark \d+ µs in an hour, .* in a day, " % said,
+    assert re.match(r"clock now     %s real time, standard deviation \d+ us\n"
+                    r"bound         real time is certainly within \S+ \S+ and \S+ \S+ of the clock\n" % said,
                     host.says("status"))
-    assert not [line for line in host.says("status", LC_ALL="C") if not line.isascii()]
 
 
 @pytest.mark.parametrize("changes, due, said", [
@@ -3699,14 +3703,14 @@ def test_status_knows_the_next_mark_from_the_loop_itself(host, changes, due, sai
 def test_now_tells_the_earliest_and_the_latest(host):
     host.status(clock_off_sec=0)
     before_ns, now, after_ns = time.time_ns(), json.loads(host.says("now", "--json")), time.time_ns()
-    assert before_ns - 6 * 10**6 < now["earliest_ns"] < now["latest_ns"] < after_ns + 5 * 10**6
-    assert now["width_ns"] == 9 * 10**6 and now["deviation_ns"] >= 10**5
-    latest = time.gmtime(now["latest_ns"] // 10**9)
-    assert now["latest"].startswith(time.strftime("%Y-%m-%dT%H:%M:%S.", latest))
+    assert now["earliest"] < now["latest"] and now["width_sec"] == 0.009 and now["deviation_sec"] >= 1e-4
+    assert all(CTL.format_utc(before_ns - 6 * 10**6) < now[each] < CTL.format_utc(after_ns + 5 * 10**6)
+               for each in ("earliest", "latest")) and CTL.format_utc(1) == "1970-01-01T00:00:00.000000001"
     assert re.fullmatch(r"earliest   \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}\nlatest     \S+\nwidth      9 ms\n"
-                        r"deviation  \d+ µs\n", host.says("now"))
+                        r"deviation  \d+ us\n", host.says("now"))
     host.status(clock_off_sec=0, scale="tai")
-    assert abs(json.loads(host.says("now", "--json"))["earliest_ns"] + 27 * 10**9 - time.time_ns()) < 10**10
+    assert CTL.format_utc(before_ns - 28 * 10**9) < json.loads(host.says("now",
+        "--json"))["latest"] < now["latest"]
     host.status(bound=None)
     assert host.refuses("now") == "tell the time: there has been no mark yet that tells how good it is"
 
@@ -3730,7 +3734,7 @@ SOURCES = """%d ntp 192.0.2.1 -1234567 412000 20000000 210000 2 c0000201 agreed
 def test_sources_are_a_table_with_their_ages(host):
     host.write("mark/sources", SOURCES % (time.time() - 3600, time.time() - 7300, "failed: timed out\x1b[2J"))
     _, first, second = [re.sub("  +", "|", line) for line in host.says("sources").splitlines()]
-    assert first == "ntp 192.0.2.1|60 min|-1.23 ms|412 µs|20 ms|210 µs|2|c0000201|agreed"
+    assert first == "ntp 192.0.2.1|60 min|-1.23 ms|412 us|20 ms|210 us|2|c0000201|agreed"
     assert second == "nts b.example|2.03 h|-|-|-|-|-|-|failed: timed out?[2J"
     host.status()
     assert "\nsource        ntp 192.0.2.1, 60 min ago: agreed\n" in host.says("status")
@@ -3854,10 +3858,10 @@ def trying(host, monkeypatch):
 
 def test_try_shows_what_clockspeed_makes_of_the_answers(trying, capfd):
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 0
-    said = capfd.readouterr().out.replace("±", "+-").splitlines()
-    assert said[0].endswith("13 marks: rate +10.00 +- 0.01 ppm")
-    assert said[1].endswith("is off by 864 ms a day, +- 1.06 ms.")
-    assert trying.lines()[1:] == ["sntpclock:-r 1 192.0.2.9"]
+    said = capfd.readouterr().out.splitlines()
+    assert said[0].endswith("13 marks: rate +10.00 ppm, give or take 0.01")
+    assert said[1].endswith("is off by 864 ms a day.")
+    assert trying.lines()[1:] == ["sntpclock:-r 2 192.0.2.9"]
 
 
 def test_try_ends_at_a_failure_that_time_will_not_mend_with_one_line(trying, capfd):
@@ -3886,10 +3890,10 @@ def test_a_signal_ends_a_try_and_all_that_it_started(trying):
 def test_try_without_a_server_compares_the_counter_with_the_kernels_clock(monkeypatch, capfd):
     monkeypatch.setattr(CTL, "TRY_SEC", 2)
     assert CTL.main(["clockctl", "try"]) == 0
-    first, *shown, last = capfd.readouterr().out.replace("±", "+-").splitlines()
+    first, *shown, last = capfd.readouterr().out.splitlines()
     assert first.startswith("No server is asked.") and "a server would tell: clockctl try ntp:HOST" in last
     for second, line in enumerate(shown, 1):
-        assert re.fullmatch(r" %d s: the kernel's clock is off by \S+ \+- \S+ ppm" % second, line)
+        assert re.fullmatch(r" %d s: the kernel's clock is off by \S+ ppm, give or take \S+" % second, line)
 
 
 def test_real_programs_from_the_server_to_the_status(host):
@@ -3914,9 +3918,10 @@ def test_real_programs_from_the_server_to_the_status(host):
 
 DECODERS += [
     ("clockctl's configuration", lambda data: CTL.parse_assignments(os.fsdecode(data)),
-     [b"CLOCK_IP=a # b\n", b"export CLOCK_KEY='7' CLOCK_TYPE=\"ntp\"; CLOCK_IP=\n"], ValueError),
+     [b"CLOCK_IP=a # b\n", b"export CLOCK_KEY='7'\nCLOCK_TYPE=\"ntp\"\n"], ValueError),
     ("clockctl's status", CTL.parse_status, [json.dumps(a_status()).encode()], CTL.DAMAGES),
-    ("clockctl's sources", CTL.parse_sources, [(SOURCES % (1, 2, "failed: timed out")).encode()], CTL.DAMAGES),
+    ("clockctl's sources", CTL.parse_sources, [(SOURCES % (1, 2, "failed: timed out")).encode()],
+     CTL.DAMAGES),
 ]
 
 
@@ -3933,7 +3938,8 @@ def failed(text, status=111):
 def levels(findings):
     """(level, topic)… in short, and all the words."""
     findings = list(findings)
-    return " ".join(each.level for each in findings), "\n".join(each.text + "; " + each.todo for each in findings)
+    words = "\n".join(each.text + "; " + each.todo for each in findings)
+    return " ".join(each.level for each in findings), words
 
 
 def test_one_cause_is_one_failure_and_what_follows_says_so():
@@ -3947,9 +3953,12 @@ def test_one_cause_is_one_failure_and_what_follows_says_so():
 
 
 CONFIG = {"CLOCK_TYPE": "ntp", "CLOCK_IP": "192.0.2.7 192.0.2.8"}
-STATUS = {"pid": 7, "doing": "steering", "observe_only": False, "marks": {"used": 9, "doubted": 0, "refused": 1},
-          "tick_ns": 10**12, "last_mark": {"tick_ns": 9 * 10**11, "outcome": "used"}, "next": {"settling": False},
-          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "age_sec": 5, "next_mark_sec": 50}}
+STATUS = {"pid": 7, "doing": "steering", "observe_only": False, "marks": {"used": 9, "doubted": 0,
+    "refused": 1},
+          "tick_ns": 10**12, "last_mark": {"tick_ns": 9 * 10**11, "outcome": "used"},
+              "next": {"settling": False},
+          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "age_sec": 5,
+              "next_mark_sec": 50}}
 
 
 def status(**fields):
@@ -3968,7 +3977,8 @@ def viewed(words, stderr=""):
 
 @pytest.mark.parametrize("probe, arguments, level, words", [
     ("configuration", (CONFIG, True, SAID, SAID), "ok", "ntp servers: 192.0.2.7 192.0.2.8"),
-    ("configuration", ({}, True, failed("clockctl: fatal: unable to read c: line 1: no\n"), failed("")), "fail",
+    ("configuration", ({}, True, failed("clockctl: fatal: unable to read c: line 1: no\n"), failed("")),
+     "fail",
      "^unable to read c: line 1: no; correct it"),
     ("configuration", (CONFIG, True, failed("p: fatal: unable to run c: Permission denied"), SAID), "fail",
      "^clocksd can't use it: unable to run c: Permission denied; chmod"),
@@ -3983,41 +3993,52 @@ def viewed(words, stderr=""):
     ("clockspeed", (STATUS, SAID, True), "ok", "process 7, steering"),
     ("clockspeed", (status(observe_only=True), SAID, True), "warn", "only observes"),
     ("clockspeed", (status(problem="it died"), SAID, False), "fail", "it died; read its log"),
-    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), False), "fail", "is none; read"),
+    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), False), "fail",
+     "is none; read"),
     ("clockspeed", (None, failed("clockctl: fatal: unable to read s: No module named 'json'"), True), "warn",
      "it runs, but tells nothing: unable to read s: No module named 'json'"),
-    ("adjust", ("/adjust", None), "ok", "is read"), ("adjust", ("/adjust", PermissionError()), "warn", "as root"),
+    ("adjust", ("/adjust", None), "ok", "is read"), ("adjust", ("/adjust", PermissionError()), "warn",
+     "as root"),
     ("adjust", ("/adjust", ImportError("No module named 'termios'")), "warn", "unable to see .*'termios'"),
-    ("adjust", ("/adjust", ValueError("no clockspeed reads it")), "fail", "^/adjust: no clockspeed reads it; read"),
-    ("marks", (STATUS,), "ok", "^the clock is 3 ms behind, give or take 400 µs, by 10 marks, the next one in 50 s"),
+    ("adjust", ("/adjust", ValueError("no clockspeed reads it")), "fail",
+     "^/adjust: no clockspeed reads it; read"),
+    ("marks", (STATUS,), "ok",
+     "^the clock is 3 ms behind, give or take 400 us, by 10 marks, the next one in 50 s"),
     ("marks", (status(offset_sec=-3599.9),), "fail", "^the clock is 60 min ahead.*clockctl set.*83.3 days"),
     ("marks", (status(offset_sec=-3599.9, next={"settling": True}),), "fail", "60 min ahead"),
-    ("marks", (status(next={"settling": True}, next_mark_sec=64),), "ok", "^settling, .*by 10 marks, .*in 64 s"),
+    ("marks", (status(next={"settling": True}, next_mark_sec=64),), "ok",
+     "^settling, .*by 10 marks, .*in 64 s"),
     ("marks", (status(offset_sec=None, last_mark=None, next={"settling": True}),), "ok",
      "^settling, none in this boot, the next one in 50 s"),
-    ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn", "none in this boot; read the log"),
+    ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn",
+     "none in this boot; read the log"),
     ("marks", (status(next_mark_sec=-601),), "warn", "the next one is late"),
     ("marks", (status(tick_ns=3 * 10**15, next_mark_sec=None),), "warn", "late"),
     ("marks", (status(last_mark={"tick_ns": 9 * 10**11, "outcome": "doubted"}),), "warn", "one was doubted"),
     ("marks", (status(problem="it died"),), "fail", "not known"), ("marks", (None,), "fail", "not known"),
-    ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok", "^this clock is 3.2 ms behind"),
+    ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok",
+     "^this clock is 3.2 ms behind"),
     ("server", (viewed("60 min ahead of ntp x, give or take 1 ms"),), "fail", "60 min ahead.*`clockctl set`"),
     ("server", (viewed("1 ms behind ntp x", "sntpclock: warning: 192.0.2.8: a falseticker\n"),), "warn ok",
      "^192.0.2.8: a falseticker; correct CLOCK_IP"),
     ("server", (failed("sntpclock: fatal: this clock is 6 years off; see `clockctl set`"),), "fail",
      "^this clock is 6 years off; see `clockctl set`; $"),
-    ("server", (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
+    ("server",
+     (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\n"
+             "clockctl: fatal: z"),),
      "fail", "^unable to ask x: no usable answer; correct"),
     ("space", disk(10**6), "ok", "3906 MB at /"), ("space", disk(2000), "warn", "only 7 MB"),
     ("space", disk(10**6, files=0), "fail", "full"), ("space", disk(200), "fail", "full"),
     ("space", disk(10**6, flags=os.ST_RDONLY), "fail", "read-only"),
-    ("rivals", ([], b"", 0), "ok", ""), ("rivals", ([("ntpd", "7")], b"", 0), "fail", "ntpd sets .* process 7; stop"),
+    ("rivals", ([], b"", 0), "ok", ""), ("rivals", ([("ntpd", "7")], b"", 0), "fail",
+     "ntpd sets .* process 7; stop"),
     ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 10000), "fail", "another program steers"),
     ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 20000), "ok", ""),
     ("scale", ("utc", "utc", None), "ok", ""), ("scale", ("tai", "tai", "utc"), "fail", "set CLOCK_SCALE"),
     ("scale", ("tai", "utc", "tai"), "warn", "take a right/ zone"),
     ("counter", ("tsc", None), "ok", "tsc"), ("counter", ("hpet", None), "warn", "slow"),
-    ("counter", ("tsc", "CLOCK_MONOTONIC"), "warn", "others steer"), ("counter", ("jiffies", None), "fail", "ms|milli"),
+    ("counter", ("tsc", "CLOCK_MONOTONIC"), "warn", "others steer"), ("counter", ("jiffies", None), "fail",
+     "ms|milli"),
 ])
 def test_a_probe_finds(probe, arguments, level, words):
     found = list(getattr(CHECK, "check_" + probe)(*arguments))
@@ -4084,11 +4105,13 @@ def test_root_looks_with_the_eyes_of_another(tmp_path):
     assert CHECK.run(["cat", str(secret)]).stdout == b"x" and not CHECK.may_use("nobody", "-r", str(secret))
     assert "Permission denied" in CHECK.complaint(CHECK.run([str(secret)], "nobody"))
     assert CHECK.may_use("nobody", "-r", str(tmp_path / "none")) and CHECK.may_use("nobody", "-r", "/")
-    assert CHECK.run(["id", "-G"], "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid).encode()]
+    assert CHECK.run(["id", "-G"],
+        "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid).encode()]
 
 
 def test_who_sets_the_clock_is_known_by_name(tmp_path):
-    for pid, (name, words) in enumerate([("chronyd", "chronyd"), ("chronyd", "chronyd -x"), ("sh", "-x"), ("ntpd", "a")]):
+    for pid, (name, words) in enumerate([("chronyd", "chronyd"), ("chronyd", "chronyd -x"), ("sh", "-x"),
+        ("ntpd", "a")]):
         (tmp_path / str(pid)).mkdir()
         (tmp_path / str(pid) / "comm").write_text(name + "\n")
         (tmp_path / str(pid) / "cmdline").write_text(words.replace(" ", "\0") + "\0")
@@ -4096,14 +4119,16 @@ def test_who_sets_the_clock_is_known_by_name(tmp_path):
 
 
 def test_check_looks_at_every_topic_once_where_nothing_is_installed(tmp_path):
-    (tmp_path / "conf").write_text("CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n" % (tmp_path, HERE))
-    done = run("clockctl-check", "--json", CLOCKSPEED_CONF=tmp_path / "conf")
-    found = {each["topic"]: each for each in json.loads(done.stdout)["findings"]}
+    (tmp_path / "conf").write_text("CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n" % (tmp_path,
+     HERE))
+    lines = run("clockctl-check", CLOCKSPEED_CONF=tmp_path / "conf").stdout.decode().splitlines()
+    found = {topic: level for level, topic in (line.partition(":")[0].split() for line in lines[:-1])}
     assert set(found) | {"space", "users"} == {
-        "configuration", "programs", "owners", "users", "services", "clockspeed", "adjust", "marks", "server", "space",
+        "configuration", "programs", "owners", "users", "services", "clockspeed", "adjust", "marks", "server",
+            "space",
         "rivals", "scale", "counter"}
-    assert [found[topic]["level"] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
-    assert [found[topic]["level"] for topic in ("adjust", "marks")] == ["warn"] * 2  # clockspeed is their cause
+    assert [found[topic] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
+    assert [found[topic] for topic in ("adjust", "marks")] == ["warn"] * 2  # clockspeed is their cause
 
 
 def test_check_counts_and_its_status_is_the_worst(tmp_path):
@@ -4112,8 +4137,7 @@ def test_check_counts_and_its_status_is_the_worst(tmp_path):
     lines = done.stdout.decode().splitlines()
     assert done.returncode == 2 and lines[0].startswith("fail  configuration: unable to read %s" % tmp_path)
     assert "line 1" in lines[0] and lines[1:] == ["0 ok, 0 warn, 1 fail"]
-    done = run("clockctl-check", "--json", CLOCKSPEED_CONF=tmp_path / "conf")
-    assert done.returncode == 2 and json.loads(done.stdout)["findings"][0]["topic"] == "configuration"
+    assert run("clockctl-check", "x").returncode == 100
     with subprocess.Popen(command_of("clockctl-check"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=dict(UTC_ENV, CLOCKSPEED_CONF=str(tmp_path / "conf"))) as process:
         process.stdout.close()  # as `check | head -0` has it
@@ -4125,8 +4149,8 @@ def test_check_counts_and_its_status_is_the_worst(tmp_path):
 GRAPH = load("clockctl-graph")
 LABEL = "@400000006b49d20a075bcd15 "  # 2027-01-15 08:00:00.123456789
 OLD_MARK = "mark: offset +0.5 s, error 0.25 s, rate -3.5 ppm, rate error 0.5 ppm, used"
-NEW_MARK = ("mark: tick 5 ns, real 1800000001000000000 ns, spread 2 ns, distance - ns, offset -0.5 s, error 0.25 s, "
-            "bound 0.75 s, rate +3.5 ppm, rate error 0.5 ppm, refused")
+NEW_MARK = ("mark: tick 5 ns, real 1800000001000000000 ns, spread 2 ns, distance - ns, offset -0.5 s, "
+            "error 0.25 s, bound 0.75 s, rate +3.5 ppm, rate error 0.5 ppm, refused")
 
 
 def parse_line(line):
@@ -4150,11 +4174,13 @@ def test_a_mark_is_read_off_the_log(line, mark):
 
 def write_log(directory, count, offset=lambda number: number * 1e-6, bound="0.000900000"):
     """Marks ten minutes apart, in two of multilog's files."""
-    lines = ["@%016x00000000 mark: tick 1 ns, offset %+.9f s, error 0.000050000 s, bound %s s, rate +12.%04d ppm, "
-             "rate error 0.0100 ppm, used\n" % (2**62 + 10 + 1800000000 + 600 * number, offset(number), bound, number)
+    lines = ["@%016x00000000 mark: tick 1 ns, offset %+.9f s, error 0.000050000 s, bound %s s, "
+             "rate +12.%04d ppm, rate error 0.0100 ppm, used\n" % (
+                 2**62 + 10 + 1800000000 + 600 * number, offset(number), bound, number)
              for number in range(count)]
     directory.mkdir(exist_ok=True)
-    (directory / ("@" + "4" * 24 + ".s")).write_text("".join(lines[:count // 2]) + LABEL + "moved: x\nrubbish\n\xff")
+    (directory / ("@" + "4" * 24 + ".s")).write_text(
+        "".join(lines[:count // 2]) + LABEL + "moved: x\nrubbish\n\xff")
     (directory / "current").write_text("".join(lines[count // 2:]))
     return str(directory)
 
@@ -4183,14 +4209,13 @@ def test_fewer_than_three_marks_are_said_to_be_so_few(tmp_path):
 
 def test_standard_deviation_and_bound_are_two_things(tmp_path):
     conf = conf_of(tmp_path, write_log(tmp_path / "log", 200, lambda number: 1e-4 * (number % 20) - 1e-3))
-    shown = run("clockctl-graph", "--ascii", CLOCKSPEED_CONF=conf).stdout.decode("ascii").splitlines()
+    shown = run("clockctl-graph", CLOCKSPEED_CONF=conf).stdout.decode("ascii").splitlines()
     assert shown[0] == "offset, real time minus system clock; marks: 200 used"
     assert shown[1] == "* offset +900 us,  . standard deviation 50 us,  = bound 900 us"
     assert re.fullmatch(r" +01-15 08:00 +01-15 19:\d\d +01-16 06:\d\d +01-16 17:10", shown[-1])
     picture = "".join(shown[2:-2])
     assert all(glyph in picture for glyph in "*.=") and "+1 ms +" in picture
-    assert any("\u2801" <= char <= "\u28ff" for char in run(
-        "clockctl-graph", "error", CLOCKSPEED_CONF=conf, LC_ALL="C.UTF-8").stdout.decode())
+    assert run("clockctl-graph", "error", CLOCKSPEED_CONF=conf).stdout.startswith(b"standard deviation")
     assert run("clockctl-graph", "rate", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
     assert run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
     curves = [each.get("class") for each in xml.etree.ElementTree.parse(tmp_path / "x.svg").iter()
@@ -4204,11 +4229,13 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
         "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
 
 
-@pytest.mark.parametrize("low, high", [(-1, 1), (0, 3), (0.3, 0.6), (1.2345, 1.23451), (-7e-9, 1e-9), (0, 1e12), (5, 65)])
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 3), (0.3, 0.6), (1.2345, 1.23451), (-7e-9, 1e-9), (0,
+    1e12), (5, 65)])
 def test_ticks_are_round_some_and_differ(low, high):
     ticks = GRAPH.round_ticks(low, high)
     assert 3 <= len(ticks) <= 8 and all(low - 1e-12 <= tick <= high * (1 + 1e-12) for tick in ticks)
-    marks = [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0) for at_sec, value in enumerate((low, high, low))]
+    marks = [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0) for at_sec, value in enumerate((low, high,
+        low))]
     words = [words for _, words in GRAPH.make_chart("offset", marks).ticks]
     assert len(set(words)) == len(words) >= 2, words
 
@@ -4216,7 +4243,8 @@ def test_ticks_are_round_some_and_differ(low, high):
 def test_one_value_far_out_does_not_flatten_the_rest():
     low, high = GRAPH.value_range([3600.0] + [number * 1e-6 for number in range(50)])
     assert -1e-5 < low <= 0 and 49e-6 <= high < 1e-4
-    marks = [GRAPH.Mark("used", number, 3600 if number == 0 else 1e-6 * number, 1e-6, None, 0, 0) for number in range(50)]
+    marks = [GRAPH.Mark("used", number, 3600 if number == 0 else 1e-6 * number, 1e-6, None, 0,
+        0) for number in range(50)]
     assert GRAPH.make_chart("offset", marks).title.endswith("marks: 50 used, 1 beyond the edge")
 
 
@@ -4231,11 +4259,13 @@ def test_a_curve_has_no_gaps():
     assert columns == list(range(columns[0], columns[-1] + 1))
     for left, right in zip(columns, columns[1:]):
         assert rows[right][0] <= rows[left][1] + 1 and rows[left][0] <= rows[right][1] + 1
-    assert not list(GRAPH.strokes([(0, -2), (1, -1)], 9, 9)) and not list(GRAPH.strokes([(0, 2), (1, 3)], 9, 9))
-    assert all(0 <= top <= bottom <= 8 for _, top, bottom in GRAPH.strokes([(0, -2), (0.5, 3), (1, -2)], 9, 9))
+    assert not list(GRAPH.strokes([(0, -2), (1, -1)], 9, 9)) and not list(GRAPH.strokes([(0, 2), (1, 3)], 9,
+        9))
+    assert all(0 <= top <= bottom <= 8 for _, top, bottom in GRAPH.strokes([(0, -2), (0.5, 3), (1, -2)], 9,
+        9))
 
 
-@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--ascii"], ["--svg"]))
+@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"], ["--svg"]))
 def test_graph_words_that_make_no_sense_are_usage(words):
     assert run("clockctl-graph", *words).returncode == 100
 
@@ -4248,9 +4278,11 @@ DECODERS += [
     ("a mark in the log", lambda data: parse_line(text_of(data)),
      [(LABEL + mark + "\n").encode() for mark in (OLD_MARK, NEW_MARK)], ()),
     ("what check reads of clockctl", lambda data: (CHECK.parse_environment(CHECK.Said(0, data, "")),
-                                                   levels(CHECK.check_server(CHECK.Said(0, data, text_of(data)))),
+                                                   levels(CHECK.check_server(CHECK.Said(0, data,
+                                                       text_of(data)))),
                                                    levels(CHECK.check_rivals([], data, 0))),
-     [b"CLOCK_IP=192.0.2.1\nCLOCK_TYPE=ntp\n", b"this clock is 3 ms behind\n", b"x: warning: y: fatal: z"], ()),
+     [b"CLOCK_IP=192.0.2.1\nCLOCK_TYPE=ntp\n", b"this clock is 3 ms behind\n", b"x: warning: y: fatal: z"],
+      ()),
 ]
 
 
