@@ -3600,7 +3600,10 @@ def test_set_asks_for_any_offset_and_says_first_that_it_may_not(host, monkeypatc
         111, b"clockctl: fatal: unable to set the clock: this process has no right to; run it as root\n", [])
     monkeypatch.setattr(CTL, "may_set_clock", lambda: True)
     monkeypatch.setattr(CTL, "CONF", host.conf)
+    reader = os.open(host.adjust, os.O_RDONLY | os.O_NONBLOCK)
     assert CTL.main(["clockctl", "set"]) == 0
+    assert CTL.unpack(os.read(reader, 99)) == (0, CTL.unpack(MARK)[1])  # the clock is right now
+    os.close(reader)
     assert capfd.readouterr().out == "set: clock stepped by -0.003200000 s, as ntp 192.0.2.1 has it\n"
     assert host.lines() == ["sntpclock:-l 0 192.0.2.1", "clockadd:"]
 
