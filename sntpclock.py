@@ -302,12 +302,14 @@ def is_near(address):
 
 
 def read_clocks():
-    """-> Reading: the best of three, lest the scheduler came between clock and counter."""
+    """-> Reading; again when the scheduler came between clock and counter."""
     readings = []
     for _ in range(3):
         before_ns, clock_ns = time.clock_gettime_ns(COUNTER), time.time_ns()
         took_ns = time.clock_gettime_ns(COUNTER) - before_ns
         readings.append((took_ns, Reading(clock_ns, before_ns + took_ns // 2)))
+        if took_ns <= READING_NS:
+            break
     return min(readings)[1]
 
 
@@ -376,14 +378,15 @@ def exchange(sock, server, query, decode, end_ns, clocks):
     sock.send(query)
     while time.monotonic_ns() < end_ns:
         poller.poll(max((end_ns - time.monotonic_ns()) // 10**6 + 1, 0))
-        answer = None
-        with contextlib.suppress(BlockingIOError):  # there may be only a stamp, or a wrong checksum
+        try:
             packet, ancillary, _, _ = sock.recvmsg(2048, 512)
-            received = clocks()
-            answer = decode(server, query, packet)
-        sent_ns = sent_stamp(sock, query) or sent_ns
+        except BlockingIOError:  # there was only a stamp, or a wrong checksum
+            sent_ns = sent_stamp(sock, query) or sent_ns
+            continue
+        own = sent, clocks()
+        answer = decode(server, query, packet)
         if answer:  # else it is late, doubled or forged, and the right one may yet come
-            own = sent, received
+            sent_ns = sent_ns or sent_stamp(sock, query)
             return Sample(answer, own, kernel_readings(own, sent_ns, kernel_stamp(ancillary)))
     raise TimeoutError("timed out")
 
