@@ -1015,7 +1015,9 @@ def test_answers_that_are_taken():
 
 
 def test_a_server_that_claims_more_time_than_passed_is_refused():
-    with Rogue(lambda query, n: [ntp_answer(query, transmit=ntp_stamp(time.time_ns() + SECOND_NS))]) as server:
+    def boast(query, n):
+        return [ntp_answer(query, transmit=ntp_stamp(time.time_ns() + SECOND_NS))]
+    with Rogue(boast) as server:
         done = ask("sntpclock", server.port, "-r", 2)
     assert done.returncode == 111 and "its answers took longer than we waited for them" in done.stderr
 
