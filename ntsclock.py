@@ -504,8 +504,10 @@ def conclude(servers, settings, end, choose=middle_ns):
         complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
                  % (value_ns / 1e9, spread_ns / 1e9, distance_ns / 1e9))
     if settings.limit_ns and abs(value_ns) > settings.limit_ns and not settings.force:
-        raise ValueError("this clock is %.1f days %s; `clockctl set` sets it"
-                         % (abs(value_ns) / DAY_NS, "behind" if value_ns > 0 else "ahead"))
+        days = abs(value_ns) / DAY_NS
+        away = "%.1f days" % days if days < 1000 else "%.1f years" % (days / 365.25)
+        raise ValueError("this clock is %s %s; `clockctl set` sets it"
+                         % (away, "behind" if value_ns > 0 else "ahead"))
     if settings.most_spread_ns is not None and spread_ns > settings.most_spread_ns and not settings.force:
         raise ValueError("time uncertainty too large, %.6f s" % (spread_ns / 1e9))
     return pack(value_ns, pack_quality(spread_ns, distance_ns))
@@ -942,9 +944,13 @@ class Store:
 
 
 def open_keylog():
-    """-> (descriptor, path) of a file in memory, for the secrets of a session; OSError."""
-    keylog = os.memfd_create(PROGRAM)
-    return keylog, "/proc/self/fd/%d" % keylog
+    """-> (descriptor, path) of a file for the secrets of a session, in memory where that is possible, else
+    one that nobody else can open and that is removed once OpenSSL has opened it; OSError."""
+    with contextlib.suppress(AttributeError, OSError):  # not on this system
+        keylog = os.memfd_create(PROGRAM)
+        return keylog, "/proc/self/fd/%d" % keylog
+    path = "/tmp/%s.%s" % (PROGRAM, os.urandom(16).hex())
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), path
 
 
 def secret_of(keylog):
@@ -965,6 +971,8 @@ def make_context(ssl, keylog_path, authorities):
     """TLS 1.3 that verifies all of a certificate but its time."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.keylog_filename = keylog_path
+    with contextlib.suppress(OSError):  # nothing is to be removed where it is in memory
+        os.unlink(keylog_path)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols([PROTOCOL])
     context.verify_flags |= NO_CHECK_TIME

@@ -503,8 +503,10 @@ def conclude(servers, settings, end, choose=middle_ns):
         complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
                  % (value_ns / 1e9, spread_ns / 1e9, distance_ns / 1e9))
     if settings.limit_ns and abs(value_ns) > settings.limit_ns and not settings.force:
-        raise ValueError("this clock is %.1f days %s; `clockctl set` sets it"
-                         % (abs(value_ns) / DAY_NS, "behind" if value_ns > 0 else "ahead"))
+        days = abs(value_ns) / DAY_NS
+        away = "%.1f days" % days if days < 1000 else "%.1f years" % (days / 365.25)
+        raise ValueError("this clock is %s %s; `clockctl set` sets it"
+                         % (away, "behind" if value_ns > 0 else "ahead"))
     if settings.most_spread_ns is not None and spread_ns > settings.most_spread_ns and not settings.force:
         raise ValueError("time uncertainty too large, %.6f s" % (spread_ns / 1e9))
     return pack(value_ns, pack_quality(spread_ns, distance_ns))
