@@ -4746,5 +4746,5 @@ def test_no_decoder_stumbles_over_3000_inputs(name, function, good, allowed, cou
 
 @pytest.mark.long
 @pytest.mark.parametrize("name, function, good, allowed", DECODERS, ids=[row[0] for row in DECODERS])
-def test_no_decoder_stumbles_over_a_million_inputs(name, function, good, allowed):
-    test_no_decoder_stumbles_over_3000_inputs(name, function, good, allowed, 10**6)
+def test_no_decoder_stumbles_over_100000_inputs(name, function, good, allowed):
+    test_no_decoder_stumbles_over_3000_inputs(name, function, good, allowed, 10**5)
