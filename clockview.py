@@ -13,13 +13,10 @@ DESCRIPTION
         before: 2026-11-22 15:41:44.000000000
         after:  2026-11-22 15:41:44.250000000
 
-    A third line follows when the adjustment is a mark that tells how good it is, as those
-    of our clients do:
+    A third line follows for a mark that tells how good it is, as those of our clients do,
+    and another one for etc/atto, the seconds of real time per tick:
 
         mark:   give or take 0.000412 s by its exchanges, 0.000210 s by its server
-
-    Fed with etc/atto, it shows the seconds of real time per tick instead of that line:
-
         atto:   0.000000001000050000 s per tick
 
     Sets nothing, needs no privilege.
