@@ -2836,6 +2836,14 @@ def test_32_bits_of_time_are_enough_until_2038(simulate, monkeypatch):
     assert warning.startswith("clockspeed: warning: unable to step the clock: ")
 
 
+def test_a_python_without_json_says_once_what_it_can_not_keep(simulate, monkeypatch):
+    monkeypatch.setattr(CS, "json", None)
+    simulation = simulate(FakeKernel(ppm=3)).settle()
+    assert [line for line in simulation.lines if "unable" in line] == [
+        "clockspeed: warning: unable to keep more than etc/atto: this Python has no json module"]
+    assert os.listdir(str(simulation.home / "etc")) == ["atto"]
+
+
 # ==== clockspeed: the process =======================================================================
 ROOT = os.getuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="needs root")
