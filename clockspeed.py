@@ -1084,6 +1084,7 @@ class KernelClock(Clock):
         self.slewed_ns = 0  # how much of that was slews, to and fro
 
     def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
+        self.sampled = tick_ns, clock_ns
         if self.set_to:
             self.promised_ns += self.given_ppm() * (tick_ns - self.promised_at) / 1e6
         self.promised_at = tick_ns
@@ -1154,17 +1155,31 @@ class KernelClock(Clock):
 
     def announce(self, sigma_ns, most_ns, offset_ns, tai_minus_clock_sec):
         """Tell the kernel the standard deviation, and what the clock can be off by: most_ns and what is still
-        to be slewed.  A clock that is wrong for certain is not synchronised, lest the kernel copy it to the
-        hardware clock."""
+        to be slewed.
+
+        The kernel copies a clock to the hardware clock unless STA_UNSYNC is set, which it does itself for
+        whoever sets the clock.  So the flag is written only to change it, and is not cleared where somebody
+        has set the clock since the sample: the next sample tells to what.
+        """
         most_ns += abs(offset_ns)
-        unsynchronised = most_ns >= MAXERROR_NS or abs(offset_ns) > STEP_NS
         now = self.adjtimex()
-        self.adjtimex(modes=ADJ_STATUS | ADJ_MAXERROR | ADJ_ESTERROR,
-                      status=now["status"] & ~STA_UNSYNC | (STA_UNSYNC if unsynchronised else 0),
+        if self.has_moved():
+            return
+        unsynchronised = most_ns >= MAXERROR_NS or abs(offset_ns) > STEP_NS
+        changes = unsynchronised != bool(now["status"] & STA_UNSYNC)
+        self.adjtimex(modes=ADJ_MAXERROR | ADJ_ESTERROR | (ADJ_STATUS if changes else 0),
+                      status=now["status"] ^ STA_UNSYNC,
                       esterror=int(min(MAXERROR_NS, sigma_ns + 999) // 1000),
                       maxerror=int(min(MAXERROR_NS, most_ns + 999) // 1000))
+        if changes and self.has_moved():  # in between, which takes microseconds
+            self.adjtimex(modes=ADJ_STATUS, status=now["status"] | STA_UNSYNC)
         if now["tai"] != tai_minus_clock_sec:
             self.adjtimex(modes=ADJ_TAI, constant=tai_minus_clock_sec)
+
+    def has_moved(self):
+        """Whether somebody has set the clock since the sample that it was steered by."""
+        tick_ns, clock_ns = self.read()
+        return abs(clock_ns - self.sampled[1] - (tick_ns - self.sampled[0])) > MOVED_NS
 
     def report(self):
         now = self.adjtimex()

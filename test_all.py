@@ -2299,6 +2299,13 @@ class FakeKernel:
         self.fields.update(maxerror=16 * 10**6, status=0x40, tick=10000)
         self.slew_us = self.slewing_ns = 0
         self.calls, self.slept_ns, self.denied, self.elapsed = [], 0, False, 0.0
+        self.copied_ns = 0  # the worst clock that the kernel could have copied to the hardware clock
+        self.set_in = 0  # after so many calls, if any, somebody sets the clock an hour ahead
+
+    def call(self):
+        self.set_in -= 1
+        if self.set_in == 0:
+            self.set_clock(HOUR_NS)
 
     def sleep(self, sec):
         """Let so many counter seconds pass; the kernel slews second by second."""
@@ -2329,12 +2336,17 @@ class FakeKernel:
         self.real, self.clock = self.real + round(sec * 1e9), self.clock - sec * 1e9 * (not suspended)
         self.slept_ns += round(sec * 1e9) * suspended
 
+    def read(self):
+        self.call()
+        return self.tick, self.clock_ns()
+
     def clock_ns(self):
         return self.real + round(self.clock)
 
     def adjtimex(self, modes=0, **fields):
         if modes and self.denied:
             raise PermissionError(errno.EPERM, "Operation not permitted")
+        self.call()
         self.calls.append((modes, fields))
         assert not modes & 0x8000 or modes in (0x8001, 0xA001), "a single shot can't be combined"
         if modes == 0x8001:
@@ -2346,6 +2358,8 @@ class FakeKernel:
             if modes & bit and not modes & 0x8000:
                 self.fields[name] = fields["constant" if name == "tai" else name]
         assert abs(self.fields["freq"]) <= 32768000 and 9000 <= self.fields["tick"] <= 11000
+        if not self.fields["status"] & 0x40:
+            self.copied_ns = max(self.copied_ns, abs(self.clock))
         return dict(self.fields, maxerror=int(self.fields["maxerror"]), offset=self.slew_us)
 
     def steps(self):
@@ -2374,7 +2388,7 @@ class Simulation:
     def __init__(self, home, kernel, **options):
         self.kernel, self.lines, self.home = kernel, [], home
         self.clock = CS.KernelClock.__new__(CS.KernelClock)
-        self.clock.read, self.clock.boot_id = lambda: (kernel.tick, kernel.clock_ns()), lambda: kernel.boot
+        self.clock.read, self.clock.boot_id = kernel.read, lambda: kernel.boot
         self.clock.suspended_ns = lambda: kernel.slept_ns + kernel.tick % 300  # two clocks are read
         self.clock.__init__(kernel.adjtimex, 10000)
         home.mkdir(exist_ok=True)
@@ -2521,23 +2535,44 @@ def test_the_kernel_is_told_how_wrong_the_clock_can_be(simulate):
 
 
 def test_the_hardware_clock_is_never_written_from_a_clock_known_to_be_wrong(simulate):
-    """The kernel writes it while STA_UNSYNC is clear.  Under -S a clock stays wrong for long."""
+    """Under -S a clock stays wrong for long."""
     kernel = FakeKernel(ppm=20)
     simulation = simulate(kernel, may_step=False).settle()
     for moved_ns, unsynchronised in ((0, False), (48 * 10**7, False), (4 * 10**7, True), (HOUR_NS, True)):
+        kernel.copied_ns = 0
         kernel.set_clock(moved_ns)
-        calls = len(kernel.calls)
-        simulation.run(20)
-        simulation.mark()
-        told = [bool(fields["status"] & 0x40) for modes, fields in kernel.calls[calls:] if modes & 0x10]
-        assert set(told) == {unsynchronised}, "not even for a moment"
-        assert kernel.fields["maxerror"] >= min(16 * 10**6 - 1, abs(kernel.clock) / 1000)
+        for _ in range(2):
+            simulation.run(20)
+            simulation.mark()
+            assert bool(kernel.fields["status"] & 0x40) == unsynchronised and kernel.copied_ns < 5 * 10**8
+            assert kernel.fields["maxerror"] >= min(16 * 10**6 - 1, abs(kernel.clock) / 1000)
     kernel.set_clock(-kernel.clock)
     simulation.run(60)
     assert not kernel.fields["status"] & 0x40 and kernel.fields["maxerror"] < 10**6
     kernel.pass_by(3600)
     simulation.run(60)
     assert kernel.fields["status"] & 0x40 and kernel.fields["maxerror"] == 16 * 10**6, "nobody knows any more"
+
+
+@pytest.mark.parametrize("before, copied", (("a mark", 0), ("the first mark", 1), ("a setting by 10 ms", 1)))
+def test_nor_when_somebody_sets_the_clock_at_any_moment_of_a_wake_up(simulate, before, copied):
+    """Only where the flag has to be cleared is there a moment that is too late, and it is set again at once."""
+    for moment in range(2, 30):  # after the sample by which the mark is taken
+        kernel = FakeKernel(ppm=20)
+        simulation = simulate(kernel, "home%d" % moment)
+        if before != "the first mark":
+            simulation.settle(64, 64)
+        if before == "a setting by 10 ms":
+            kernel.set_clock(10**7)
+        kernel.copied_ns, kernel.set_in = 0, moment
+        simulation.mark()
+        if kernel.set_in > 0:
+            break
+        assert kernel.fields["status"] & 0x40 or abs(kernel.clock) < 10**6
+        copied -= kernel.copied_ns > 5 * 10**8
+        simulation.run(200)
+        assert abs(kernel.clock) < 10**7 and not kernel.fields["status"] & 0x40
+    assert moment > 9 and copied == 0
 
 
 def test_a_slew_that_is_replaced_does_not_overshoot(simulate):

@@ -5,6 +5,7 @@ Guest A serves NTP, 100 s ahead of B.  B runs the services as svc/install sets t
 is read all the time from outside of them.
 """
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from rig import HOME, PROJECT, SERVER, ask, check, finish, raw_ns, say, serve, u
 
 LOG = "/var/multilog/clockspeed/current"
 HOUR_SEC = 3600
+COPIED_SEC = 2.5  # the kernel writes the hardware clock in the middle of a second, the next one or the one after
 RTC_SEC = 2  # the hardware clock has seconds, and is read a little later
 
 
@@ -59,6 +61,11 @@ def mark():
     return until(lambda: len(lines("mark: ")) > before, 30) or say("no mark: " + said)
 
 
+def set_clock(sec):
+    """As `date -s` does."""
+    time.clock_settime(time.CLOCK_REALTIME, time.time() + sec)
+
+
 def running():
     """The process that clockspeed is, or None while supervise waits."""
     words = sh("svstat /service/clockspeed").split()
@@ -82,7 +89,7 @@ check("the kernel sets the hardware clock right", until(lambda: abs(watch.now()[
       "off by %+.1f s" % watch.now()[2])
 
 set_at_ns, steps = raw_ns(), len(lines("step: "))
-time.clock_settime(time.CLOCK_REALTIME, time.time() + HOUR_SEC)
+set_clock(HOUR_SEC)
 back = until(lambda: raw_ns() - set_at_ns > 10**9 and abs(watch.now()[1]) < 0.5, 120)
 check("a clock set by hand is set back", back, "after %.0f s" % ((raw_ns() - set_at_ns) / 1e9))
 time.sleep(15)
@@ -92,6 +99,18 @@ time.sleep(30)
 mark()
 worst = max((rtc for _, _, rtc in watch.since(set_at_ns)), key=abs)
 check("and the hardware clock stays right all the while", abs(worst) < RTC_SEC, "worst %+.1f s" % worst)
+
+set_at_ns, rng = raw_ns(), random.Random()
+for _ in range(20):
+    mark()  # clockspeed is about to tell the kernel that its clock is right
+    time.sleep(rng.uniform(0, 0.2))
+    set_clock(HOUR_SEC)
+    time.sleep(COPIED_SEC)
+    if watch.now()[1] < -HOUR_SEC / 2:
+        set_clock(-HOUR_SEC)
+worst = max((rtc for _, _, rtc in watch.since(set_at_ns)), key=abs)
+check("and whenever the clock is set right after a mark", abs(worst) < RTC_SEC, "worst %+.1f s" % worst)
+mark()
 check("the clock is right again", abs(watch.now()[1]) < 0.01, "off by %+.6f s" % watch.now()[1])
 
 sh("mount --bind {0} {0} && mount -o remount,bind,ro {0}".format(HOME + "/etc"))
