@@ -3,7 +3,6 @@
 
 SYNOPSIS
     clockspeed [-n] [-S] [-u user] [-w user] [home]
-    sntpclock 192.0.2.1 > /usr/local/clockspeed/adjust      (better: clockctl mark)
 
 DESCRIPTION
     A daemon, to be run in the foreground by daemontools, runit or s6.  It learns from the
@@ -29,10 +28,9 @@ DESCRIPTION
       once an hour, which doubles up to a day for who insists;
     - at the start, forward to the last time known, on a host without a hardware clock.
 
-    On a time by the kernel: maxerror is the bound and what is still to be slewed, esterror
-    the standard deviation.  A clock that is known to be over 0.5 s off, or that may be 16 s
-    off, is told to be unsynchronised, so that the kernel does not copy it to the hardware
-    clock.
+    The kernel is told the bound and what is still to be slewed as maxerror, the standard
+    deviation as esterror.  It is told that its clock is unsynchronised, and does not copy it
+    to the hardware clock, while that is known to be over 0.5 s off or may be 16 s off.
 
     Who can write marks can make the clock wrong, within limits: by any amount in the first
     3 marks of a boot, later at 1500 ppm (130 s a day) at most.  No rate over 1000 ppm is
@@ -43,11 +41,9 @@ OPTIONS
     -S       never step
     -u user  after the start as root give etc to that user, become it, and keep the right to
              set the clock alone (Linux: CAP_SYS_TIME)
-    -w user  give adjust to that user, who writes the marks; without it, to that of -u
+    -w user  give adjust to that user, who writes the marks and can do no more; without it,
+             to that of -u
     home     the directory below, instead of $CLOCKSPEED_HOME or /usr/local/clockspeed
-
-    With two users, the one that talks to the network can write marks and no more.  That of
-    -u can set the clock and replace what is in etc.
 
 FILES (in home)
     adjust      the FIFO, made with mode 0600 when missing; who may read it can keep
@@ -71,7 +67,7 @@ OUTPUT
     One line for each event; multilog adds the time.
 
     start:    how the clock is steered, by which counter, and which rate is known from where
-    mark:     a mark: counter and real time, its spread and the server's root distance (- for
+    mark:     counter and real time, the mark's spread and the server's root distance (- for
               a mark that doesn't tell), then what is believed after it: real time minus the
               clock, standard deviation, bound, rate; used, doubted (until other marks agree)
               or refused
@@ -95,11 +91,11 @@ ENVIRONMENT
                   next mark is wanted, and of how many exchanges
 
 EXIT STATUS
-    0 after TERM or INT; 100 wrong usage; 111 no home, no permission, a system error, another
-    clockspeed on this home, or adjust is gone and only root can make it again
+    0 after TERM or INT; 100 wrong usage; 111 what only another start can mend, as of a FIFO
+    that was deleted, which root makes again
 
 SEE ALSO
-    clockctl, sntpclock, taiclock, ntsclock, clockadd, clockview
+    clockctl, sntpclock, taiclock, ntsclock
 """
 try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even while it loads
     import signal
@@ -110,18 +106,14 @@ import atexit
 import collections
 import errno
 import fcntl
-import getopt
 import math
 import os
+import pwd
 import select
 import stat
 import struct
 import sys
 import time
-try:
-    import json
-except ImportError:  # python3-minimal has none
-    json = None
 
 PROGRAM = "clockspeed"
 USAGE = "clockspeed [-n] [-S] [-u user] [-w user] [home]"
@@ -136,7 +128,8 @@ STEP_NS = 5 * 10**8  # over 0.5 s a clock is wrong and not just inexact; slewing
 EARLY_MARKS = 3  # used ones of a boot: until then one may be wrong unnoticed, and the clock settles
 SET_BACK_SEC, SET_BACK_MOST_SEC = 3600, 86400  # how long a clock that was set back is left alone after
 SLEW_PPM = 500  # what Linux and the BSDs slew at
-LONG_SLEW_SEC, SLEW_AGAIN_SEC = 60, 3600  # from here on a slew is worth a line; and how often another one
+LONG_SLEW_NS = 60 * SLEW_PPM * 1000  # what takes a minute is worth a line
+REPEAT_SEC = 3600  # how often a line is repeated while it stays true
 SETTLED_NS = 5000  # below this the clock is looked at once a minute, above it every 3 seconds
 BUSY_SEC, SETTLED_SEC = 3, 60
 MOVED_NS = 10**7  # a clock that moved this much against the prediction was set by somebody else...
@@ -144,12 +137,10 @@ MOVED_PPM = 2000  # ...unless slews and rates, which never reach this, had the t
 SUSPENDED_NS = 10**8  # CLOCK_BOOTTIME gains as much on CLOCK_MONOTONIC only in a suspend
 STATUS_SEC = 600  # etc/status is never older
 STATE_SEC = 3600  # nor is etc/state, which wears out flash memory and changes with marks only
-FOREIGN_SEC = 3600  # how often a second program on the same clock is worth a line
 BATCH = 4  # marks taken at once, of 10 ms each or more; after so many, the FIFO rests for a second
-BATCH_REST_SEC = 1
 STATE_BYTES = 1 << 18  # a state has at most 50 KiB
 ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TAI, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x80, 0x4000
-ADJ_OFFSET_SINGLESHOT, ADJ_OFFSET_SS_READ = 0x8001, 0xA001
+ADJ_OFFSET_SINGLESHOT = 0x8001
 STA_UNSYNC = 0x40
 MAXERROR_NS = 16 * 10**9  # where the kernel itself takes a clock for unsynchronised
 PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
@@ -981,14 +972,10 @@ class Bound:
 # ==== the counter and the clock ====
 
 class Clock:
-    """The counter and the system clock, observed only.
-
-    What steers a system clock derives from this.  A clock's `steer` is told at each wake-up how it
-    should run, and answers in how many seconds it wants to be told again.
-    """
+    """The counter and the system clock, observed only.  What steers a system clock derives from this."""
     doing, steers = "observing", False
     counter = "CLOCK_MONOTONIC_RAW" if hasattr(time, "CLOCK_MONOTONIC_RAW") else "CLOCK_MONOTONIC"
-    bias_ppm = 0.0  # of the kernel's clock, see KernelClock.learn_bias
+    bias_ppm = 0.0  # of the kernel's clock, see KernelClock.steer
     foreign = False  # somebody else has set the frequency since
 
     def read(self):
@@ -1014,13 +1001,8 @@ class Clock:
             return ""
 
     def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
+        """Told at each wake-up how the clock should run -> in how many seconds to be told again; OSError."""
         return SETTLED_SEC
-
-    def step(self, delta_ns):
-        """Add delta_ns to the system clock; OSError, OverflowError, struct.error."""
-
-    def forget(self):
-        """The counter is not what it was: what was seen of the clock by it says nothing any more."""
 
     def announce(self, sigma_ns, most_ns, offset_ns, tai_minus_clock_sec):
         """Tell the kernel how wrong the clock may be: see KernelClock."""
@@ -1034,15 +1016,13 @@ class AdjtimeClock(Clock):
     doing, steers = "nudging the system clock with adjtime", True
 
     def __init__(self):
-        import ctypes
-        self.libc = ctypes.CDLL(None, use_errno=True)
         self.adjtime(0)  # fails here and now without the privilege
 
     def adjtime(self, delta_ns):
         import ctypes
         # struct timeval: both of them long, on every system that comes this way
         delta = (ctypes.c_long * 2)(*divmod(delta_ns // 1000, 10**6))
-        if self.libc.adjtime(delta, None) != 0:
+        if ctypes.CDLL(None, use_errno=True).adjtime(delta, None) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
@@ -1061,97 +1041,56 @@ class KernelClock(Clock):
     """
     doing, steers = "steering the system clock with adjtimex", True
     SECOND_NS = 1100000000  # from a request to the end of the second it came in, and some
-    BIAS_NS = 2 * 10**10  # over 20 s the readings' 100 ns are 0.005 ppm
-    MOST_US = 10**9  # of a single shot; it takes 23 days, and 32-bit kernels can't count much more
-    BIAS_GAIN = 0.25  # of a new reading of the bias; it averages about 4 of them
-    UNEVEN = 0.06  # of a slew: with a kernel that sleeps through its ticks, 3000 us came out as 2832 to 3199
-    BIAS_DOUBT_PPM = 0.5  # no bias is read off a clock that slews leave in more doubt
-    # A slew that was on its way when a mark came is begun anew if that is worth more than the second of it
-    # that is lost; besides, up to 500 us are in the kernel's current second, where nobody can read them.
-    ASTRAY_US = 2 * SLEW_PPM
+    MOST_US = SLEW_PPM * 60  # of a single shot: for a minute at most the clock is deaf to what a mark tells
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
         self.adjtimex, self.nominal_tick = adjtimex, nominal_tick
         now = adjtimex()
         adjtimex(modes=ADJ_FREQUENCY, freq=now["freq"])  # fails here and now without the privilege
         self.set_to = None  # the (freq, tick) that we gave the kernel
-        self.forget()
-
-    def forget(self):
-        self.busy_until_ns = 0
-        self.seen = None  # (tick_ns, clock_ns) at a sample when no slew was on its way
-        self.promised_ns = self.promised_at = 0  # what it was told to gain since then, up to which tick
-        self.slewed_ns = 0  # how much of that was slews, to and fro
+        self.sampled = 0, 0  # (tick_ns, clock_ns) when it was steered last
+        self.busy_until_ns = 0  # until which tick a slew is on its way
+        self.disturbed = True  # what the clock is off by at the end of that is not the bias alone
 
     def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
+        """The bias: the kernel's clock is some ppm off the rate that it was given (its own rounding, and the
+        counter's calibration that went on after the boot), so that it is off again after each slew.  By half
+        of what it is off by in SETTLED_SEC the bias is mended, by less when it is sampled more often."""
         self.sampled = tick_ns, clock_ns
-        if self.set_to:
-            self.promised_ns += self.given_ppm() * (tick_ns - self.promised_at) / 1e6
-        self.promised_at = tick_ns
-        if tick_ns < self.busy_until_ns:
-            if news:
-                self.redirect(offset_ns, tick_ns)
-            self.set_rate(rate_ppm)
-            return min(SETTLED_SEC, (self.busy_until_ns - tick_ns) / 10**9)
-        self.learn_bias(tick_ns, clock_ns)
+        self.busy_until_ns = min(self.busy_until_ns, tick_ns + SETTLED_SEC * 10**9)  # the counter went back
+        self.disturbed = self.disturbed or news
+        if tick_ns >= self.busy_until_ns:
+            slew_us = max(-self.MOST_US, min(self.MOST_US, round(offset_ns / 1000)))
+            if not self.disturbed:
+                bias_ppm = self.bias_ppm - offset_ns / (2000 * SETTLED_SEC)
+                self.bias_ppm = max(-BIAS_LIMIT_PPM, min(BIAS_LIMIT_PPM, bias_ppm))
+            # a kernel that sleeps through its ticks makes of 3000 us 2832 to 3199: no bias is read off that
+            self.disturbed = abs(slew_us) > SLEW_PPM
+            if slew_us:
+                self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=slew_us)
+                self.busy_until_ns = tick_ns + -(-abs(slew_us) // SLEW_PPM) * 10**9 + self.SECOND_NS
         self.set_rate(rate_ppm)
-        self.slew(offset_ns, tick_ns)
         if abs(offset_ns) <= SETTLED_NS:
             return SETTLED_SEC
         return min(SETTLED_SEC, max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9))
-
-    def slew(self, offset_ns, tick_ns):
-        slew_us = max(-self.MOST_US, min(self.MOST_US, round(offset_ns / 1000)))
-        if slew_us:
-            self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=slew_us)
-            self.promised_ns += slew_us * 1000
-            self.slewed_ns += abs(slew_us) * 1000
-            self.busy_until_ns = tick_ns + -(-abs(slew_us) // SLEW_PPM) * 10**9 + self.SECOND_NS
-
-    def redirect(self, offset_ns, tick_ns):
-        """Stop the slew that is on its way if it leads astray; the next one begins with the next second."""
-        left_us = self.adjtimex(modes=ADJ_OFFSET_SS_READ)["offset"]
-        if left_us and abs(offset_ns / 1000 - left_us) > self.ASTRAY_US:
-            self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=0)
-            self.promised_ns -= left_us * 1000
-            left_us = 0
-        if not left_us:
-            self.busy_until_ns = min(self.busy_until_ns, tick_ns + self.SECOND_NS)
-
-    def learn_bias(self, tick_ns, clock_ns):
-        """The kernel's clock is some ppm off the rate that it was given (its own rounding, and the
-        counter's calibration that went on after the boot): what it has gained beyond what it was told to."""
-        past_ns = tick_ns - self.seen[0] if self.seen else math.inf
-        if past_ns < self.BIAS_NS:
-            return
-        if self.slewed_ns * self.UNEVEN < past_ns * self.BIAS_DOUBT_PPM / 1e6 and self.seen:
-            bias_ppm = (clock_ns - self.seen[1] - past_ns - self.promised_ns) / past_ns * 1e6
-            if abs(bias_ppm) < BIAS_LIMIT_PPM:
-                self.bias_ppm += (bias_ppm - self.bias_ppm) * (self.BIAS_GAIN if self.bias_ppm else 1)
-        self.seen, self.promised_ns, self.slewed_ns = (tick_ns, clock_ns), 0, 0
-
-    def given_ppm(self):
-        freq, tick = self.set_to
-        return freq / 65536 + (tick - self.nominal_tick) * 1e6 / self.nominal_tick
 
     def set_rate(self, rate_ppm):
         """Let the clock gain rate_ppm on the counter, but never more than a counter can be off."""
         rate_ppm = max(-LIMIT_PPM, min(LIMIT_PPM, rate_ppm)) - self.bias_ppm
         ppm_per_tick = 1e6 / self.nominal_tick
         ticks = round(rate_ppm / ppm_per_tick) if abs(rate_ppm) > SLEW_PPM else 0  # there ADJ_FREQUENCY ends
-        want = round((rate_ppm - ticks * ppm_per_tick) * 65536), self.nominal_tick + ticks
+        freq, tick = round((rate_ppm - ticks * ppm_per_tick) * 65536), self.nominal_tick + ticks
         now = self.adjtimex()
-        have = now["freq"], now["tick"]
-        self.foreign = self.set_to is not None and have != self.set_to
-        if have[1] != want[1]:
-            self.adjtimex(modes=ADJ_TICK, tick=want[1])
-        if have[0] != want[0]:
-            self.adjtimex(modes=ADJ_FREQUENCY, freq=want[0])
-        self.set_to = want
+        self.foreign = self.set_to not in (None, (now["freq"], now["tick"]))
+        if now["tick"] != tick:
+            self.adjtimex(modes=ADJ_TICK, tick=tick)
+        if now["freq"] != freq:
+            self.adjtimex(modes=ADJ_FREQUENCY, freq=freq)
+        self.set_to = freq, tick
 
     def step(self, delta_ns):
         step_kernel(self.adjtimex, delta_ns)
-        self.forget()  # the kernel drops its slews at a step
+        self.busy_until_ns, self.disturbed = 0, True  # the kernel drops its slews at a step
 
     def announce(self, sigma_ns, most_ns, offset_ns, tai_minus_clock_sec):
         """Tell the kernel the standard deviation, and what the clock can be off by: most_ns and what is still
@@ -1171,7 +1110,7 @@ class KernelClock(Clock):
                       status=now["status"] ^ STA_UNSYNC,
                       esterror=int(min(MAXERROR_NS, sigma_ns + 999) // 1000),
                       maxerror=int(min(MAXERROR_NS, most_ns + 999) // 1000))
-        if changes and self.has_moved():  # in between, which takes microseconds
+        if changes and self.has_moved():  # in between, which takes some 20 us
             self.adjtimex(modes=ADJ_STATUS, status=now["status"] | STA_UNSYNC)
         if now["tai"] != tai_minus_clock_sec:
             self.adjtimex(modes=ADJ_TAI, constant=tai_minus_clock_sec)
@@ -1190,29 +1129,20 @@ class KernelClock(Clock):
 # ==== files ====
 
 class Etc:
-    """The directory `etc` in home.  If it can't be made or opened, each use of it fails with the reason."""
+    """The directory `etc` in home."""
     OURS = {"atto", "state", "status", "lock", "leap", "kisses"}  # the last two: an earlier version's
 
     def __init__(self, home_fd):
-        """OSError when there is something that is no directory."""
-        self.fd, self.made = None, False
-        try:
-            os.mkdir("etc", 0o755, dir_fd=home_fd)
-            self.made = True
-        except OSError as err:
-            self.why = err
+        """OSError when it can't be made, or there is something that is no directory."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self.fd = os.open("etc", flags, dir_fd=home_fd)
         except FileNotFoundError:
-            pass  # why says it
-        except PermissionError as err:
-            self.why = err
+            os.mkdir("etc", 0o755, dir_fd=home_fd)
+            self.fd = os.open("etc", flags, dir_fd=home_fd)
 
     def open(self, name, flags):
         """A descriptor, without following a link or waiting for a FIFO; OSError."""
-        if self.fd is None:
-            raise self.why
         return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
     def lock(self):
@@ -1222,10 +1152,10 @@ class Etc:
 
     def give(self, uid):
         """Let the user have it, unless it holds what is not ours; ValueError, OSError."""
-        if self.fd is None or os.fstat(self.fd).st_uid == uid:
+        if os.fstat(self.fd).st_uid == uid:
             return
         others = {name.replace(".tmp", "") for name in os.listdir(self.fd)} - self.OURS
-        if others and not self.made:
+        if others:
             raise ValueError("it holds %s, so it is not clockspeed's own" % ascii(min(others)))
         os.fchown(self.fd, uid, -1)
 
@@ -1260,7 +1190,7 @@ class Fifo:
     """`adjust`: made when missing, kept when there, looked for again when it was deleted or replaced."""
 
     def __init__(self, path):
-        self.path, self.reader, self.writer, self.was_open = path, None, None, False
+        self.path, self.fd = path, None
 
     def has_reader(self):
         """Whether a program reads it already, as a C clockspeed does."""
@@ -1277,40 +1207,25 @@ class Fifo:
         except FileNotFoundError:
             os.mkfifo(self.path, 0o600)
             there = os.lstat(self.path)
-        if self.reader is not None:
-            if os.path.samestat(there, os.fstat(self.reader)):
+        if self.fd is not None:
+            if os.path.samestat(there, os.fstat(self.fd)):
                 return
-            self.close()
-        flags = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-        reader = os.open(self.path, os.O_RDONLY | flags) if stat.S_ISFIFO(there.st_mode) else None
-        try:
-            if reader is None or not stat.S_ISFIFO(os.fstat(reader).st_mode):
-                raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.path)
-            self.writer = os.open(self.path, os.O_WRONLY | flags)  # else each writer's end is one to read
-            self.reader, reader, self.was_open = reader, None, True
-        finally:
-            if reader is not None:
-                os.close(reader)
-
-    def close(self):
-        os.close(self.reader)
-        os.close(self.writer)
-        self.reader = None
+            os.close(self.fd)
+            self.fd = None
+        if not stat.S_ISFIFO(there.st_mode):
+            raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.path)
+        # for writing too: else the end of each writer is one to read
+        self.fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def give(self, uid):
-        """Let the user have it, unless it is a third one's; ValueError, OSError."""
-        if self.reader is None:
-            return
-        owner = os.fstat(self.reader).st_uid
-        if owner not in (0, uid):
-            raise ValueError("it belongs to user %d; chown it" % owner)
-        if owner != uid:
-            os.fchown(self.reader, uid, -1)
+        """Let the user have it, unless somebody has it already; OSError."""
+        if self.fd is not None and os.fstat(self.fd).st_uid == 0:
+            os.fchown(self.fd, uid, -1)
 
     def packets(self):
         """What was written: a list of packets; where one has another size, all that came at once as one."""
         try:
-            data = os.read(self.reader, 65536)
+            data = os.read(self.fd, 65536)
         except BlockingIOError:
             return []
         if len(data) % TAI64NA.size:
@@ -1342,7 +1257,7 @@ class Log:
 
 State = collections.namedtuple("State", "counter scale boot_id suspended_ns tick_ns clock_ns known_ns "
                                         "bias_ppm atto marks last_mark estimator bound")
-MARK_FIELDS = ("tick_ns", "offset_ns", "spread_ns", "distance_ns", "outcome")
+MARK_NUMBERS = ("tick_ns", "offset_ns", "spread_ns", "distance_ns")
 OUTCOMES = ("used", "doubted", "refused")
 
 
@@ -1355,21 +1270,20 @@ def whole(value, least=-2**64, most=2**64):
 
 def parse_mark(mark):
     """The last mark of a state; ValueError, LookupError, TypeError."""
-    if mark["outcome"] not in OUTCOMES:
-        raise ValueError("no such outcome")
-    numbers = {name: None if mark[name] is None else whole(mark[name]) for name in MARK_FIELDS[:-1]}
-    return dict(numbers, outcome=mark["outcome"])
+    numbers = {name: None if mark[name] is None else whole(mark[name]) for name in MARK_NUMBERS}
+    return dict(numbers, outcome=OUTCOMES[OUTCOMES.index(mark["outcome"])])
 
 
 def parse_state(data):
     """The bytes of etc/state -> State; ValueError, whatever they are."""
+    import json  # here, as getopt below
     try:
         state = json.loads(data)
         if state["version"] != 2:
             raise ValueError("of another version")
         estimator, bound = Estimator.from_state(state["estimator"]), Bound.from_state(state["bound"])
         bias_ppm, rate_ppm = state["bias_ppm"], estimator.rate()[0]
-        if not (type(bias_ppm) is float and abs(bias_ppm) < BIAS_LIMIT_PPM and abs(rate_ppm) <= LIMIT_PPM):
+        if not (type(bias_ppm) is float and abs(bias_ppm) <= BIAS_LIMIT_PPM and abs(rate_ppm) <= LIMIT_PPM):
             raise ValueError("a rate of %g ppm, or a bias that is none" % rate_ppm)
         return State(
             *(str(state[name]) for name in ("counter", "scale", "boot_id")),  # only compared
@@ -1443,12 +1357,17 @@ class Clockspeed:
         """Whether NAME was last done so many seconds ago."""
         return name not in self.done_ns or self.tick_ns - self.done_ns[name] >= sec * 10**9
 
+    def say_hourly(self, name, text):
+        """Say what stays true for long, but not at each wake-up."""
+        if self.due(name, REPEAT_SEC):
+            self.done_ns[name] = self.tick_ns
+            self.say(text)
+
     # -- what is known
 
     def begin_phase(self):
         """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
         self.anchor = self.tick_ns, self.clock_ns
-        self.slew_told_ns = 0  # until which tick nothing more is said of a slew
         self.suspended_ns = self.clock.suspended_ns()
         self.offset_ns = 0
         self.set_by_others = False
@@ -1460,15 +1379,10 @@ class Clockspeed:
         ticks_ns = self.tick_ns - self.anchor[0]
         return self.anchor[1] + ticks_ns + round(ticks_ns * self.estimator.rate()[0] / 1e6)
 
-    def bounds(self):
-        """-> (earliest, latest) minus what real time is believed to be at the last sample, or None."""
-        bound = self.bound.at(self.tick_ns) if self.estimator.has_phase() else None
-        return bound and tuple(ns - self.real_ns() for ns in bound)
-
     def most_ns(self):
-        """How far what is believed can be off real time, or None."""
-        bounds = self.bounds()
-        return bounds and max(map(abs, bounds))
+        """How far what is believed at the last sample can be off real time, or None."""
+        bound = self.bound.at(self.tick_ns) if self.estimator.has_phase() else None
+        return bound and max(abs(ns - self.real_ns()) for ns in bound)
 
     def sample(self):
         """Read counter and clock, and see what happened to them since the last time."""
@@ -1486,7 +1400,8 @@ class Clockspeed:
         moved_ns = before_offset_ns - self.offset_ns
         if abs(moved_ns) > MOVED_NS + ticks_ns * MOVED_PPM // 10**6:
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
-            self.news, self.slew_told_ns = True, 0  # a slew that was on its way is lost in a step
+            self.news = True  # a slew that was on its way is lost in a step
+            self.done_ns.pop("slew", None)
             self.set_by_others = self.set_by_others or abs(moved_ns) > STEP_NS
             if not self.estimator.has_phase():
                 self.begin_phase()
@@ -1494,7 +1409,6 @@ class Clockspeed:
     def lose_phase(self, rate_error_ppm):
         """The counter is not what it was: it does not tell the time any more."""
         self.done_ns.clear()
-        self.clock.forget()
         self.estimator.forget_phase(rate_error_ppm)
         self.bound.forget()
         self.set_back_from_ns, self.phase_lost, self.news = 0, True, True
@@ -1529,7 +1443,8 @@ class Clockspeed:
         if outcome == "used" and spread_ns is not None:
             self.bound.mark(self.tick_ns, real_ns, spread_ns, distance_ns)
         self.marks[outcome] += 1
-        self.last_mark = dict(zip(MARK_FIELDS, (self.tick_ns, offset_ns, spread_ns, distance_ns, outcome)))
+        self.last_mark = dict(zip(MARK_NUMBERS, (self.tick_ns, offset_ns, spread_ns, distance_ns)),
+                              outcome=outcome)
         self.news = True
         most_ns = self.most_ns()
         self.say("mark: tick %d ns, real %d ns, spread %s ns, distance %s ns, offset %+.9f s, error %.9f s, "
@@ -1569,25 +1484,15 @@ class Clockspeed:
             self.set_by_others = False
         elif self.set_by_others and self.may_step and not self.estimator.doubts():
             if self.tick_ns < self.set_back_from_ns:
-                return self.tell_foreign("system clock")
+                return self.say_foreign("system clock")
             self.set_back_from_ns = self.tick_ns + self.set_back_wait_sec * 10**9
             self.set_back_wait_sec = min(2 * self.set_back_wait_sec, SET_BACK_MOST_SEC)
             self.set_by_others = False
             self.step(self.offset_ns,
                       "back to the time of the marks; if it was meant, stop clockspeed (svc -d) first")
 
-    def tell_foreign(self, what):
-        if self.due("foreign", FOREIGN_SEC):
-            self.done_ns["foreign"] = self.tick_ns
-            self.say("foreign: another program sets the %s; one of the two must go" % what)
-
-    def tell_slew(self):
-        """A line for a long slew, but not for every mark that comes while it is on its way."""
-        slew_sec = abs(self.offset_ns) / 1e9 / (SLEW_PPM / 1e6)
-        if slew_sec > LONG_SLEW_SEC and self.tick_ns >= self.slew_told_ns and self.clock.steers:
-            self.slew_told_ns = self.tick_ns + round(min(slew_sec, SLEW_AGAIN_SEC) * 10**9)
-            self.say("slew: %+.3f s will take %s; clockctl set steps at once"
-                     % (self.offset_ns / 1e9, duration(slew_sec)))
+    def say_foreign(self, what):
+        self.say_hourly("foreign", "foreign: another program sets the %s; one of the two must go" % what)
 
     def steer(self):
         """-> seconds until the next time"""
@@ -1607,15 +1512,16 @@ class Clockspeed:
             self.trouble("steer the clock", err)
             wait_sec = SETTLED_SEC
         if self.clock.foreign:
-            self.tell_foreign("clock's frequency")
+            self.say_foreign("clock's frequency")
         return wait_sec
 
     def wake(self):
         """Sample the clock and steer it -> seconds until the next time."""
         self.sample()
         self.set_back()
-        if self.news:
-            self.tell_slew()
+        if self.news and abs(self.offset_ns) > LONG_SLEW_NS and self.clock.steers:
+            self.say_hourly("slew", "slew: %+.3f s will take %s; clockctl set steps at once"
+                            % (self.offset_ns / 1e9, duration(abs(self.offset_ns) / (SLEW_PPM * 1000))))
         wait_sec = self.steer()
         if self.news or self.due("state", STATE_SEC):
             self.save_state()
@@ -1629,10 +1535,7 @@ class Clockspeed:
     def load(self):
         """Take up what an earlier run knew -> where it came from, for the start line."""
         self.atto = self.read("atto", bytes) or b""
-        atto_ppm = self.read("atto", parse_atto)
-        if not json:
-            self.trouble("keep more than etc/atto", ImportError("this Python has no json module"))
-        state = self.read("state", parse_state) if json else None
+        atto_ppm, state = self.read("atto", parse_atto), self.read("state", parse_state)
         if state:
             self.known_ns = state.known_ns
         if not state or state.counter != self.clock.counter:
@@ -1670,6 +1573,10 @@ class Clockspeed:
             self.trouble("use etc/" + name, err)
             return None
 
+    def save_json(self, name, content, **style):
+        import json
+        self.save(name, json.dumps(content, **style).encode() + b"\n")
+
     def save(self, name, data):
         try:
             self.etc.replace(name, data)
@@ -1677,10 +1584,6 @@ class Clockspeed:
         except OSError as err:
             self.trouble("write etc/" + name, err)
         self.done_ns[name] = self.tick_ns
-
-    def save_json(self, name, content, **style):
-        if json:
-            self.save(name, json.dumps(content, **style).encode() + b"\n")
 
     def save_state(self):
         """etc/atto and etc/state."""
@@ -1755,18 +1658,17 @@ def choose_clock(observe):
 
 
 def find_user(name):
-    """OSError when there is none."""
-    import pwd
+    """Its line of the passwd file, None for no name; ValueError when there is none."""
     try:
-        return pwd.getpwnam(name)
+        return name and pwd.getpwnam(name)
     except LookupError:
-        raise OSError(errno.ENOENT, "there is no such user") from None
+        raise ValueError("there is no such user") from None
 
 
-def give(what, name, uid):
+def give(what, name, user):
     """Give etc or adjust to a user.  On a read-only file system it stays whose it is."""
     try:
-        what.give(uid)
+        what.give(user.pw_uid)
     except OSError as err:
         complain("warning", "unable to give away %s: %s" % (name, reason(err)))
 
@@ -1804,27 +1706,27 @@ def settle():
 # ==== end shared ====
 
 
-def serve(daemon, fifo, signal_fd, is_root):
-    """Marks as they come, the clock when it is time -> exit status: 0 after TERM or INT, 111 when adjust is
-    gone and only a new start as root can make it again."""
-    while True:
-        try:
-            fifo.open()
-            daemon.resolved("read adjust")
-        except OSError as err:
-            if isinstance(err, PermissionError) and fifo.was_open and not is_root:
-                daemon.warn(PROGRAM + ": fatal: adjust is gone or another one, which takes root to mend")
-                return 111
-            daemon.trouble("read adjust", err)
-        wait_sec = daemon.wake()
-        ready = select.select([signal_fd] + [fifo.reader] * (fifo.reader is not None), [], [], wait_sec)[0]
-        if signal_fd in ready:
-            return 0
-        if fifo.reader in ready:
+def open_adjust(daemon, fifo):
+    """What fails is said; PermissionError for what only a new start as root can mend."""
+    try:
+        fifo.open()
+        daemon.resolved("read adjust")
+    except PermissionError:
+        raise PermissionError(errno.EACCES, "adjust is another user's, or gone where only root can make it")
+    except OSError as err:
+        daemon.trouble("read adjust", err)
+
+
+def serve(daemon, fifo, signal_fd):
+    """Marks as they come, the clock when it is time, until TERM or INT; PermissionError."""
+    rest_sec = 0
+    while not select.select([signal_fd], [], [], rest_sec)[0]:
+        open_adjust(daemon, fifo)
+        wait_sec, packets = daemon.wake(), []
+        if fifo.fd in select.select([signal_fd] + [fifo.fd] * (fifo.fd is not None), [], [], wait_sec)[0]:
             packets = fifo.packets()
             daemon.take(packets)
-            if len(packets) >= BATCH and select.select([signal_fd], [], [], BATCH_REST_SEC)[0]:
-                return 0
+        rest_sec = 1 if len(packets) >= BATCH else 0  # a flood of marks keeps it from nothing
 
 
 def catch_signals():
@@ -1838,6 +1740,7 @@ def catch_signals():
 
 
 def main(argv):
+    import getopt  # here, where the memory that compiling this file took can be had for it
     try:
         doing = "write output"
         if begin(argv):
@@ -1848,14 +1751,14 @@ def main(argv):
         if len(operands) > 1:
             raise getopt.GetoptError("")
         home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or HOME
+        user_name, writer_name = options.get("-u"), options.get("-w", options.get("-u"))
         doing = "start"
         scale, target_ns = clock_scale(), clock_error_ns()
-        user_name, writer_name = options.get("-u"), options.get("-w", options.get("-u"))
         doing = "become %s" % user_name
-        user = find_user(user_name) if user_name else None
+        user = find_user(user_name)
         doing = "give adjust to %s" % writer_name
-        writer = find_user(writer_name) if writer_name else None
-        doing = "use " + home
+        writer = find_user(writer_name)
+        doing = "use %s (svc/install makes it, and so does mkdir -p)" % home
         os.umask(0o022)
         home_fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         doing = "use %s/etc" % home
@@ -1866,45 +1769,39 @@ def main(argv):
             raise ValueError("another clockspeed is running there") from None
         except OSError as err:
             complain("warning", "unable to lock %s/etc: %s" % (home, reason(err)))
-        doing = "use " + home
+        doing = "read adjust"
         if fifo.has_reader():
-            raise ValueError("another program reads adjust; stop the other clockspeed first")
+            raise ValueError("another program reads it; stop the other clockspeed first")
         clock = choose_clock("-n" in options)
         daemon = Clockspeed(clock, etc, scale, target_ns, "-S" not in options)
-        try:
-            fifo.open()
-        except OSError as err:
-            daemon.trouble("read adjust", err)
+        open_adjust(daemon, fifo)
         settle()
         if writer:
             doing = "give adjust to " + writer_name
-            give(fifo, "adjust", writer.pw_uid)
+            give(fifo, "adjust", writer)
         if user:
             doing = "give %s/etc to %s" % (home, user_name)
-            give(etc, "etc", user.pw_uid)
+            give(etc, "etc", user)
             doing = "become " + user_name
             become(user, 1 << CAP_SYS_TIME if clock.steers else 0)
+        doing = "run"
+        source = daemon.load()
+        daemon.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
+                   % (clock.doing, clock.counter, scale, *daemon.estimator.rate(), source))
+        daemon.begin_clock()
+        try:
+            serve(daemon, fifo, signal_fd)
+        finally:
+            daemon.save_state()
+            daemon.save_status()
+        daemon.say("stop: the clock runs on at the rate it has")
+        return 0
     except getopt.GetoptError:
         complain("usage", USAGE)
         return 100
-    except FileNotFoundError as err:
-        hint = "; svc/install makes it, and so does: mkdir -p " + home if doing == "use " + home else ""
-        complain("fatal", "unable to %s: %s%s" % (doing, reason(err), hint))
-        return 111
     except (OSError, ValueError, ImportError, AttributeError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
-    source = daemon.load()
-    daemon.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
-               % (clock.doing, clock.counter, scale, *daemon.estimator.rate(), source))
-    daemon.begin_clock()
-    try:
-        status = serve(daemon, fifo, signal_fd, os.getuid() == 0)
-    finally:
-        daemon.save_state()
-        daemon.save_status()
-    daemon.say("stop: the clock runs on at the rate it has")
-    return status
 
 
 if __name__ == "__main__":
