@@ -144,7 +144,7 @@ ADJ_OFFSET_SINGLESHOT = 0x8001
 STA_UNSYNC = 0x40
 MAXERROR_NS = 16 * 10**9  # where the kernel itself takes a clock for unsynchronised
 PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
-BIAS_LIMIT_PPM = 50  # no kernel's clock is off the rate that it was given by more: somebody else was at work
+BIAS_LIMIT_PPM = 50.0  # no kernel is off the rate that it was given by more: somebody else was at work
 
 
 # ==== shared by all: messages and TAI64NA ====
@@ -1276,7 +1276,7 @@ def parse_mark(mark):
 
 def parse_state(data):
     """The bytes of etc/state -> State; ValueError, whatever they are."""
-    import json  # here, as getopt below
+    import json  # here, as getopt is in main
     try:
         state = json.loads(data)
         if state["version"] != 2:
@@ -1753,6 +1753,7 @@ def main(argv):
         home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or HOME
         user_name, writer_name = options.get("-u"), options.get("-w", options.get("-u"))
         doing = "start"
+        import json  # before this is a user who can't read it
         scale, target_ns = clock_scale(), clock_error_ns()
         doing = "become %s" % user_name
         user = find_user(user_name)
