@@ -14,13 +14,11 @@ DESCRIPTION
     the system clock is behind; a positive rate, that the counter ticks too slowly: the rate
     is (real seconds per counter second - 1) * 10^6 ppm.
 
-    The counter is CLOCK_MONOTONIC_RAW, which nobody steers.  Where there is none it is
-    CLOCK_MONOTONIC, and what is learned is less exact.
-
-    On Linux the rate goes into the kernel (adjtimex), so that the clock runs right between
-    wake-ups and also after clockspeed is killed.  What the clock is off by is slewed away by
-    the kernel at 500 ppm: 1.8 s take an hour.  It could go faster only by a rate that would
-    stay if clockspeed were killed.  Elsewhere adjtime() nudges the clock every 3 seconds.
+    The counter is CLOCK_MONOTONIC_RAW, which nobody steers, or else CLOCK_MONOTONIC.  On Linux
+    the rate goes into the kernel (adjtimex), so that the clock runs right between wake-ups and
+    also after clockspeed is killed.  What the clock is off by is slewed away by the kernel at
+    500 ppm: 1.8 s take an hour.  It could go faster only by a rate that would stay if clockspeed
+    were killed.  Elsewhere adjtime() nudges the clock every 3 seconds.
 
     A clock that is over 0.5 s off is stepped in three cases, and never with -S:
     - by one of the first 3 marks used in a boot, so that a wrong first mark does not last;
@@ -54,12 +52,12 @@ FILES (in home)
     etc/status  the same for people and programs: at each mark and every 10 minutes
     etc/lock    so that no second clockspeed runs on this home
 
-    etc/status is JSON.  A counter that reads TICK is t = (TICK - tick_ns) / 10^9 seconds later.
-    Real time minus system clock was offset_ns at tick_ns, when the clock read written_ns.
-    Real time is then written_ns + offset_ns + t (10^9 + 1000 rate_ppm), and its variance,
-    c0 + c1 t + c2 t^2 + c3 t^3 ns^2, has the factors in `variance`.  `bound` has what carries
-    the bound on, between which real time certainly is, if the servers tell the truth within
-    their root distance.  With its tick_ns in t and C = change_ppm sqrt(max(1, t / 86400)):
+    etc/status is JSON.  At tick_ns, a reading of the counter, the system clock read written_ns,
+    and real time was offset_ns more.  When the counter reads TICK, t = (TICK - tick_ns) / 10^9
+    seconds later, real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm), with a variance
+    of c0 + c1 t + c2 t^2 + c3 t^3 ns^2: these are in `variance`.  Between the following it is for
+    certain, if servers tell the truth; with what is in `bound` and its tick_ns in t, and
+    C = change_ppm sqrt(max(1, t / 86400)):
         from  earliest_ns + t (10^9 + 1000 max(slow_ppm - C, -1000))
         to    latest_ns   + t (10^9 + 1000 min(fast_ppm + C, 1000))
 
@@ -95,7 +93,7 @@ EXIT STATUS
     that was deleted, which root makes again
 
 SEE ALSO
-    clockctl, sntpclock, taiclock, ntsclock
+    clockctl
 """
 try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even while it loads
     import signal
@@ -1305,10 +1303,6 @@ def parse_atto(packet):
     return rate_ppm
 
 
-def format_or_none(form, value):
-    return "-" if value is None else form % value
-
-
 def duration(sec):
     """Seconds as people say them: 45 s, 12 min, 5.6 h, 3.2 d."""
     for limit, unit_sec, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
@@ -1339,7 +1333,7 @@ class Clockspeed:
         self.troubles = {}  # what fails -> why, so that the same trouble is said once
         self.done_ns = {}  # what is done now and then -> tick when it was last done
         self.news = True  # there is what neither the kernel nor the files have been told
-        self.set_by_others, self.set_back_from_ns, self.set_back_wait_sec = False, 0, SET_BACK_SEC
+        self.set_back_from_ns, self.set_back_wait_sec = 0, SET_BACK_SEC
         self.phase_lost = False  # by a suspend or a counter that went back
         self.tick_ns, self.clock_ns = clock.read()
         self.begin_phase()
@@ -1363,21 +1357,15 @@ class Clockspeed:
             self.done_ns[name] = self.tick_ns
             self.say(text)
 
-    # -- what is known
-
     def begin_phase(self):
         """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
-        self.anchor = self.tick_ns, self.clock_ns
         self.suspended_ns = self.clock.suspended_ns()
         self.offset_ns = 0
         self.set_by_others = False
 
     def real_ns(self):
         """Real time at the last sample."""
-        if self.estimator.has_phase():
-            return self.estimator.real(self.tick_ns)[0]
-        ticks_ns = self.tick_ns - self.anchor[0]
-        return self.anchor[1] + ticks_ns + round(ticks_ns * self.estimator.rate()[0] / 1e6)
+        return self.estimator.real(self.tick_ns)[0] if self.estimator.has_phase() else self.clock_ns
 
     def most_ns(self):
         """How far what is believed at the last sample can be off real time, or None."""
@@ -1403,8 +1391,6 @@ class Clockspeed:
             self.news = True  # a slew that was on its way is lost in a step
             self.done_ns.pop("slew", None)
             self.set_by_others = self.set_by_others or abs(moved_ns) > STEP_NS
-            if not self.estimator.has_phase():
-                self.begin_phase()
 
     def lose_phase(self, rate_error_ppm):
         """The counter is not what it was: it does not tell the time any more."""
@@ -1413,8 +1399,6 @@ class Clockspeed:
         self.bound.forget()
         self.set_back_from_ns, self.phase_lost, self.news = 0, True, True
         self.begin_phase()
-
-    # -- marks
 
     def take(self, packets):
         """Adjustments that came out of the FIFO at once; wake() is to follow."""
@@ -1447,17 +1431,15 @@ class Clockspeed:
                               outcome=outcome)
         self.news = True
         most_ns = self.most_ns()
+        told = (self.tick_ns, real_ns) + ((spread_ns, distance_ns) if spread_ns is not None else ("-", "-"))
         self.say("mark: tick %d ns, real %d ns, spread %s ns, distance %s ns, offset %+.9f s, error %.9f s, "
                  "bound %s s, rate %+.4f ppm, rate error %.4f ppm, %s"
-                 % (self.tick_ns, real_ns, format_or_none("%d", spread_ns), format_or_none("%d", distance_ns),
-                    offset_ns / 1e9, self.estimator.real(self.tick_ns)[1] / 1e9,
-                    format_or_none("%.9f", most_ns and most_ns / 1e9), *self.estimator.rate(), outcome))
+                 % (*told, offset_ns / 1e9, self.estimator.real(self.tick_ns)[1] / 1e9,
+                    "-" if most_ns is None else "%.9f" % (most_ns / 1e9), *self.estimator.rate(), outcome))
         self.offset_ns = self.real_ns() - self.clock_ns
         first = self.first_boot_marks and self.marks["used"] <= EARLY_MARKS
         if outcome == "used" and first and abs(self.offset_ns) > STEP_NS:
             self.step(self.offset_ns, "by one of the first %d marks of this boot" % EARLY_MARKS)
-
-    # -- the clock
 
     def step(self, delta_ns, why):
         if not self.may_step:
@@ -1475,7 +1457,6 @@ class Clockspeed:
         start; a mark tells the rest."""
         if not self.estimator.has_phase() and self.clock_ns < self.known_ns - STEP_NS:
             self.step(self.known_ns - self.clock_ns, "which showed a time before the last one known")
-            self.begin_phase()
 
     def set_back(self):
         """Undo at once what others did to the clock, but not again and again.  While a mark is in doubt, who
@@ -1529,8 +1510,6 @@ class Clockspeed:
             self.save_status()
         self.news = False
         return wait_sec
-
-    # -- files
 
     def load(self):
         """Take up what an earlier run knew -> where it came from, for the start line."""
@@ -1636,7 +1615,7 @@ def clock_error_ns():
     text = os.environ.get("CLOCK_ERROR")
     if not text:
         return None
-    unit = next((unit for unit in ("ms", "us", "s") if text.endswith(unit)), "")
+    unit = next(unit for unit in ("ms", "us", "s", "") if text.endswith(unit))
     try:
         error_ns = float(text[:len(text) - len(unit)]) * {"ms": 1e6, "us": 1e3}.get(unit, 1e9)
     except ValueError:
@@ -1663,14 +1642,6 @@ def find_user(name):
         return name and pwd.getpwnam(name)
     except LookupError:
         raise ValueError("there is no such user") from None
-
-
-def give(what, name, user):
-    """Give etc or adjust to a user.  On a read-only file system it stays whose it is."""
-    try:
-        what.give(user.pw_uid)
-    except OSError as err:
-        complain("warning", "unable to give away %s: %s" % (name, reason(err)))
 
 
 def become(user, capabilities):
@@ -1779,10 +1750,10 @@ def main(argv):
         settle()
         if writer:
             doing = "give adjust to " + writer_name
-            give(fifo, "adjust", writer)
+            fifo.give(writer.pw_uid)
         if user:
             doing = "give %s/etc to %s" % (home, user_name)
-            give(etc, "etc", user)
+            etc.give(user.pw_uid)
             doing = "become " + user_name
             become(user, 1 << CAP_SYS_TIME if clock.steers else 0)
         doing = "run"

@@ -2312,8 +2312,7 @@ class FakeKernel:
         while sec > 1e-9:
             slewing = self.slew_us or self.slewing_ns
             part = min(sec, 1 - self.elapsed % 1 or 1) if slewing else sec
-            gain = (self.fields["freq"] / 65536 + (self.fields["tick"] - 10000) * 100 + self.bias_ppm) * 1e-6
-            self.clock += part * (1e9 * gain + self.slewing_ns - self.ppm * 1e3)
+            self.clock += part * (1e3 * (self.given_ppm() + self.bias_ppm - self.ppm) + self.slewing_ns)
             self.tick += round(part * 1e9)
             self.real += round(part * 1e9 * (1 + self.ppm / 1e6))
             self.fields["maxerror"] = min(16 * 10**6, self.fields["maxerror"] + 500 * part)
@@ -2780,7 +2779,7 @@ def test_before_the_first_mark_the_system_clock_is_taken_as_it_is(simulate):
     simulation.kernel.set_clock(-HOUR_NS)
     simulation.run(300)
     assert simulation.kernel.clock == pytest.approx(-HOUR_NS, abs=1e6)
-    assert simulation.lines == ["moved: somebody set the system clock by -3600.000 s"]
+    assert simulation.lines == []
 
 
 def test_many_marks_at_once_are_a_few_and_one_line(simulate):
@@ -3107,31 +3106,14 @@ def test_a_read_only_file_system_is_said_and_no_reason_to_stop(daemon, public_tm
     home = public_tmp / "home"
     os.mkfifo(str(home / "adjust"))
     (home / "etc").mkdir()
+    for path in (home / "adjust", home / "etc"):
+        os.chown(str(path), pwd.getpwnam("nobody").pw_uid, -1)  # as svc/install does
     mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
     process = daemon("-u", "nobody", before=["unshare", "-m", "sh", "-c", mount, str(home)])
     process.mark()
     process.wait_for("warning: unable to write etc/status: Read-only file system")
     assert "Uid:\t%d\t" % pwd.getpwnam("nobody").pw_uid in process.proc("status") and process.end() == 0
     assert process.text().count("Read-only file system") <= 6 and not (home / "etc" / "state").exists()
-
-
-def test_without_the_privilege_and_with_an_etc_of_others_it_observes_and_says_both_once(daemon, public_tmp):
-    home = public_tmp / "home"
-    (home / "etc").mkdir(0o555)
-    as_user = []
-    if ROOT:
-        need("setpriv")
-        os.mkfifo(str(home / "adjust"))
-        os.chown(str(home / "adjust"), 65534, -1)
-        as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all",
-                   "--inh-caps=-all"]
-    process = daemon(script=as_user + command_of("clockspeed", home))
-    for count in (1, 2, 3):
-        process.mark(count)
-    assert process.end() == 0 and os.listdir(str(home / "etc")) == []
-    for said in ("steer the clock: Operation not permitted; observing only",
-                 "write etc/state: Permission denied", "write etc/status: Permission denied"):
-        assert process.text().count("warning: unable to %s\n" % said) == 1
 
 
 def test_a_log_that_takes_no_more_blocks_nothing(tmp_path):
@@ -3329,33 +3311,6 @@ def test_clockspeed_across_the_turns_of_32_bits(simulate, turn_sec):
     assert simulation.daemon.marks["used"] == 6
     assert kernel.clock_ns() > turn_sec * 10**9 and abs(kernel.clock) < 1e5
     assert simulate(kernel).source == "phase and rate of etc/state"
-
-
-@pytest.mark.long
-def test_a_year_of_restarts_reboots_lost_and_wild_marks(simulate, monkeypatch):
-    """The error is what was told, and nothing grows."""
-    monkeypatch.setattr(CS, "SETTLED_SEC", 3600)  # else it wakes half a million times
-    rng, kernel = random.Random(SEED), FakeKernel(ppm=20, behind_ns=10**9)
-    simulation, errors_sec, wait_sec, left_sec = simulate(kernel, target_ns=10**7), [], 600, 365 * 86400
-    while left_sec > 0:
-        simulation.run(wait_sec)
-        left_sec -= wait_sec
-        kernel.ppm += rng.gauss(0, 3e-4 * wait_sec**0.5)
-        if simulation.daemon.estimator.has_phase():
-            errors_sec.append(abs(kernel.clock) / 1e9)
-        what = rng.random()
-        if what < 0.01:
-            kernel.boot += "'"
-            kernel.clock += rng.gauss(0, 3e8)
-            kernel.fields.update(freq=0, tick=10000, status=0x40, maxerror=16 * 10**6)
-        if what < 0.06:
-            simulation = simulate(kernel, target_ns=10**7)
-        if what > 0.1:
-            wild_sec = rng.choice((-1, 1)) * 10.0 ** rng.randrange(-1, 3) if what > 0.98 else 0
-            simulation.mark(rng.gauss(0, 2e-4) + wild_sec)
-        wait_sec = min(86400, max(600, simulation.status()["next"]["wait_sec"]))
-    assert sorted(errors_sec)[int(len(errors_sec) * 0.9)] < 0.02
-    assert max(path.stat().st_size for path in (simulation.home / "etc").iterdir()) < 65536
 
 
 # ==== clockctl ======================================================================================
