@@ -1039,7 +1039,7 @@ class KernelClock(Clock):
     """
     doing, steers = "steering the system clock with adjtimex", True
     SECOND_NS = 1100000000  # from a request to the end of the second it came in, and some
-    MOST_US = SLEW_PPM * 60  # of a single shot: for a minute at most the clock is deaf to what a mark tells
+    MOST_US = SLEW_PPM * 58  # of a single shot: what a mark tells waits for its end, a minute at most
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
         self.adjtimex, self.nominal_tick = adjtimex, nominal_tick
