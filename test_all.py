@@ -3189,7 +3189,7 @@ def test_clockspeed_takes_little_memory(daemon):
     process = daemon("-n")
     for count in (1, 2, 3):
         process.mark(count)
-    assert int(re.search(r"VmHWM:\s+(\d+) kB", process.proc("status")).group(1)) < 17 * 1024
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", process.proc("status")).group(1)) < 16 * 1024, "15 with Python 3.11"
 
 
 # ==== bad days ======================================================================================
