@@ -59,7 +59,7 @@ def lines(word=""):
 def mark():
     before = len(lines("mark: "))
     said = sh("setuidgid clocksd clockctl mark")
-    return until(lambda: len(lines("mark: ")) > before, LONG_SEC) or say("no mark: " + said)
+    return until(lambda: len(lines("mark: ")) > before, LONG_SEC, 0.001) or say("no mark: " + said)
 
 
 def set_clock(sec):
@@ -103,7 +103,7 @@ check("and the hardware clock stays right all the while", abs(worst) < RTC_SEC, 
 set_at_ns, rng = raw_ns(), random.Random()
 for _ in range(10):
     mark()  # clockspeed is about to tell the kernel that its clock is right
-    time.sleep(rng.uniform(0, 0.2))
+    time.sleep(rng.uniform(0, 0.01))
     set_clock(HOUR_SEC)
     time.sleep(COPIED_SEC)
     if watch.now()[1] < -HOUR_SEC / 2:

@@ -130,14 +130,14 @@ def rate_ppm(first, last):
     return (real / ticks - 1) * 1e6, (first.unsure_ns + last.unsure_ns) / ticks * 1e6
 
 
-def until(condition, seconds):
+def until(condition, seconds, pause_sec=0.1):
     """Wait until condition() is true -> its value, or None when the time is over."""
     deadline_ns = raw_ns() + seconds * 10**9
     while raw_ns() < deadline_ns:
         value = condition()
         if value:
             return value
-        time.sleep(0.1)
+        time.sleep(pause_sec)
     return None
 
 
