@@ -2,20 +2,18 @@
 """clockadd - step the system clock by an adjustment
 
 SYNOPSIS
-    sntpclock 192.0.2.1 | clockadd [-e ms] [-f]
+    sntpclock 192.0.2.1 | clockadd [-e ms]
 
 DESCRIPTION
-    Reads one adjustment from standard input, 16 bytes of TAI64NA or the 12 bytes of TAI64N
-    that s6's clients write, and adds it to the system clock.  Needs root (on Linux:
-    CAP_SYS_TIME).  Prints nothing when it worked.
+    Reads one adjustment from standard input, 16 bytes of TAI64NA or the 12 bytes of TAI64N that s6's
+    clients write, and adds it to the system clock.  Needs root (on Linux: CAP_SYS_TIME).  Prints
+    nothing when it worked.
 
-    On Linux the kernel adds the adjustment itself, to the nanosecond, so that no time is
-    lost between reading the clock and setting it.  Elsewhere, or without ctypes, the clock
-    is read and set in two calls, and is late by the microsecond between them.
+    On Linux the kernel adds the adjustment itself, so that no time is lost.  Elsewhere, or without
+    ctypes, the clock is late by the microsecond between reading and setting it.
 
 OPTIONS
     -e ms   refuse a step of more than that many milliseconds, either way
-    -f      step even so
 
 EXIT STATUS
     0 stepped; 100 wrong usage; 111 refused, bad input, no permission or a system error
@@ -36,7 +34,7 @@ import sys
 import time
 
 PROGRAM = "clockadd"
-USAGE = "clockadd [-e ms] [-f] < adjustment"
+USAGE = "clockadd [-e ms] < adjustment"
 
 
 # ==== shared by all: messages and TAI64NA ====
@@ -99,12 +97,8 @@ def unpack(packet):
 # ==== shared by some: a packet from stdin ====
 def read_packet():
     """The 12 or 16 bytes on stdin, however many reads they take; fewer at its end; OSError, ValueError."""
-    packet = b""
-    while len(packet) < TAI64NA.size:
-        more = os.read(0, TAI64NA.size - len(packet))
-        if not more:
-            break
-        packet += more
+    with open(0, "rb", TAI64NA.size, closefd=False) as stdin:
+        packet = stdin.read(TAI64NA.size)
     if not packet:
         raise ValueError("nothing came on standard input")
     return packet
@@ -126,22 +120,19 @@ def adjtimex(**fields):
     """
     import ctypes  # here, since python3-minimal has none
     libc = ctypes.CDLL(None, use_errno=True)
-
-    def call(layout, function, *before):
+    calls = [(TIMEX, libc.adjtimex)]
+    if ctypes.sizeof(ctypes.c_long) == 4:
+        # clock_adjtime64 by its number, as the libcs disagree on its name; Linux has it from 5.1 on
+        number = 4405 if os.uname().machine.startswith("mips") else 405
+        calls = [(TIMEX, lambda buffer: libc.syscall(number, 0, buffer)), (TIMEX32, libc.adjtimex)]
+    for layout, call in calls:
         buffer = ctypes.create_string_buffer(layout.pack(*(fields.get(name, 0) for name in TIMEX_FIELDS)))
-        state = function(*before, buffer)
-        if state < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
-
-    if ctypes.sizeof(ctypes.c_long) == 8:
-        return call(TIMEX, libc.adjtimex)
-    try:  # the libcs disagree on the name of their 64-bit call: clock_adjtime64 of CLOCK_REALTIME itself
-        return call(TIMEX, libc.syscall, 4405 if os.uname().machine.startswith("mips") else 405, 0)
-    except OSError as err:
-        if err.errno != errno.ENOSYS:  # Linux before 5.1
-            raise
-    return call(TIMEX32, libc.adjtimex)
+        state = call(buffer)
+        if state >= 0:
+            return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
+        if ctypes.get_errno() != errno.ENOSYS:
+            break
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 # ==== end shared ====
 
 
@@ -172,9 +163,8 @@ def main(argv, step=step_clock):
         doing = "write output"
         if begin(argv):
             return 0
-        options, operands = getopt.getopt(argv[1:], "e:f")
-        options = dict(options)
-        limit_ms = options.get("-e", "0")
+        options, operands = getopt.getopt(argv[1:], "e:")
+        limit_ms = dict(options).get("-e", "0")
         if operands or not limit_ms.isdecimal():
             raise getopt.GetoptError("")
         doing = "read the adjustment"
@@ -184,8 +174,8 @@ def main(argv, step=step_clock):
             return 111
         delta_ns, _ = unpack(packet)
         doing = "set the clock"
-        if "-e" in options and "-f" not in options and abs(delta_ns) > int(limit_ms) * 10**6:
-            raise ValueError("a step of %.3f s is over the limit of -e; -f steps even so" % (delta_ns / 1e9))
+        if options and abs(delta_ns) > int(limit_ms) * 10**6:
+            raise ValueError("a step of %.3f s is over the limit of -e" % (delta_ns / 1e9))
         step(delta_ns)
     except getopt.GetoptError:
         complain("usage", USAGE)

@@ -6,15 +6,14 @@ SYNOPSIS
     clockview < /usr/local/clockspeed/etc/atto
 
 DESCRIPTION
-    Reads one adjustment from standard input: 16 bytes of TAI64NA, or the 12 bytes of
-    TAI64N that s6's clients write.  Prints the system clock, and the system clock plus the
-    adjustment, in local time:
+    Reads one adjustment from standard input: 16 bytes of TAI64NA, or the 12 bytes of TAI64N that s6's
+    clients write.  Prints the system clock, and the system clock plus the adjustment, in local time:
 
         before: 2026-11-22 15:41:44.000000000
         after:  2026-11-22 15:41:44.250000000
 
-    A third line follows for a mark that tells how good it is, as those of our clients do,
-    and another one for etc/atto, the seconds of real time per tick:
+    A third line follows for a mark that tells how good it is, as those of our clients do, and for
+    etc/atto, the seconds of real time per tick:
 
         mark:   give or take 0.000412 s by its exchanges, 0.000210 s by its server
         atto:   0.000000001000050000 s per tick
@@ -134,12 +133,8 @@ def report(clock_ns, adjustment_ns, last):
 # ==== shared by some: a packet from stdin ====
 def read_packet():
     """The 12 or 16 bytes on stdin, however many reads they take; fewer at its end; OSError, ValueError."""
-    packet = b""
-    while len(packet) < TAI64NA.size:
-        more = os.read(0, TAI64NA.size - len(packet))
-        if not more:
-            break
-        packet += more
+    with open(0, "rb", TAI64NA.size, closefd=False) as stdin:
+        packet = stdin.read(TAI64NA.size)
     if not packet:
         raise ValueError("nothing came on standard input")
     return packet

@@ -154,22 +154,19 @@ def adjtimex(**fields):
     """
     import ctypes  # here, since python3-minimal has none
     libc = ctypes.CDLL(None, use_errno=True)
-
-    def call(layout, function, *before):
+    calls = [(TIMEX, libc.adjtimex)]
+    if ctypes.sizeof(ctypes.c_long) == 4:
+        # clock_adjtime64 by its number, as the libcs disagree on its name; Linux has it from 5.1 on
+        number = 4405 if os.uname().machine.startswith("mips") else 405
+        calls = [(TIMEX, lambda buffer: libc.syscall(number, 0, buffer)), (TIMEX32, libc.adjtimex)]
+    for layout, call in calls:
         buffer = ctypes.create_string_buffer(layout.pack(*(fields.get(name, 0) for name in TIMEX_FIELDS)))
-        state = function(*before, buffer)
-        if state < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
-
-    if ctypes.sizeof(ctypes.c_long) == 8:
-        return call(TIMEX, libc.adjtimex)
-    try:  # the libcs disagree on the name of their 64-bit call: clock_adjtime64 of CLOCK_REALTIME itself
-        return call(TIMEX, libc.syscall, 4405 if os.uname().machine.startswith("mips") else 405, 0)
-    except OSError as err:
-        if err.errno != errno.ENOSYS:  # Linux before 5.1
-            raise
-    return call(TIMEX32, libc.adjtimex)
+        state = call(buffer)
+        if state >= 0:
+            return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
+        if ctypes.get_errno() != errno.ENOSYS:
+            break
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 # ==== end shared ====
 
 
