@@ -4363,54 +4363,41 @@ class Image:
     """A directory into which svc/install installs."""
 
     def __init__(self, path):
-        self.path = str(path)
+        self.path = path
+        path.mkdir()
 
-    def install(self, *args, shell=("sh",), script=INSTALL, umask=None, status=0, root=True, stdout=None):
-        words = list(shell) + [script] + ["--root", self.path] * root + list(args)
-        env = {key: value for key, value in UTC_ENV.items() if not key.startswith("CLOCKSPEED_")}
-        done = subprocess.run(words, stdout=stdout or subprocess.PIPE, stderr=subprocess.PIPE, env=env,
-                              timeout=60, preexec_fn=umask and (lambda: os.umask(umask)))
+    def install(self, *args, shell=("sh",), script=INSTALL, status=0, root=True, **options):
+        """-> the lines that it printed, but for what it leaves to others."""
+        words = list(shell) + [str(script)] + ["--root", str(self.path)] * root + list(args)
+        done = subprocess.run(words, env=UTC_ENV, timeout=60, **dict(
+            dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE), **options))
         lines = ((done.stdout or b"") + done.stderr).decode().splitlines()
         assert done.returncode == status, lines
         return [line for line in lines if not line.startswith("left to you: ")]
 
     def __call__(self, name):
-        return os.path.join(self.path, name)
+        return self.path / name
 
     def read(self, name):
-        with open(self(name)) as file:
-            return file.read()
+        return self(name).read_text()
 
     def write(self, name, text):
-        os.makedirs(os.path.dirname(self(name)), exist_ok=True)
-        with open(self(name), "w") as file:
-            file.write(text)
+        self(name).parent.mkdir(parents=True, exist_ok=True)
+        self(name).write_text(text)
 
     def supervisor(self, scanner):
         self.write("usr/bin/" + scanner, "")
-        os.chmod(self("usr/bin/" + scanner), 0o755)
+        self("usr/bin/" + scanner).chmod(0o755)
 
     def tree(self):
         """-> name: mode, of all that is in it."""
-        names = [os.path.relpath(os.path.join(place, name), self.path)
-                 for place, directories, files in os.walk(self.path) for name in directories + files]
-        return {name: oct(os.lstat(self(name)).st_mode)[-4:] for name in names}
+        return {str(path.relative_to(self.path)): oct(path.lstat().st_mode)[-4:]
+                for path in self.path.rglob("*")}
 
 
 @pytest.fixture
 def image(tmp_path):
-    (tmp_path / "image").mkdir()
     return Image(tmp_path / "image")
-
-
-@pytest.fixture
-def project(tmp_path):
-    """A copy of this project, to make a next version of -> its svc/install."""
-    for name in SCRIPTS:
-        (tmp_path / "project").mkdir(exist_ok=True)
-        shutil.copy(path_of(name), str(tmp_path / "project"))
-    shutil.copytree(path_of("svc"), str(tmp_path / "project" / "svc"))
-    return str(tmp_path / "project" / "svc" / "install")
 
 
 @every_shell
@@ -4419,7 +4406,7 @@ def test_every_shell_installs_the_same_and_then_finds_nothing_to_do(image, shell
     args, umask = ("--server", "ntp:192.0.2.7,2001:db8::1"), 0o002 if shell == ["dash"] else 0o077
     assert image.install("--dry-run", *args, shell=shell)[-1] == "write /var/svc.d/.clockspeed-installed"
     assert not image.tree()
-    image.install(*args, shell=shell, umask=umask)
+    image.install(*args, shell=shell, preexec_fn=lambda: os.umask(umask))
     tree = image.tree()
     assert {BIN + name for name in PROGRAMS} <= set(tree)
     for name in [BIN + program for program in PROGRAMS] + ["usr/local/bin/clockctl"]:
@@ -4493,24 +4480,23 @@ def test_another_home_is_the_configurations(image):
         "install: fatal: unable to use CLOCKSPEED_HOME: it is not a plain absolute path"]
 
 
-def test_the_next_version_replaces_what_was_not_edited(image, project):
+def test_the_next_version_replaces_what_was_not_edited(image, tmp_path):
     image.install("--server", "tai:192.0.2.7")
     image.write("var/svc.d/clockspeed/run", "#!/bin/sh\n# edited\n")
+    shutil.copytree(HERE, str(tmp_path / "next"), ignore=shutil.ignore_patterns(".*"))
     for name in ("clockview.py", "svc/clockspeed/run"):
-        with open(os.path.join(os.path.dirname(os.path.dirname(project)), name), "a") as file:
+        with (tmp_path / "next" / name).open("a") as file:
             file.write("# the next version\n")
-    with open(project) as file:
-        text = file.read()
-    with open(project, "w") as file:  # which has no clockctl-graph
-        file.write(text.replace("clockctl clockctl-check clockctl-graph", "clockctl clockctl-check"))
-    assert image.install(script=project) == [
+    next_install = tmp_path / "next" / "svc" / "install"  # which has no clockctl-graph
+    next_install.write_text(next_install.read_text().replace("-check clockctl-graph", "-check"))
+    assert image.install(script=next_install) == [
         "write /usr/local/clockspeed/bin/clockview", "write /var/svc.d/clockspeed/run.new, since "
         "/var/svc.d/clockspeed/run was edited", "remove /usr/local/bin/clockctl-graph",
         "write /var/svc.d/.clockspeed-installed"]
-    assert image.install(script=project) == ["nothing to do"]
-    os.rename(image("var/svc.d/clockspeed/run.new"), image("var/svc.d/clockspeed/run"))
-    assert image.install(script=project) == ["write /var/svc.d/.clockspeed-installed"]
-    assert image.install(script=project) == ["nothing to do"]
+    assert image.install(script=next_install) == ["nothing to do"]
+    image("var/svc.d/clockspeed/run.new").rename(image("var/svc.d/clockspeed/run"))
+    assert image.install(script=next_install) == ["write /var/svc.d/.clockspeed-installed"]
+    assert image.install(script=next_install) == ["nothing to do"]
 
 
 def test_other_servers_change_two_lines_of_the_configuration(image):
