@@ -358,6 +358,21 @@ def test_clockadd_steps_unless_that_is_over_its_limit(options, ns, stepped, monk
     assert steps == [ns] * stepped and ("over the limit" in capfd.readouterr().err) is not stepped
 
 
+@pytest.mark.parametrize("args", (["-e", "x"], ["here"]))
+def test_clockadd_refuses_wrong_arguments(args):
+    assert ADD.main(["clockadd"] + args, None) == 100
+
+
+def test_clockadd_sets_the_clock_where_the_kernel_can_not_add(monkeypatch):
+    def no_ctypes(**_):
+        raise ImportError
+    times = []
+    monkeypatch.setattr(ADD, "adjtimex", no_ctypes)
+    monkeypatch.setattr(ADD.time, "clock_settime_ns", lambda _, ns: times.append(ns))
+    ADD.step_clock(10**12)
+    assert abs(times[0] - time.time_ns() - 10**12) < PATIENCE_SEC * 10**9
+
+
 def test_one_adjtimex_call_steps_and_leaves_the_unit_alone():
     for status, after in (0, [dict(modes=0x1000)]), (0x2000, []):
         seen = []
@@ -1812,16 +1827,9 @@ def test_taiclockd_says_who_has_its_port(args):
 
 
 def test_taiclockd_names_the_user_of_another_users_process(monkeypatch):
-    """And nobody where there is no /proc."""
-    def unreadable(*_):
-        raise PermissionError
-    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-        sock.bind(("::1", 0))
-        port = sock.getsockname()[1]
-        monkeypatch.setattr(SERVER.os, "readlink", unreadable)
-        assert SERVER.holders(port) == "a process of user %d" % os.getuid() * os.path.exists("/proc/net/udp6")
-        monkeypatch.setattr(SERVER, "open", unreadable, raising=False)
-        assert SERVER.holders(port) == ""
+    table = "sl local_address\n1: 00000000:0FAE 00000000:0000 07 0:0 0:0 0 1234 0 999999999\n"
+    monkeypatch.setattr(SERVER, "open", lambda _: io.StringIO(table), raising=False)
+    assert (SERVER.holders(4014), SERVER.holders(4015)) == ("a process of user 1234", "")
 
 
 def test_taiclockds_share_a_port_by_option_and_tell_it():
