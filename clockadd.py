@@ -2,7 +2,7 @@
 """clockadd - step the system clock by an adjustment
 
 SYNOPSIS
-    sntpclock 192.0.2.1 | clockadd [-e ms]
+    sntpclock 192.0.2.1 | clockadd [-e ms] [-f]
 
 DESCRIPTION
     Reads one adjustment from standard input, 16 bytes of TAI64NA or the 12 bytes of TAI64N that s6's
@@ -14,6 +14,7 @@ DESCRIPTION
 
 OPTIONS
     -e ms   refuse a step of more than that many milliseconds, either way
+    -f      step even so
 
 EXIT STATUS
     0 stepped; 100 wrong usage; 111 refused, bad input, no permission or a system error
@@ -34,7 +35,7 @@ import sys
 import time
 
 PROGRAM = "clockadd"
-USAGE = "clockadd [-e ms] < adjustment"
+USAGE = "clockadd [-e ms] [-f] < adjustment"
 
 
 # ==== shared by all: messages and TAI64NA ====
@@ -163,8 +164,9 @@ def main(argv, step=step_clock):
         doing = "write output"
         if begin(argv):
             return 0
-        options, operands = getopt.getopt(argv[1:], "e:")
-        limit_ms = dict(options).get("-e", "0")
+        options, operands = getopt.getopt(argv[1:], "e:f")
+        options = dict(options)
+        limit_ms = options.get("-e", "0")
         if operands or not limit_ms.isdecimal():
             raise getopt.GetoptError("")
         doing = "read the adjustment"
@@ -174,7 +176,7 @@ def main(argv, step=step_clock):
             return 111
         delta_ns, _ = unpack(packet)
         doing = "set the clock"
-        if options and abs(delta_ns) > int(limit_ms) * 10**6:
+        if "-e" in options and "-f" not in options and abs(delta_ns) > int(limit_ms) * 10**6:
             raise ValueError("a step of %.3f s is over the limit of -e" % (delta_ns / 1e9))
         step(delta_ns)
     except getopt.GetoptError:

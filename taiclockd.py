@@ -30,11 +30,16 @@ OUTPUT
         `::` takes IPv4 too.  Where others have that port as well, as with -r, the line says who.
     taiclockd: info: silent: REASON
     taiclockd: info: answering: the clock can be trusted now
+    taiclockd: info: count: 86400 answered, 2 ignored, 0 refused
+        At most once an hour: replies sent; datagrams that were no queries; queries that were not
+        answered because of silence, or because the reply could not be sent.
 
 ENVIRONMENT
     CLOCK_SERVE  synced: answer only while the kernel says that its clock is synchronised
     CLOCK_SCALE  what the system clock counts: utc, or tai (the right/ time zones); without it the time
                  zone tells.  A label is the clock and 37 s, or 10 s for tai
+    LISTEN_FDS, LISTEN_PID
+                 serve on inherited UDP sockets (descriptor 3 and up, as systemd passes them) instead
 
 EXIT STATUS
     100 wrong usage; 111 unable to start; it serves until a signal ends it
@@ -172,12 +177,13 @@ STA_UNSYNC = 0x40  # in the status of adjtimex(2): not synchronised
 SLOTS = 64  # datagrams in a batch; with more of them the label would be older and the system calls no cheaper
 QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel, whose own limit is usually lower
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
+COUNT_SEC = 3600  # between two lines of counts
 
 IOVEC = struct.Struct("@PN")  # C's struct iovec: address, size
 # C's struct mmsghdr: name, its size; iovecs, their number; control data, its size; flags; the size received.
 MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
 NAME_SIZE_AT, RECEIVED_AT = struct.calcsize("@P"), struct.calcsize("@PIPNPNi0P")
-NAME_MAX = 28  # of struct sockaddr_in6
+INTERNET, NAME_MAX = (socket.AF_INET, socket.AF_INET6), 28  # bytes of struct sockaddr_in6
 MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only; for none
 
 
@@ -216,6 +222,23 @@ class Clock:
         return ""
 
 
+class Counts:
+    """What became of the datagrams since the last line that told it."""
+
+    def __init__(self, now_sec=time.monotonic):
+        self.now_sec, self.due_sec = now_sec, now_sec() + COUNT_SEC
+        self.answered = self.ignored = self.refused = 0
+
+    def add(self, received, queries, sent):
+        self.answered += sent
+        self.ignored += received - queries
+        self.refused += queries - sent
+        if self.now_sec() >= self.due_sec:
+            complain("info", "count: %d answered, %d ignored, %d refused" % (
+                self.answered, self.ignored, self.refused))
+            self.__init__(self.now_sec)
+
+
 class Single:
     """A socket whose datagrams are answered one by one."""
 
@@ -223,17 +246,20 @@ class Single:
         self.sock = sock
 
     def serve(self, clock):
-        """Answer what is there."""
+        """Answer what is there -> the numbers of datagrams, of queries among them, and of replies sent."""
         try:
             packet, client = self.sock.recvfrom(QUERY_MAX)
         except OSError:
-            return time.sleep(PAUSE_SEC)
-        head = clock.head()
-        if head and is_query(packet, 0, len(packet)):
+            time.sleep(PAUSE_SEC)
+            return 0, 0, 0
+        head, query, sent = clock.head(), is_query(packet, 0, len(packet)), 0
+        if head and query:
             try:
                 self.sock.sendto(head + packet[QUERY_MIN:], MSG_DONTWAIT, client)
+                sent = 1
             except OSError:  # a client that can't be reached, a firewall, a full buffer
                 pass
+        return 1, query, sent
 
 
 class Batches:
@@ -266,22 +292,27 @@ class Batches:
         self.sizes = memoryview(self.iovecs).cast("N")[1::2]
 
     def serve(self, clock):
-        """Answer what is there: each datagram becomes its reply where it lies."""
+        """Answer what is there, in place -> the numbers of datagrams, of queries, and of replies sent."""
         self.iovecs[:], self.headers[:] = self.fresh
         received = self.recvmmsg(self.fd, self.from_slot[0], SLOTS, MSG_WAITFORONE, None)
         if received <= 0:
-            return time.sleep(PAUSE_SEC)
-        head, packets, sizes = clock.head(), self.packets, self.sizes
+            time.sleep(PAUSE_SEC)
+            return 0, 0, 0
+        head, packets, sizes, queries = clock.head(), self.packets, self.sizes, 0
         for slot, size in enumerate(self.received[:received]):
             at = slot * QUERY_MAX
-            if head and is_query(packets, at, size):
+            query = is_query(packets, at, size)
+            queries += query
+            if head and query:
                 packets[at:at + QUERY_MIN] = head
                 sizes[slot] = size
             else:
                 self.name_sizes[slot] = 0  # what has no address is not sent
-        slot = 0
+        slot = sent = 0
         while slot < received:  # a call ends before what can't be sent, and fails if that comes first
-            slot += max(1, self.sendmmsg(self.fd, self.from_slot[slot], received - slot, MSG_DONTWAIT))
+            done = self.sendmmsg(self.fd, self.from_slot[slot], received - slot, MSG_DONTWAIT)
+            slot, sent = slot + max(done, 1), sent + max(done, 0)
+        return received, queries, sent
 
 
 def serve(sockets, clock):
@@ -290,15 +321,15 @@ def serve(sockets, clock):
         servers = {sock.fileno(): Batches(sock) for sock in sockets}
     except (AttributeError, ImportError, OSError):
         servers = {sock.fileno(): Single(sock) for sock in sockets}
-    while len(sockets) == 1:  # its reading waits
-        servers[sockets[0].fileno()].serve(clock)
-    poll = select.poll()
+    counts, poll = Counts(), select.poll()
     for sock in sockets:
-        sock.setblocking(False)
+        sock.setblocking(len(sockets) == 1)
         poll.register(sock, select.POLLIN)
+    while len(sockets) == 1:  # its reading waits
+        counts.add(*servers[sockets[0].fileno()].serve(clock))
     while True:
         for fd, _ in poll.poll():
-            servers[fd].serve(clock)
+            counts.add(*servers[fd].serve(clock))
 
 
 def holders(port):
@@ -335,6 +366,16 @@ def open_socket(address, port, shared):
     return sock
 
 
+def inherited_sockets():
+    """Those passed as systemd does, none if none were; OSError, ValueError."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    sockets = [socket.socket(fileno=fd) for fd in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))]
+    if not all(sock.type == socket.SOCK_DGRAM and sock.family in INTERNET for sock in sockets):
+        raise ValueError("not all of them are UDP sockets")
+    return sockets
+
+
 # ==== shared by some: daemons ====
 def settle():
     """Be PROGRAM and not python3 in ps and top, and give back what compiling this file took."""
@@ -349,7 +390,7 @@ def settle():
 
 
 def main(argv):
-    others, sockets = "", []
+    others = ""
     try:
         doing = "write output"
         if begin(argv):
@@ -365,8 +406,11 @@ def main(argv):
             raise ValueError("it is neither synced nor empty")
         doing = "tell the clock's scale"
         clock = Clock(os.environ.get("CLOCK_SERVE") == "synced", scale_offset_sec())
-        others = holders(port)
-        for address in addresses or ["::" if socket.has_dualstack_ipv6() else "0.0.0.0"]:
+        doing = "take the sockets of LISTEN_FDS"
+        sockets = inherited_sockets()
+        others = "" if sockets else holders(port)
+        everywhere = ["::" if socket.has_dualstack_ipv6() else "0.0.0.0"]
+        for address in () if sockets else addresses or everywhere:
             doing = "bind %s port %d" % (address, port)
             sockets.append(open_socket(address, port, "-r" in options))
             port = sockets[0].getsockname()[1]  # that of -p 0, for the others too

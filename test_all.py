@@ -351,7 +351,8 @@ def without_the_right(command):
 
 
 @pytest.mark.parametrize("options, ns, stepped", [
-    ([], -5 * 10**17, True), (["-e", "500"], 5 * 10**8, True), (["-e", "500"], -5 * 10**8 - 1, False)])
+    ([], -5 * 10**17, True), (["-e", "500"], 5 * 10**8, True), (["-e", "500"], -5 * 10**8 - 1, False),
+    (["-e", "500", "-f"], 10**12, True)])
 def test_clockadd_steps_unless_that_is_over_its_limit(options, ns, stepped, monkeypatch, capfd):
     monkeypatch.setattr(ADD, "read_packet", lambda: ADD.pack(ns, 720133918))
     steps = []
@@ -1873,13 +1874,47 @@ def test_taiclockd_is_silent_while_its_clock_is_not_set_and_rests_after_errors(k
         sock.setblocking(False)
         server = kind(sock)
         with client_of(sock.getsockname()[1]) as client:
-            for now_sec[0], datagram in ((0, QUERY), (SERVER.RELEASE_SEC, QUERY[:31] + b"x")):
+            for now_sec[0], datagram, counts in (
+                    (0, QUERY, (1, 1, 0)), (SERVER.RELEASE_SEC, b"x", (1, 0, 0)),
+                    (SERVER.RELEASE_SEC, QUERY[:31] + b"x", (1, 1, 1))):
                 client.send(datagram)
-                server.serve(clock)
+                assert server.serve(clock) == counts
             assert client.recv(256)[20:] == datagram[20:]
         monkeypatch.setattr(SERVER.time, "sleep", pauses.append)
-        server.serve(clock)  # there is nothing
+        assert server.serve(clock) == (0, 0, 0)  # there is nothing
         assert pauses == [0.01]
+
+
+def test_taiclockd_tells_its_counts_once_an_hour(capfd):
+    now_sec = [0]
+    counts = SERVER.Counts(lambda: now_sec[0])
+    for now_sec[0], counted, said in (
+            (0, (64, 60, 50), ""), (3599, (1, 1, 1), ""),
+            (3600, (1, 1, 1), "52 answered, 4 ignored, 10 refused"), (7199, (2, 2, 1), ""),
+            (7200, (1, 0, 0), "1 answered, 1 ignored, 1 refused")):
+        counts.add(*counted)
+        assert capfd.readouterr().err == (said and "taiclockd: info: count: %s\n" % said)
+
+
+def inheriting(fd):
+    """The command of a taiclockd with that descriptor as its descriptor 3, as systemd passes a socket."""
+    code = ("import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
+            "os.execv(sys.argv[1], sys.argv[1:])" % fd)
+    return [sys.executable, "-c", code] + command_of("taiclockd")
+
+
+def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, socket.socket() as tcp:
+        sock.bind(("127.0.0.1", 0))
+        sock.setblocking(False)
+        port, fd = sock.getsockname()[1], sock.fileno()
+        with process(inheriting(fd), pass_fds=[fd], stdout=subprocess.PIPE) as server:
+            assert server.stdout.readline().decode() == "start: serving on 127.0.0.1 port %d\n" % port
+            with client_of(port) as client:
+                exchange(client, [])
+        done = subprocess.run(inheriting(tcp.fileno()), pass_fds=[tcp.fileno()], stderr=subprocess.PIPE)
+        assert done.returncode == 111 and done.stderr == (
+            b"taiclockd: fatal: unable to take the sockets of LISTEN_FDS: not all of them are UDP sockets\n")
 
 
 def test_taiclockd_obeys_clock_serve_and_clock_scale(monkeypatch):
