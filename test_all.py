@@ -4583,6 +4583,17 @@ def test_links_are_made_only_where_something_scans(image):
     assert os.readlink(image("etc/service/clockspeed")) == "/var/svc.d/clockspeed"
 
 
+def test_a_link_for_a_directory_is_refused_and_not_emptied(image, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("")
+    image("var/multilog").mkdir(parents=True)
+    image("var/multilog/taiclockd").symlink_to(tmp_path / "theirs")
+    assert image.install(status=111)[-1] == (
+        "install: fatal: unable to use /var/multilog/taiclockd: it is a link")
+    image.install("--remove", "--purge")
+    assert (tmp_path / "theirs" / "file").exists()
+
+
 def test_a_file_where_the_fifo_should_be_is_refused(image):
     image.write("usr/local/clockspeed/adjust", "")
     assert image.install(status=111)[-1] == (
