@@ -15,8 +15,8 @@ DESCRIPTION
     clients    the error of one measurement by sntpclock and taiclock, beside the other clients
                that are installed; on loopback and over a path with jitter, on an idle and on a
                busy machine.  Needs root, iproute2 and chronyd: it makes two network namespaces
-    server     CPU per reply of taiclockd, beside servers in C that are compiled on the spot,
-               and those that are installed; for queries of 32 and of 28 bytes
+    server     CPU per reply of taiclockd, beside the original's loop in C, compiled on the spot,
+               and the servers that are installed; for queries of 32 and of 28 bytes
     nts        the error, CPU and memory of ntsclock's marks, beside sntpclock and chronyd -Q with nts
     programs   start-up time and memory of each program, resident size of the daemons, CPU of
                clockspeed for a mark
@@ -812,49 +812,33 @@ def headers(data):
         struct.pack("@PIPNPNi0PI0P", 0, 0, place(struct.pack("@PN", place(data), len(data))), 1, 0, 0, 0, 0)
         for _ in range(outstanding))))][0]
 queries, replies = headers(b"ctai" + bytes(size - 4)), headers(bytes(64))
-fd, answered, lost, waits, begin = sock.fileno(), 0, 0, [], time.perf_counter()
-now = begin
-while now < begin + sec:
-    sent = now
+fd, answered, lost, begin = sock.fileno(), 0, 0, time.perf_counter()
+while time.perf_counter() < begin + sec:
     assert libc.sendmmsg(fd, queries, outstanding, 0) == outstanding
     missing = outstanding
     while missing:
         received = libc.recvmmsg(fd, replies, missing, 0x10000, None)
-        now = time.perf_counter()
         if received <= 0:
             lost += missing
             break
         missing -= received
         answered += received
-        waits.append((now - sent, received))
-waits.sort()
-rank = 0
-for wait, received in waits:
-    rank += received
-    if rank >= 0.99 * answered:
-        break
-print(answered, lost, now - begin, wait)
+print(answered, lost, time.perf_counter() - begin)
 '''
-C_HEAD = r'''
-#define _GNU_SOURCE
+# What the original taiclockd does for each query: recvfrom, gettimeofday, sendto.
+C_SERVER = r'''
 #include <netinet/in.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
-static struct sockaddr_in6 address = {.sin6_family = AF_INET6};
-static int serve(void) {
-  int fd = socket(AF_INET6, SOCK_DGRAM, 0), queue = 4 << 20; socklen_t size = sizeof address;
-  setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &queue, sizeof queue);
-  bind(fd, (void *) &address, size); getsockname(fd, (void *) &address, &size);
-  printf("port %d\n", ntohs(address.sin6_port)); fflush(stdout); return fd; }
-'''
-# What the original taiclockd does for each query: recvfrom, gettimeofday, sendto.
-C_PLAIN = C_HEAD + r'''
 int main(void) {
-  int fd = serve(); unsigned char packet[256]; struct timeval now;
+  struct sockaddr_in6 address = {.sin6_family = AF_INET6}; socklen_t size = sizeof address;
+  int fd = socket(AF_INET6, SOCK_DGRAM, 0); unsigned char packet[256]; struct timeval now;
+  bind(fd, (void *) &address, size); getsockname(fd, (void *) &address, &size);
+  printf("port %d\n", ntohs(address.sin6_port)); fflush(stdout);
   for (;;) {
-    socklen_t size = sizeof address;
+    size = sizeof address;
     int i, length = recvfrom(fd, packet, sizeof packet, 0, (void *) &address, &size);
     if (length < 20 || memcmp(packet, "ctai", 4)) continue;
     gettimeofday(&now, 0); packet[0] = 's';
@@ -864,22 +848,6 @@ int main(void) {
     memset(packet + 16, 0, 4);
     sendto(fd, packet, length, 0, (void *) &address, size); } }
 '''
-# The least that a server by the batch can do: send back what came.
-C_LIMIT = C_HEAD + r'''
-#define SLOTS 64
-int main(void) {
-  static struct mmsghdr headers[SLOTS]; static struct iovec vectors[SLOTS]; static char packets[SLOTS][256];
-  static struct sockaddr_in6 names[SLOTS]; int fd = serve(), i, received, sent;
-  for (;;) {
-    for (i = 0; i < SLOTS; ++i) {
-      vectors[i] = (struct iovec) {packets[i], 256};
-      headers[i].msg_hdr = (struct msghdr) {.msg_name = &names[i], .msg_namelen = sizeof *names,
-                                            .msg_iov = &vectors[i], .msg_iovlen = 1}; }
-    received = recvmmsg(fd, headers, SLOTS, MSG_WAITFORONE, 0);
-    for (i = 0; i < received; ++i) vectors[i].iov_len = headers[i].msg_len;
-    for (i = 0; i < received; i += sent > 0 ? sent : 1) sent = sendmmsg(fd, headers + i, received - i, 0); } }
-'''
-C_SERVERS = ("C by one", C_PLAIN), ("C by the batch", C_LIMIT)
 
 
 @contextlib.contextmanager
@@ -899,10 +867,10 @@ def compare_servers(servers, size, outstanding):
             load = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()
             used_us, answered = (cpu_ns(process.pid) - before_ns) / 1000, int(load[0])
             lost[name] += int(load[1])
-            figures[name].append((used_us / answered, answered / float(load[2]), float(load[3]) * 1e6))
+            figures[name].append((used_us / answered, answered / float(load[2])))
     (first, ours), *others = figures.items()
     for name, rows in figures.items():
-        print("  %d bytes, %3d outstanding  %-22s %6.2f us %8.0f/s %6.0f us%s" % (
+        print("  %d bytes, %3d outstanding  %-22s %6.2f us %8.0f/s%s" % (
             size, outstanding, name, *medians(rows), ", %d lost" % lost[name] if lost[name] else ""), end="")
         for other, theirs in others if name == first else ():
             share = statistics.median(our[0] / their[0] for our, their in zip(ours, theirs))
@@ -911,13 +879,13 @@ def compare_servers(servers, size, outstanding):
 
 
 def bench_server():
-    """CPU per reply, the server's own; replies per second; 99% answered within."""
+    """CPU per reply, the server's own; replies per second."""
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         servers = {"taiclockd.py": stack.enter_context(serving(installed("taiclockd.py", "-p", "0")))}
-        for name, source in C_SERVERS if shutil.which("gcc") else ():
-            binary = os.path.join(directory, name.replace(" ", "_"))
-            subprocess.run(["gcc", "-O2", "-xc", "-o", binary, "-"], input=source.encode(), check=True)
-            servers[name] = stack.enter_context(serving([binary]))
+        if shutil.which("gcc"):
+            binary = os.path.join(directory, "server")
+            subprocess.run(["gcc", "-O2", "-xc", "-o", binary, "-"], input=C_SERVER.encode(), check=True)
+            servers["the loop in C"] = stack.enter_context(serving([binary]))
         for name, port, args in (("taiclockd", 4014, ()), ("s6-taiclockd", 4015, ("-i", NEAR, "-p", "4015"))):
             if shutil.which(name):
                 servers[name] = stack.enter_context(serving([name, *args], port))

@@ -146,10 +146,9 @@ BIAS_LIMIT_PPM = 50.0  # no kernel is off the rate that it was given by more: so
 
 
 # ==== shared by all: messages and TAI64NA ====
-# An adjustment is real time minus system clock; a label is an absolute TAI time.  Both are seconds in
-# two's complement, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and
-# in etc/atto, and in an adjustment what the mark tells of itself.
 RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
+# Signed seconds, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and in
+# etc/atto; in an adjustment, which is real time minus system clock, what the mark tells of itself.
 TAI64NA = struct.Struct(">qII")
 
 
@@ -173,13 +172,11 @@ def reason(err):
 
 
 def begin(argv):
-    """Open descriptors 0 to 2 where they are closed, lest a socket or file be taken for one of them; print
-    the manual or the version if that is all argv asks for -> whether it was; OSError."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # so that writing a result there still fails
+    """Open closed descriptors 0 to 2; answer --help and --version -> whether argv asks for them; OSError."""
+    fd = 0
+    while fd < 3:  # lest a file be taken for stdout; writing a result there still fails
+        fd = os.open(os.devnull, os.O_RDONLY)
+    os.close(fd)
     if argv[1:] in (["-h"], ["--help"]):
         emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
     elif argv[1:] == ["--version"]:
@@ -234,22 +231,19 @@ def adjtimex(**fields):
     """
     import ctypes  # here, since python3-minimal has none
     libc = ctypes.CDLL(None, use_errno=True)
-
-    def call(layout, function, *before):
+    calls = [(TIMEX, libc.adjtimex)]
+    if ctypes.sizeof(ctypes.c_long) == 4:
+        # clock_adjtime64 by its number, as the libcs disagree on its name; Linux has it from 5.1 on
+        number = 4405 if os.uname().machine.startswith("mips") else 405
+        calls = [(TIMEX, lambda buffer: libc.syscall(number, 0, buffer)), (TIMEX32, libc.adjtimex)]
+    for layout, call in calls:
         buffer = ctypes.create_string_buffer(layout.pack(*(fields.get(name, 0) for name in TIMEX_FIELDS)))
-        state = function(*before, buffer)
-        if state < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
-
-    if ctypes.sizeof(ctypes.c_long) == 8:
-        return call(TIMEX, libc.adjtimex)
-    try:  # the libcs disagree on the name of their 64-bit call: clock_adjtime64 of CLOCK_REALTIME itself
-        return call(TIMEX, libc.syscall, 4405 if os.uname().machine.startswith("mips") else 405, 0)
-    except OSError as err:
-        if err.errno != errno.ENOSYS:  # Linux before 5.1
-            raise
-    return call(TIMEX32, libc.adjtimex)
+        state = call(buffer)
+        if state >= 0:
+            return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
+        if ctypes.get_errno() != errno.ENOSYS:
+            break
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 # ==== end shared ====
 
 

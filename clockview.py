@@ -6,15 +6,14 @@ SYNOPSIS
     clockview < /usr/local/clockspeed/etc/atto
 
 DESCRIPTION
-    Reads one adjustment from standard input: 16 bytes of TAI64NA, or the 12 bytes of
-    TAI64N that s6's clients write.  Prints the system clock, and the system clock plus the
-    adjustment, in local time:
+    Reads one adjustment from standard input: 16 bytes of TAI64NA, or the 12 bytes of TAI64N that s6's
+    clients write.  Prints the system clock, and the system clock plus the adjustment, in local time:
 
         before: 2026-11-22 15:41:44.000000000
         after:  2026-11-22 15:41:44.250000000
 
-    A third line follows for a mark that tells how good it is, as those of our clients do,
-    and another one for etc/atto, the seconds of real time per tick:
+    A third line follows for a mark that tells how good it is, as those of our clients do, and for
+    etc/atto, the seconds of real time per tick:
 
         mark:   give or take 0.000412 s by its exchanges, 0.000210 s by its server
         atto:   0.000000001000050000 s per tick
@@ -43,10 +42,9 @@ MOST_PER_TICK_NS = 10  # an adjustment of less, with digits after the nanosecond
 
 
 # ==== shared by all: messages and TAI64NA ====
-# An adjustment is real time minus system clock; a label is an absolute TAI time.  Both are seconds in
-# two's complement, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and
-# in etc/atto, and in an adjustment what the mark tells of itself.
 RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
+# Signed seconds, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and in
+# etc/atto; in an adjustment, which is real time minus system clock, what the mark tells of itself.
 TAI64NA = struct.Struct(">qII")
 
 
@@ -70,13 +68,11 @@ def reason(err):
 
 
 def begin(argv):
-    """Open descriptors 0 to 2 where they are closed, lest a socket or file be taken for one of them; print
-    the manual or the version if that is all argv asks for -> whether it was; OSError."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # so that writing a result there still fails
+    """Open closed descriptors 0 to 2; answer --help and --version -> whether argv asks for them; OSError."""
+    fd = 0
+    while fd < 3:  # lest a file be taken for stdout; writing a result there still fails
+        fd = os.open(os.devnull, os.O_RDONLY)
+    os.close(fd)
     if argv[1:] in (["-h"], ["--help"]):
         emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
     elif argv[1:] == ["--version"]:
@@ -137,12 +133,8 @@ def report(clock_ns, adjustment_ns, last):
 # ==== shared by some: a packet from stdin ====
 def read_packet():
     """The 12 or 16 bytes on stdin, however many reads they take; fewer at its end; OSError, ValueError."""
-    packet = b""
-    while len(packet) < TAI64NA.size:
-        more = os.read(0, TAI64NA.size - len(packet))
-        if not more:
-            break
-        packet += more
+    with open(0, "rb", TAI64NA.size, closefd=False) as stdin:
+        packet = stdin.read(TAI64NA.size)
     if not packet:
         raise ValueError("nothing came on standard input")
     return packet

@@ -86,10 +86,9 @@ KIND = "nts"  # in dir/sources
 
 
 # ==== shared by all: messages and TAI64NA ====
-# An adjustment is real time minus system clock; a label is an absolute TAI time.  Both are seconds in
-# two's complement, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and
-# in etc/atto, and in an adjustment what the mark tells of itself.
 RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
+# Signed seconds, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and in
+# etc/atto; in an adjustment, which is real time minus system clock, what the mark tells of itself.
 TAI64NA = struct.Struct(">qII")
 
 
@@ -113,13 +112,11 @@ def reason(err):
 
 
 def begin(argv):
-    """Open descriptors 0 to 2 where they are closed, lest a socket or file be taken for one of them; print
-    the manual or the version if that is all argv asks for -> whether it was; OSError."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # so that writing a result there still fails
+    """Open closed descriptors 0 to 2; answer --help and --version -> whether argv asks for them; OSError."""
+    fd = 0
+    while fd < 3:  # lest a file be taken for stdout; writing a result there still fails
+        fd = os.open(os.devnull, os.O_RDONLY)
+    os.close(fd)
     if argv[1:] in (["-h"], ["--help"]):
         emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
     elif argv[1:] == ["--version"]:

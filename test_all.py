@@ -43,40 +43,38 @@ def fail(text):
 
 
 def install_step(command):
-    """Run it -> None, or the last line that it said when it failed."""
+    """Run it -> "", or the last line that it said when it failed."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
     except OSError as err:
         return err.strerror
-    said = done.stdout.decode(errors="replace").split("\n")
-    return None if done.returncode == 0 else ([line for line in said if line.strip()] or ["no reason given"])[-1]
+    said = done.stdout.decode(errors="replace").strip() or "no reason"
+    return said.split("\n")[-1].strip() if done.returncode else ""
 
 
 def install_pytest():
     """A Python that has pytest: from a private virtual environment, or the system's package."""
-    python, made = os.path.join(VENV, "bin", "python"), False
+    python, why = os.path.join(VENV, "bin", "python"), "interrupted"
     try:
-        why = install_step([sys.executable, "-m", "venv", VENV])
-        why = why or install_step([python, "-m", "pip", "install", "--quiet", "pytest"])
-        made = why is None
+        why = (install_step([sys.executable, "-m", "venv", VENV])
+               or install_step([python, "-m", "pip", "install", "--quiet", "pytest"]))
     finally:
-        if not made:
+        if why:
             shutil.rmtree(VENV, ignore_errors=True)
-    if made:
+    if not why:
         return python
-    package = {"apt-get": ["apt-get", "install", "-qq", "-y", "--no-install-recommends", "python3-pytest"],
-               "apk": ["apk", "add", "--quiet", "py3-pytest"]}
-    commands = [command for name, command in package.items() if shutil.which(name)]
-    mend = "as root: " + " ".join(commands[0]) if commands else "install pytest"
-    if os.getuid() != 0 or not commands:
-        fail("unable to make %s: %s; %s" % (VENV, why.strip(), mend))
-    sys.stderr.write("test_all.py: no virtual environment (%s); installing a package: %s\n"
-                     % (why.strip(), " ".join(commands[0])))
+    command = ("apt-get install -qq -y --no-install-recommends python3-pytest" if shutil.which("apt-get") else
+               "apk add --quiet py3-pytest" if shutil.which("apk") else "")
+    mend = "as root: " + command if command else "install pytest"
+    if os.getuid() != 0 or not command:
+        fail("unable to make %s: %s; %s" % (VENV, why, mend))
+    sys.stderr.write("test_all.py: no virtual environment (%s); installing a package: %s\n" % (why, command))
     if sys.stdin.isatty():
         input("Enter goes on, Ctrl-C stops: ")
-    why = install_step(commands[0])
+    why = install_step(command.split())
     if why:
-        fail("unable to install pytest: %s; %s" % (why.strip(), mend))
+        fail("unable to install pytest: %s; %s" % (why, mend))
     return "/usr/bin/python3"
 
 
@@ -110,22 +108,9 @@ def sync():
             print("wrote " + name)
 
 
-class Chooser:
-    """A pytest plugin: the tests marked `long` run with --long only."""
-
-    def __init__(self, long):
-        self.long = long
-
-    def pytest_configure(self, config):
-        config.addinivalue_line("markers", "long: takes long, runs with --long")
-
-    def pytest_collection_modifyitems(self, config, items):
-        if not self.long:
-            items[:] = [item for item in items if not item.get_closest_marker("long")]
-
-
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--long"]
+    choice = [] if "--long" in sys.argv else ["-m", "not long"]
     if words == ["--sync"]:
         sys.exit(sync())
     if words in (["-h"], ["--help"]):
@@ -137,8 +122,8 @@ if __name__ == "__main__":
             raise
         os.environ["TEST_ALL_PYTHON"] = python = install_pytest()
         os.execv(python, [python] + sys.argv)
-    sys.exit(pytest.main(["-p", "no:cacheprovider", "-rs"] + (words or ["-q"]) + [os.path.abspath(__file__)],
-                         plugins=[Chooser("--long" in sys.argv)]))
+    sys.exit(pytest.main(["-p", "no:cacheprovider", "-o", "markers=long: takes long, runs with --long", "-rs"]
+                         + choice + (words or ["-q"]) + [os.path.abspath(__file__)]))
 
 # ==== what the tests share =========================================================================
 import contextlib
@@ -220,8 +205,8 @@ def command_of(name, *args):
 
 def run(name, *args, stdin=b"", timeout=60, **env):
     """A script as a process of its own -> CompletedProcess with stdout in bytes and stderr as text."""
-    done = subprocess.run(command_of(name, *args), input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          timeout=timeout, env=dict(UTC_ENV, **env))
+    done = subprocess.run(command_of(name, *args), input=stdin, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=timeout, env=dict(UTC_ENV, **env))
     done.stderr = done.stderr.decode()
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -326,7 +311,8 @@ def shown(packet, **env):
     lines, times = done.stdout.decode().splitlines(), []
     for line, title in zip(lines, ("before: ", "after:  ")):
         assert re.fullmatch(title + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{9}", line)
-        times.append(int(time.mktime(time.strptime(line[8:27], "%Y-%m-%d %H:%M:%S"))) * 10**9 + int(line[28:]))
+        sec = int(time.mktime(time.strptime(line[8:27], "%Y-%m-%d %H:%M:%S")))
+        times.append(sec * 10**9 + int(line[28:]))
     return times[1] - times[0], (lines + [None])[2]
 
 
@@ -342,15 +328,17 @@ def test_clockview_shows_the_sum_and_what_a_mark_tells(ns, last, size, line):
 
 @pytest.mark.parametrize("name", ("clockview", "clockadd"))
 @pytest.mark.parametrize("packet, said", [
-    (b"x", "data split across packets"), (b"x" * 11, "data split across packets"),
-    (b"x" * 13, "data split across packets"), (b"x" * 15, "data split across packets"),
+    (b"x" * 11, "data split across packets"), (b"x" * 13, "data split across packets"),
     (b"", "unable to read the adjustment: nothing came on standard input"),
+    (None, "unable to read the adjustment: nothing came on standard input"),
     (b"\xff" * 16, "unable to read the adjustment: not a TAI64NA packet"),
     (b"\x7f" + b"\0" * 15, "unable to (show that time|set the clock): "),
 ])
 def test_what_is_no_adjustment_is_a_line(name, packet, said):
-    done = subprocess.run(without_the_right(command_of(name)), input=packet, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE)
+    command = without_the_right(command_of(name))
+    if packet is None:
+        command = ["sh", "-c", '"$@" <&-', "sh"] + command
+    done = subprocess.run(command, input=packet or b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert (done.returncode, done.stdout) == (111, b"")
     assert re.fullmatch("%s: fatal: %s.*\n" % (name, said), done.stderr.decode())
 
@@ -362,35 +350,36 @@ def without_the_right(command):
     return ["setpriv", "--bounding-set=-sys_time", "--inh-caps=-sys_time"] * (os.getuid() == 0) + command
 
 
-@pytest.mark.parametrize("name", ("clockview", "clockadd"))
-def test_a_closed_stdin_is_an_empty_one(name):
-    done = subprocess.run(["sh", "-c", '"$@" <&-', "sh"] + command_of(name), stderr=subprocess.PIPE)
-    assert done.returncode == 111 and b"nothing came on standard input" in done.stderr
-
-
-def feed(monkeypatch, packet):
-    reader, writer = os.pipe()
-    os.write(writer, packet)
-    os.close(writer)
-    monkeypatch.setattr(ADD.os, "read", lambda fd, size, read=os.read: read(reader, size))
-
-
 @pytest.mark.parametrize("options, ns, stepped", [
-    ([], 1234567891, [1234567891]), ([], -5 * 10**17, [-5 * 10**17]), (["-e", "500"], 5 * 10**8, [5 * 10**8]),
-    (["-e", "500"], -5 * 10**8 - 1, []), (["-e", "500", "-f"], 10**12, [10**12])])
-def test_clockadd_steps_by_the_adjustment_unless_that_is_over_its_limit(options, ns, stepped, monkeypatch, capfd):
-    feed(monkeypatch, ADD.pack(ns, 720133918))
+    ([], -5 * 10**17, True), (["-e", "500"], 5 * 10**8, True), (["-e", "500"], -5 * 10**8 - 1, False),
+    (["-e", "500", "-f"], 10**12, True)])
+def test_clockadd_steps_unless_that_is_over_its_limit(options, ns, stepped, monkeypatch, capfd):
+    monkeypatch.setattr(ADD, "read_packet", lambda: ADD.pack(ns, 720133918))
     steps = []
     assert ADD.main(["clockadd"] + options, steps.append) == (0 if stepped else 111)
-    assert steps == stepped and ("over the limit" in capfd.readouterr().err) is not bool(stepped)
+    assert steps == [ns] * stepped and ("over the limit" in capfd.readouterr().err) is not stepped
+
+
+@pytest.mark.parametrize("args", (["-e", "x"], ["here"]))
+def test_clockadd_refuses_wrong_arguments(args):
+    assert ADD.main(["clockadd"] + args, None) == 100
+
+
+def test_clockadd_sets_the_clock_where_the_kernel_can_not_add(monkeypatch):
+    def no_ctypes(**_):
+        raise ImportError
+    times = []
+    monkeypatch.setattr(ADD, "adjtimex", no_ctypes)
+    monkeypatch.setattr(ADD.time, "clock_settime_ns", lambda _, ns: times.append(ns))
+    ADD.step_clock(10**12)
+    assert abs(times[0] - time.time_ns() - 10**12) < PATIENCE_SEC * 10**9
 
 
 def test_one_adjtimex_call_steps_and_leaves_the_unit_alone():
-    for status, calls in ((0, [{}, dict(modes=0x2100, sec=-1, frac=7 * 10**8), dict(modes=0x1000)]),
-                          (0x2000, [{}, dict(modes=0x2100, sec=-1, frac=7 * 10**8)])):
+    for status, after in (0, [dict(modes=0x1000)]), (0x2000, []):
         seen = []
         ADD.step_kernel(lambda **fields: seen.append(fields) or {"status": status}, -3 * 10**8)
-        assert seen == calls
+        assert seen == [{}, dict(modes=0x2100, sec=-1, frac=7 * 10**8)] + after
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="adjtimex is Linux's")
@@ -1671,19 +1660,20 @@ VECTORS = (  # what is sent, how many bytes come back
     (b"Ctai" + bytes(28), None), (b"ctai" + bytes(16) + bytes(range(12)), 32), (b"ctai" * 7, 28),
     (b"ctai" * 5, 20), (b"ctai" * 5 + b"x", 21), (b"ctai" + bytes(252), 256), (b"ctai" * 76, 256))
 QUERY = VECTORS[6][0]
-LACKS = {  # what makes batches impossible
+LACKS = {  # what the system lacks, without which there are no batches, or no IPv6
     "nothing": "pass", "ctypes": "sys.modules['ctypes'] = None",
     "recvmmsg": "import ctypes, types\n"
-                "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)"}
-each_loop = pytest.mark.parametrize("lack", LACKS)
-two_loops = pytest.mark.parametrize("lack", list(LACKS)[:2])
+                "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)",
+    "ipv6": "import socket; socket.has_dualstack_ipv6 = lambda: False"}
+two_loops = pytest.mark.parametrize("lack", ("nothing", "ctypes"))
 one_or_two_sockets = pytest.mark.parametrize(
     "args", [(), ("-i", "127.0.0.1", "-i", "::1")], ids=["one socket", "two sockets"])
 
 
 @contextlib.contextmanager
-def taiclockd(*args, lack="nothing", **env):
-    """A server on a free port -> its process, with its first line as `start`, and its `port`."""
+def taiclockd(*args, lack="nothing", says=b"", **env):
+    """A server on a free port -> its process, with its first line as `start`, and its `port`; it says no more
+    than that."""
     command = command_of("taiclockd", "-p", "0", *args)
     if lack != "nothing":
         command[2:2] = ["-c", "import runpy, sys\n%s\nsys.argv = sys.argv[1:]\n"
@@ -1694,7 +1684,7 @@ def taiclockd(*args, lack="nothing", **env):
         server.port = int(re.search(r"port (\d+)", server.start).group(1))
         yield server
         server.terminate()  # while it waits for queries
-        assert server.wait(PATIENCE_SEC) == -signal.SIGTERM and server.stderr.read() == b""
+        assert server.wait(PATIENCE_SEC) == -signal.SIGTERM and server.stderr.read() == says
 
 
 def client_of(port, host="127.0.0.1"):
@@ -1722,7 +1712,7 @@ def exchange(sock, datagrams):
     return replies[:-1]
 
 
-@each_loop
+@pytest.mark.parametrize("lack", ("nothing", "ctypes", "recvmmsg"))
 @pytest.mark.parametrize("host", ("127.0.0.1", "::1"))
 @one_or_two_sockets
 def test_taiclockd_answers_the_vectors_of_the_specification(lack, args, host):
@@ -1821,17 +1811,10 @@ def test_taiclockd_does_not_grow_under_a_flood_and_term_ends_it(lack, sec):
             server.terminate()
 
 
-def test_taiclockd_serves_on_ipv4_where_there_is_no_ipv6(monkeypatch):
-    def without(family, *args, real=socket.socket):
-        if family == socket.AF_INET6:
-            raise OSError(97, "Address family not supported by protocol")
-        return real(family, *args)
-    monkeypatch.setattr(SERVER.socket, "socket", without)
-    sock, = SERVER.open_sockets([], 0, False)
-    assert sock.getsockname()[0] == "0.0.0.0"
-    sock.close()
-    with pytest.raises(OSError, match="not supported"):
-        SERVER.open_sockets(["::1"], 0, False)
+def test_taiclockd_serves_on_ipv4_where_there_is_no_ipv6():
+    with taiclockd(lack="ipv6") as server, client_of(server.port) as sock:
+        assert server.start == "start: serving on 0.0.0.0 port %d\n" % server.port
+        assert exchange(sock, []) == []
 
 
 @pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1"), ("-r",)])
@@ -1840,20 +1823,23 @@ def test_taiclockd_says_who_has_its_port(args):
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
         done = run("taiclockd", "-p", port, *args)
-        place = "127.0.0.1" if "-i" in args else "::"
         assert (done.returncode, done.stdout) == (111, b"")
-        said = "taiclockd: fatal: unable to bind %s port %d: Address already in use" % (place, port)
-        with contextlib.suppress(OSError):
-            with open("/proc/self/comm") as comm, open("/proc/net/udp"):
-                said += " by %s (process %d)" % (comm.read().strip(), os.getpid())
-        assert done.stderr == said + "\n"
+        said = "taiclockd: fatal: unable to bind %s port %d: Address already in use" % (
+            "127.0.0.1" if "-i" in args else "::", port)
+        assert done.stderr == said + " by process %d\n" % os.getpid() * os.path.exists("/proc/net/udp")
+
+
+def test_taiclockd_names_the_user_of_another_users_process(monkeypatch):
+    table = "sl local_address\n1: 00000000:0FAE 00000000:0000 07 0:0 0:0 0 1234 0 999999999\n"
+    monkeypatch.setattr(SERVER, "open", lambda _: io.StringIO(table), raising=False)
+    assert (SERVER.holders(4014), SERVER.holders(4015)) == ("a process of user 1234", "")
 
 
 def test_taiclockds_share_a_port_by_option_and_tell_it():
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(taiclockd("-r"))
         second = stack.enter_context(taiclockd("-r", "-p", first.port))
-        assert re.search("port %d, shared with .* .process %d.\n" % (first.port, first.pid), second.start)
+        assert second.start.endswith(" port %d, which process %d has too\n" % (first.port, first.pid))
         socks = [stack.enter_context(client_of(first.port)) for _ in range(50)]  # of 50 ports
         with halted(first):
             for sock in socks:
@@ -1862,32 +1848,6 @@ def test_taiclockds_share_a_port_by_option_and_tell_it():
             assert 0 < len(select.select(socks, [], [], 0)[0]) < 50
         for sock in socks:
             sock.recv(256)
-
-
-def inheriting(fd, count):
-    """The command of a taiclockd with that descriptor as its descriptor 3, as systemd passes a socket."""
-    code = ("import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='%s');"
-            "os.execv(sys.argv[1], sys.argv[1:])" % (fd, count))
-    return [sys.executable, "-c", code] + command_of("taiclockd")
-
-
-def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.setblocking(False)
-        port, fds = sock.getsockname()[1], [sock.fileno()]
-        with process(inheriting(fds[0], 1), pass_fds=fds, stdout=subprocess.PIPE) as server:
-            assert server.stdout.readline().decode() == "start: serving on 127.0.0.1 port %d\n" % port
-            with client_of(port) as client:
-                exchange(client, [])
-    with open(os.devnull) as null, socket.socket() as tcp:
-        for file, count, why in ((null, 1, "Socket operation on non-socket"), (null, "x", "invalid literal"),
-                                 (tcp, 1, "descriptor 3 is not a UDP socket")):
-            done = subprocess.run(inheriting(file.fileno(), count), pass_fds=[file.fileno()],
-                                  stderr=subprocess.PIPE)
-            assert done.returncode == 111 and done.stderr.count(b"\n") == 1
-            assert done.stderr.decode().startswith(
-                "taiclockd: fatal: unable to take the sockets of LISTEN_FDS: " + why)
 
 
 def test_taiclockd_tells_each_reason_of_its_silence(capfd):
@@ -1901,30 +1861,28 @@ def test_taiclockd_tells_each_reason_of_its_silence(capfd):
             (release_sec + 2, 0x2001, "answering: the clock can be trusted now\n", True),
             (release_sec + 2, 0x40, "", True),  # it is asked once a second
             (release_sec + 3, 0x40, unsynchronised, False), (10, 0, unset, False)):
-        assert (clock.head() is not None, capfd.readouterr().out) == (answers, said)
+        assert (clock.head() is not None, capfd.readouterr().err) == (
+            answers, said and "taiclockd: info: " + said)
 
 
 @pytest.mark.parametrize("kind", (SERVER.Single, SERVER.Batches))
-def test_taiclockd_counts_what_it_does_not_answer(kind, monkeypatch):
-    now_sec = [SERVER.RELEASE_SEC]
+def test_taiclockd_is_silent_while_its_clock_is_not_set_and_rests_after_errors(kind, monkeypatch):
+    now_sec, pauses = [0], []
     clock = SERVER.Clock(False, 37, lambda: now_sec[0] * 10**9)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
-        server, pauses = kind(sock, False), []
-        with monkeypatch.context() as patch:
-            patch.setattr(SERVER.time, "sleep", pauses.append)
-            assert server.serve(clock) == (0, 0, 0) and pauses == [0.01]  # nothing there
+        sock.setblocking(False)
+        server = kind(sock)
         with client_of(sock.getsockname()[1]) as client:
-            for now_sec[0], answered in ((SERVER.RELEASE_SEC, 3), (0, 0)):
-                for datagram in (QUERY, b"x", QUERY, QUERY):
-                    client.send(datagram)
-                rounds = [server.serve(clock) for _ in range(4 if kind is SERVER.Single else 1)]
-                assert tuple(map(sum, zip(*rounds))) == (4, 3, answered)
-            for _ in range(3):
-                client.recv(256)
-            client.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                client.recv(256)
+            for now_sec[0], datagram, counts in (
+                    (0, QUERY, (1, 1, 0)), (SERVER.RELEASE_SEC, b"x", (1, 0, 0)),
+                    (SERVER.RELEASE_SEC, QUERY[:31] + b"x", (1, 1, 1))):
+                client.send(datagram)
+                assert server.serve(clock) == counts
+            assert client.recv(256)[20:] == datagram[20:]
+        monkeypatch.setattr(SERVER.time, "sleep", pauses.append)
+        assert server.serve(clock) == (0, 0, 0)  # there is nothing
+        assert pauses == [0.01]
 
 
 def test_taiclockd_tells_its_counts_once_an_hour(capfd):
@@ -1932,16 +1890,37 @@ def test_taiclockd_tells_its_counts_once_an_hour(capfd):
     counts = SERVER.Counts(lambda: now_sec[0])
     for now_sec[0], counted, said in (
             (0, (64, 60, 50), ""), (3599, (1, 1, 1), ""),
-            (3600, (1, 1, 1), "count: 52 answered, 4 ignored, 10 refused\n"), (7199, (2, 2, 1), ""),
-            (7200, (1, 0, 0), "count: 1 answered, 1 ignored, 1 refused\n")):
+            (3600, (1, 1, 1), "52 answered, 4 ignored, 10 refused"), (7199, (2, 2, 1), ""),
+            (7200, (1, 0, 0), "1 answered, 1 ignored, 1 refused")):
         counts.add(*counted)
-        assert capfd.readouterr().out == said
+        assert capfd.readouterr().err == (said and "taiclockd: info: count: %s\n" % said)
+
+
+def inheriting(fd):
+    """The command of a taiclockd with that descriptor as its descriptor 3, as systemd passes a socket."""
+    code = ("import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
+            "os.execv(sys.argv[1], sys.argv[1:])" % fd)
+    return [sys.executable, "-c", code] + command_of("taiclockd")
+
+
+def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, socket.socket() as tcp:
+        sock.bind(("127.0.0.1", 0))
+        sock.setblocking(False)
+        port, fd = sock.getsockname()[1], sock.fileno()
+        with process(inheriting(fd), pass_fds=[fd], stdout=subprocess.PIPE) as server:
+            assert server.stdout.readline().decode() == "start: serving on 127.0.0.1 port %d\n" % port
+            with client_of(port) as client:
+                exchange(client, [])
+        done = subprocess.run(inheriting(tcp.fileno()), pass_fds=[tcp.fileno()], stderr=subprocess.PIPE)
+        assert done.returncode == 111 and done.stderr == (
+            b"taiclockd: fatal: unable to take the sockets of LISTEN_FDS: not all of them are UDP sockets\n")
 
 
 def test_taiclockd_obeys_clock_serve_and_clock_scale(monkeypatch):
-    with taiclockd(lack="ctypes", CLOCK_SERVE="synced") as server:
-        line = server.stdout.readline()
-        assert line == b"silent: the kernel does not say whether its clock is synchronised\n"
+    says = b"taiclockd: info: silent: the kernel does not say whether its clock is synchronised\n"
+    with taiclockd(lack="ctypes", CLOCK_SERVE="synced", says=says) as server:
+        until(lambda: select.select([server.stderr], [], [], 0)[0])
     for env, said in ((dict(CLOCK_SERVE="sync"), "obey CLOCK_SERVE: it is neither synced nor empty"),
                       (dict(CLOCK_SCALE="x"), "tell the clock's scale: CLOCK_SCALE is neither utc nor tai")):
         done = run("taiclockd", "-p", 0, **env)
@@ -4266,7 +4245,8 @@ DECODERS += [
 
 # ==== the services ==================================================================================
 
-SHELLS = [pytest.param(command.split(), id=command) for command in ("dash", "bash", "mksh", "busybox sh")]
+every_shell = pytest.mark.parametrize(
+    "shell", (["dash"], ["bash"], ["mksh"], ["busybox", "sh"]), ids=lambda words: words[0])
 ADJUST = path_of("svc/clockspeed_adjust/clock_adjust.sh")
 # marks fail by the file `failing`; the sleeps are noted, and end at once but for the tenth
 FAKE_CLOCKCTL = """case $1 in
@@ -4301,7 +4281,7 @@ def loop(host):
     return host
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@every_shell
 def test_the_waits_triple_up_to_a_month_and_what_is_due_is_kept(loop, shell):
     with loop.start(shell) as adjusting:
         seen = loop.sleeps(10)
@@ -4315,7 +4295,7 @@ def test_the_waits_triple_up_to_a_month_and_what_is_due_is_kept(loop, shell):
     assert not os.path.exists(loop.home + "/mark/due")
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@every_shell
 def test_the_loop_goes_by_clockctl_and_by_what_a_kiss_wants(loop, shell):
     for env, failing, waits in (
             ({"SAYS": "100"}, False, [100, 100]), ({"SAYS": "garbage"}, False, [541, 1623]),
@@ -4329,7 +4309,7 @@ def test_the_loop_goes_by_clockctl_and_by_what_a_kiss_wants(loop, shell):
         os.unlink(loop.home + "/mark/due")
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@every_shell
 @pytest.mark.parametrize("due, first", [
     ("%s 300", 300), ("%s -300", 541), ("other 300", 541), ("%s 9999999", 541), ("x", 541)])
 def test_a_restart_asks_no_sooner_than_the_mark_was_due(loop, shell, due, first):
@@ -4341,7 +4321,7 @@ def test_a_restart_asks_no_sooner_than_the_mark_was_due(loop, shell, due, first)
         assert first - PATIENCE_SEC < loop.sleeps(1)[0][0] <= first + 1
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@every_shell
 def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell):
     noted = "echo $$ >>%s\nexec /bin/sleep 3572\n" % loop.asked
     loop.write("bin/sleep", "#!/bin/sh\n" + noted, 0o755)
@@ -4360,8 +4340,6 @@ def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell):
 # ==== svc/install ===================================================================================
 
 INSTALL = path_of("svc/install")
-INSTALL_SHELLS = [pytest.param(command.split(), id=command)
-                  for command in ("dash", "bash", "mksh", "busybox sh")]
 PROGRAMS = ("clockspeed", "sntpclock", "taiclock", "ntsclock", "taiclockd", "clockadd", "clockview")
 SERVICES = ("clockspeed", "clockspeed_adjust", "taiclockd")
 BIN, CONF = "usr/local/clockspeed/bin/", "usr/local/etc/clockspeed.conf"
@@ -4371,61 +4349,52 @@ class Image:
     """A directory into which svc/install installs."""
 
     def __init__(self, path):
-        self.path = str(path)
+        self.path = path
+        path.mkdir()
 
-    def install(self, *args, shell=("sh",), script=INSTALL, umask=None, status=0, root=True, stdout=None):
-        words = list(shell) + [script] + ["--root", self.path] * root + list(args)
-        env = {key: value for key, value in UTC_ENV.items() if not key.startswith("CLOCKSPEED_")}
-        done = subprocess.run(words, stdout=stdout or subprocess.PIPE, stderr=subprocess.PIPE, env=env,
-                              timeout=60, preexec_fn=umask and (lambda: os.umask(umask)))
+    def install(self, *args, shell=("sh",), script=INSTALL, status=0, root=True, **options):
+        """-> the lines that it printed, but for what it leaves to others."""
+        words = list(shell) + [str(script)] + ["--root", str(self.path)] * root + list(args)
+        done = subprocess.run(words, env=UTC_ENV, timeout=60, **dict(
+            dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE), **options))
         lines = ((done.stdout or b"") + done.stderr).decode().splitlines()
         assert done.returncode == status, lines
         return [line for line in lines if not line.startswith("left to you: ")]
 
     def __call__(self, name):
-        return os.path.join(self.path, name)
+        return self.path / name
 
     def read(self, name):
-        with open(self(name)) as file:
-            return file.read()
+        return self(name).read_text()
 
     def write(self, name, text):
-        os.makedirs(os.path.dirname(self(name)), exist_ok=True)
-        with open(self(name), "w") as file:
-            file.write(text)
+        self(name).parent.mkdir(parents=True, exist_ok=True)
+        self(name).write_text(text)
+
+    def supervisor(self, scanner):
+        self.write("usr/bin/" + scanner, "")
+        self("usr/bin/" + scanner).chmod(0o755)
 
     def tree(self):
         """-> name: mode, of all that is in it."""
-        names = [os.path.relpath(os.path.join(place, name), self.path)
-                 for place, directories, files in os.walk(self.path) for name in directories + files]
-        return {name: oct(os.lstat(self(name)).st_mode)[-4:] for name in names}
+        return {str(path.relative_to(self.path)): oct(path.lstat().st_mode)[-4:]
+                for path in self.path.rglob("*")}
 
 
 @pytest.fixture
 def image(tmp_path):
-    (tmp_path / "image").mkdir()
     return Image(tmp_path / "image")
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A copy of this project, to make a next version of -> its svc/install."""
-    for name in SCRIPTS:
-        (tmp_path / "project").mkdir(exist_ok=True)
-        shutil.copy(path_of(name), str(tmp_path / "project"))
-    shutil.copytree(path_of("svc"), str(tmp_path / "project" / "svc"))
-    return str(tmp_path / "project" / "svc" / "install")
-
-
-@pytest.mark.parametrize("shell", INSTALL_SHELLS)
+@every_shell
 def test_every_shell_installs_the_same_and_then_finds_nothing_to_do(image, shell):
     need(shell[0])
     args, umask = ("--server", "ntp:192.0.2.7,2001:db8::1"), 0o002 if shell == ["dash"] else 0o077
     assert image.install("--dry-run", *args, shell=shell)[-1] == "write /var/svc.d/.clockspeed-installed"
     assert not image.tree()
-    image.install(*args, shell=shell, umask=umask)
+    image.install(*args, shell=shell, preexec_fn=lambda: os.umask(umask))
     tree = image.tree()
-    assert {BIN + name + ".py" for name in PROGRAMS} | {BIN + name for name in PROGRAMS} <= set(tree)
+    assert {BIN + name for name in PROGRAMS} <= set(tree)
     for name in [BIN + program for program in PROGRAMS] + ["usr/local/bin/clockctl"]:
         source = read_script(os.path.basename(name))
         assert image.read(name) == source.replace("#!/usr/bin/env python3\n", "#!/usr/bin/python3 -IS\n", 1)
@@ -4435,7 +4404,7 @@ def test_every_shell_installs_the_same_and_then_finds_nothing_to_do(image, shell
             assert image.read("var/svc.d/" + script) == read_script("svc/" + script)
     assert tree["usr/local/clockspeed/adjust"] == "0600" and tree["usr/local/clockspeed/mark"] == "0700"
     plain = {mode for name, mode in tree.items() if not name.endswith(("adjust", "/mark"))}
-    assert plain == {"0755", "0644", "0777"}, "directories and programs, files, links"
+    assert plain == {"0755", "0644"}, "directories and programs, files"
     assert '\nCLOCK_TYPE="ntp"\n' in image.read(CONF)
     assert '\nCLOCK_IP="192.0.2.7 2001:db8::1"\n' in image.read(CONF)
     for again in (args, ()):
@@ -4454,7 +4423,6 @@ def test_every_shell_installs_the_same_and_then_finds_nothing_to_do(image, shell
     (["--server", 'nts:a"; reboot'], 100, "usage: --server nts:a\"; reboot: that is no list of hosts"),
     (["--server"], 100, "usage: --server needs a value"),
     (["--purge"], 100, "usage: --purge goes with --remove"),
-    (["--supervisor", "upstart"], 100, "usage: --supervisor upstart: daemontools, runit or s6"),
     (["--remove", "--start"], 100, "usage: --remove goes with --purge, --root and --dry-run"),
     (["--no-such"], 100, r"usage: install \[.* \(--no-such is unknown\)"),
     (["here"], 100, r"usage: install \[.* \(here is unknown\)"),
@@ -4474,17 +4442,16 @@ def test_its_manual_and_version(image):
         assert image.install(status=111, stdout=full) == ["install: fatal: unable to write output"]
 
 
-@pytest.mark.parametrize("supervisor, become, log", [
-    ("runit", "exec chpst -u clocksd ", "exec chpst -u multilog svlogd -t /"),
-    ("s6", "exec s6-setuidgid clocksd ", "exec s6-setuidgid multilog s6-log t /"),
+@pytest.mark.parametrize("scanner, become, log", [
+    ("svscan", "exec setuidgid clocksd ", "exec setuidgid multilog multilog t /"),
+    ("runsvdir", "exec chpst -u clocksd ", "exec chpst -u multilog svlogd -t /"),
+    ("s6-svscan", "exec s6-setuidgid clocksd ", "exec s6-setuidgid multilog s6-log t /"),
 ])
-def test_scripts_are_written_for_the_supervisor_which_is_remembered(image, supervisor, become, log):
-    image.install("--supervisor", supervisor)
+def test_scripts_are_written_for_the_supervisor_that_is_installed(image, scanner, become, log):
+    image.supervisor(scanner)
+    image.install()
     assert become in image.read("var/svc.d/clockspeed_adjust/run")
     assert log in image.read("var/svc.d/taiclockd/log/run")
-    assert image.install() == ["nothing to do"]
-    assert "write /var/svc.d/taiclockd/run" in image.install("--supervisor", "daemontools")
-    assert image.read("var/svc.d/taiclockd/run") == read_script("svc/taiclockd/run")
 
 
 def test_another_home_is_the_configurations(image):
@@ -4499,35 +4466,32 @@ def test_another_home_is_the_configurations(image):
         "install: fatal: unable to use CLOCKSPEED_HOME: it is not a plain absolute path"]
 
 
-def test_the_next_version_replaces_what_was_not_edited(image, project):
+def test_the_next_version_replaces_what_was_not_edited(image, tmp_path):
     image.install("--server", "tai:192.0.2.7")
     image.write("var/svc.d/clockspeed/run", "#!/bin/sh\n# edited\n")
+    shutil.copytree(HERE, str(tmp_path / "next"), ignore=shutil.ignore_patterns(".*"))
     for name in ("clockview.py", "svc/clockspeed/run"):
-        with open(os.path.join(os.path.dirname(os.path.dirname(project)), name), "a") as file:
+        with (tmp_path / "next" / name).open("a") as file:
             file.write("# the next version\n")
-    with open(project) as file:
-        text = file.read()
-    with open(project, "w") as file:  # which has no clockctl-graph
-        file.write(text.replace("clockctl clockctl-check clockctl-graph", "clockctl clockctl-check"))
-    assert image.install(script=project) == [
-        "write /usr/local/clockspeed/bin/clockview.py", "write /var/svc.d/clockspeed/run.new, since "
+    next_install = tmp_path / "next" / "svc" / "install"  # which has no clockctl-graph
+    next_install.write_text(next_install.read_text().replace("-check clockctl-graph", "-check"))
+    assert image.install(script=next_install) == [
+        "write /usr/local/clockspeed/bin/clockview", "write /var/svc.d/clockspeed/run.new, since "
         "/var/svc.d/clockspeed/run was edited", "remove /usr/local/bin/clockctl-graph",
         "write /var/svc.d/.clockspeed-installed"]
-    assert image.install(script=project) == ["nothing to do"]
-    os.rename(image("var/svc.d/clockspeed/run.new"), image("var/svc.d/clockspeed/run"))
-    assert image.install(script=project) == ["write /var/svc.d/.clockspeed-installed"]
-    assert image.install(script=project) == ["nothing to do"]
+    assert image.install(script=next_install) == ["nothing to do"]
+    image("var/svc.d/clockspeed/run.new").rename(image("var/svc.d/clockspeed/run"))
+    assert image.install(script=next_install) == ["write /var/svc.d/.clockspeed-installed"]
+    assert image.install(script=next_install) == ["nothing to do"]
 
 
 def test_other_servers_change_two_lines_of_the_configuration(image):
     image.install("--server", "tai:192.0.2.7")
-    assert image.install("--server", "nts:a.example.org")[0] == "write /usr/local/etc/clockspeed.conf"
-    mine = image.read(CONF) + "CLOCK_KEY=1\n"
-    image.write(CONF, mine)
+    image.write(CONF, image.read(CONF).replace("CLOCK_IP=", "#") + "CLOCK_KEY=1\n")
     assert image.install() == ["nothing to do"]
-    image.install("--server", "ntp:192.0.2.8")
-    assert image.read(CONF) == mine and 'CLOCK_IP="192.0.2.8"\n' in image.read(CONF + ".new")
-    assert image.read(CONF + ".new").endswith("CLOCK_KEY=1\n")
+    before = image.read(CONF)
+    assert image.install("--server", "ntp:192.0.2.8") == ["write /usr/local/etc/clockspeed.conf"]
+    assert image.read(CONF) == before.replace('"tai"', '"ntp"') + 'CLOCK_IP="192.0.2.8"\n'
 
 
 def test_removal_leaves_what_was_edited_or_learned_and_follows_no_link(image, tmp_path):
@@ -4553,12 +4517,22 @@ def test_links_are_made_only_where_something_scans(image):
     assert not any("service" in name for name in image.tree())
     image.install("--start", "--server", "ntp:192.0.2.7")
     assert not any("service" in name for name in image.tree()), "no supervisor is there"
-    image.write("usr/bin/svscan", "")
-    os.chmod(image("usr/bin/svscan"), 0o755)
+    image.supervisor("svscan")
     os.makedirs(image("etc/service"))
     image.install("--start")
     assert os.listdir(image("etc/service")) and sorted(os.listdir(image("etc/service"))) == list(SERVICES[:2])
     assert os.readlink(image("etc/service/clockspeed")) == "/var/svc.d/clockspeed"
+
+
+def test_a_link_for_a_directory_is_refused_and_not_emptied(image, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("")
+    image("var/multilog").mkdir(parents=True)
+    image("var/multilog/taiclockd").symlink_to(tmp_path / "theirs")
+    assert image.install(status=111)[-1] == (
+        "install: fatal: unable to use /var/multilog/taiclockd: it is a link")
+    image.install("--remove", "--purge")
+    assert (tmp_path / "theirs" / "file").exists()
 
 
 def test_a_file_where_the_fifo_should_be_is_refused(image):
@@ -4603,7 +4577,7 @@ def test_the_readme_is_short_and_its_blocks_are_of_known_kinds():
     assert len(BLOCKS) * 2 == README.count("\n```")
 
 
-@pytest.mark.parametrize("shell", INSTALL_SHELLS)
+@every_shell
 def test_every_shell_understands_its_blocks(shell):
     need(shell[0])
     text = "\n".join(text for kind, text in BLOCKS if kind.startswith("sh"))
@@ -4623,9 +4597,10 @@ def test_by_hand_the_programs_are_as_installed(tmp_path):
     assert done.returncode == 0 and done.stdout
 
 
-@pytest.mark.parametrize("supervisor, word", (("runit", "chpst"), ("s6", "s6-setuidgid")))
-def test_by_hand_the_scripts_for_other_supervisors_are_as_installed(supervisor, word, image, tmp_path):
-    image.install("--supervisor", supervisor)
+@pytest.mark.parametrize("scanner, word", (("runsvdir", "chpst"), ("s6-svscan", "s6-setuidgid")))
+def test_by_hand_the_scripts_for_other_supervisors_are_as_installed(scanner, word, image, tmp_path):
+    image.supervisor(scanner)
+    image.install()
     text, = [text for text in blocks("sh also") if word in text]
     for service in SERVICES:
         shutil.copytree(path_of("svc/" + service), str(tmp_path / "svc.d" / service))
@@ -4678,7 +4653,7 @@ def test_notes_tell_of_the_bad_days_what_their_tests_do():
 def mutants(rng, good, count):
     """Random inputs, and good ones with bytes changed, cut, doubled and moved."""
     for _ in range(count):
-        data = bytearray(rng.choice(good)) if rng.random() < 0.9 else bytearray(random_bytes(rng, rng.randrange(200)))
+        data = bytearray(rng.choice(good) if rng.random() < 0.9 else random_bytes(rng, rng.randrange(200)))
         for _ in range(rng.randrange(1, 4)):
             a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
             change = rng.randrange(4)
@@ -4686,16 +4661,11 @@ def mutants(rng, good, count):
         yield bytes(data)
 
 
+@pytest.mark.parametrize("count", [3000, pytest.param(10**5, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name, function, good, allowed", DECODERS, ids=[row[0] for row in DECODERS])
-def test_no_decoder_stumbles_over_3000_inputs(name, function, good, allowed, count=3000):
+def test_no_decoder_stumbles(name, function, good, allowed, count):
     for data in good:
         function(data)
     for data in mutants(random.Random(SEED), good, count):
         with contextlib.suppress(allowed):
             function(data)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name, function, good, allowed", DECODERS, ids=[row[0] for row in DECODERS])
-def test_no_decoder_stumbles_over_100000_inputs(name, function, good, allowed):
-    test_no_decoder_stumbles_over_3000_inputs(name, function, good, allowed, 10**5)
