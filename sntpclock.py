@@ -521,7 +521,7 @@ def answers(query, packet):
     return len(packet) >= NTP.size and NTP.unpack_from(packet)[8] == NTP.unpack_from(query)[-1]
 
 
-def decode_answer(packet, ahead_ns=0):
+def decode_answer(packet, ahead_ns):
     """-> Answer; ValueError, Dismissed.  A right clock on our scale is ahead_ns ahead of Unix time."""
     flags, stratum, _, precision, delay, dispersion, reference, _, _, received, sent = NTP.unpack_from(packet)
     leap, version, mode = flags >> 6, flags >> 3 & 7, flags & 7

@@ -484,7 +484,7 @@ def make_query(server):
     return b"ctai" + bytes(16) + os.urandom(12)
 
 
-def decode_answer(query, packet, tai_minus_clock_ns=0):
+def decode_answer(query, packet, tai_minus_clock_ns):
     """-> Answer, None when that is no answer to the query, ValueError when its label is none."""
     if len(packet) != len(query) or packet[:4] != b"stai" or packet[20:] != query[20:]:
         return None
