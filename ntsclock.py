@@ -374,12 +374,6 @@ def weigh(samples, end):
                   answer.distance_ns, answer.stratum, answer.reference)
 
 
-def certain(result):
-    """-> the Range of a Result, widened by how far the server may be off true time."""
-    half_ns = result.spread_ns + result.distance_ns
-    return Range(result.offset_ns - half_ns, result.offset_ns + half_ns)
-
-
 def troubles(servers):
     """What failed with each of them, and how often."""
     return ["%s: %s%s" % (server.name, why, " (%d times)" % times if times > 1 else "")
@@ -392,11 +386,14 @@ def conclude(servers, settings):
     voters = [server for server in servers if server.result]
     if not voters:
         raise ValueError("no usable answer; " + "; ".join(troubles(servers)))
-    proven, votes = vote([certain(server.result) for server in voters])
+    # Each range is widened by how far the server may be off true time.
+    ranges = [Range(server.result.offset_ns - server.result.spread_ns - server.result.distance_ns,
+                    server.result.offset_ns + server.result.spread_ns + server.result.distance_ns)
+              for server in voters]
+    proven, votes = vote(ranges)
     if 2 * votes <= len(voters):
         raise ValueError(NO_MAJORITY)
-    for server in voters:
-        least_ns, most_ns = certain(server.result)
+    for server, (least_ns, most_ns) in zip(voters, ranges):
         server.verdict = "agreed" if least_ns <= proven.most_ns and proven.least_ns <= most_ns else "falseticker"
     value_ns = sum(proven) // 2
     distance_ns = min(server.result.distance_ns for server in voters if server.verdict == "agreed")
@@ -695,12 +692,21 @@ def record(kind, number):
 KE_QUERY = record(NEXT_PROTOCOL, NTPV4) + record(ALGORITHM, AES_SIV_CMAC_256) + RECORD.pack(CRITICAL | END, 0)
 
 
-def read_grant(read):
-    """What a host says in key establishment -> Grant; ValueError.  read(size) gives so many bytes."""
-    found, cookies = {}, []
+def read_whole(file, size):
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError("its answer is cut short")
+    return data
+
+
+def read_grant(file):
+    """What a host says in key establishment -> Grant; OSError, ValueError."""
+    found, cookies, left = {}, [], KE_BYTES
     while True:
-        head, size = RECORD.unpack(read(RECORD.size))
-        kind, body = head & ~CRITICAL, read(size)
+        head, size = RECORD.unpack(read_whole(file, RECORD.size))
+        kind, body, left = head & ~CRITICAL, read_whole(file, size), left - RECORD.size - size
+        if left < 0:
+            raise ValueError("its answer never ends")
         number = int.from_bytes(body[:2], "big")
         if kind == END:
             break
@@ -901,22 +907,6 @@ def validity(tls, ssl):
     return max(since_sec), min(until_sec)
 
 
-def reader(file):
-    """-> read(size) for read_grant(), which bounds the whole."""
-    left = KE_BYTES
-
-    def read(size):
-        nonlocal left
-        left -= size
-        if left < 0:
-            raise ValueError("its answer never ends")
-        data = file.read(size)
-        if len(data) < size:
-            raise ValueError("its answer is cut short")
-        return data
-    return read
-
-
 def establish(host, settings):
     """Key establishment with a host -> Keys; OSError, ValueError."""
     try:
@@ -932,7 +922,7 @@ def establish(host, settings):
             if tls.selected_alpn_protocol() != PROTOCOL:
                 raise ValueError("it does not speak " + PROTOCOL)
             tls.sendall(KE_QUERY)
-            grant, address = read_grant(reader(tls.makefile("rb"))), tls.getpeername()
+            grant, address = read_grant(tls.makefile("rb")), tls.getpeername()
             since_sec, until_sec = validity(tls, ssl)
         query_key, answer_key = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
     except ssl.SSLError as err:

@@ -353,12 +353,6 @@ def weigh(samples, end):
                   answer.distance_ns, answer.stratum, answer.reference)
 
 
-def certain(result):
-    """-> the Range of a Result, widened by how far the server may be off true time."""
-    half_ns = result.spread_ns + result.distance_ns
-    return Range(result.offset_ns - half_ns, result.offset_ns + half_ns)
-
-
 def troubles(servers):
     """What failed with each of them, and how often."""
     return ["%s: %s%s" % (server.name, why, " (%d times)" % times if times > 1 else "")
@@ -371,11 +365,14 @@ def conclude(servers, settings):
     voters = [server for server in servers if server.result]
     if not voters:
         raise ValueError("no usable answer; " + "; ".join(troubles(servers)))
-    proven, votes = vote([certain(server.result) for server in voters])
+    # Each range is widened by how far the server may be off true time.
+    ranges = [Range(server.result.offset_ns - server.result.spread_ns - server.result.distance_ns,
+                    server.result.offset_ns + server.result.spread_ns + server.result.distance_ns)
+              for server in voters]
+    proven, votes = vote(ranges)
     if 2 * votes <= len(voters):
         raise ValueError(NO_MAJORITY)
-    for server in voters:
-        least_ns, most_ns = certain(server.result)
+    for server, (least_ns, most_ns) in zip(voters, ranges):
         server.verdict = "agreed" if least_ns <= proven.most_ns and proven.least_ns <= most_ns else "falseticker"
     value_ns = sum(proven) // 2
     distance_ns = min(server.result.distance_ns for server in voters if server.verdict == "agreed")

@@ -1135,28 +1135,37 @@ DAY_SEC, YEAR_SEC = 86400, 365 * 86400
 CMAC_KEY = "2b7e151628aed2a6abf7158809cf4f3c"
 CMAC_TEXT = ("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411"
              "e5fbc1191a0a52eff69f2445")
-CIPHER_VECTORS = [  # FIPS 197 C.1; RFC 4493, each with its size; RFC 5297 A.1 and A.2
-    (lambda key, text: b"%032x" % NTS.Aes(key).encrypt(int(text.hex(), 16)),
-     "000102030405060708090a0b0c0d0e0f", "00112233445566778899aabbccddeeff",
-     b"69c4e0d86a7b0430d8cdb78070b4c55a")] + [
-    (lambda key, text: b"%032x" % NTS.cmac(NTS.Aes(key), text), CMAC_KEY, CMAC_TEXT[:2 * size], mac)
-    for size, mac in ((0, b"bb1d6929e95937287fa37d129b756746"), (16, b"070a16b46b4d4144f79bdd9dd04a287c"),
-                      (40, b"dfa66747de9ae63030ca32611497c827"))] + [
-    (lambda key, text: NTS.Siv(key).seal([bytes(range(16, 40))], text).hex().encode(),
+
+
+def encrypt(key, text):
+    return NTS.Aes(key).encrypt(int(text.hex(), 16)).to_bytes(16, "big")
+
+
+def cmac(key, text):
+    return NTS.cmac(NTS.Aes(key), text).to_bytes(16, "big")
+
+
+def seal(*associated):
+    return lambda key, text: NTS.Siv(key).seal([bytes.fromhex(part) for part in associated], text)
+
+
+@pytest.mark.parametrize("function, key, text, expected", [  # FIPS 197 C.1; RFC 4493; RFC 5297 A.1 and A.2
+    (encrypt, "000102030405060708090a0b0c0d0e0f", "00112233445566778899aabbccddeeff",
+     "69c4e0d86a7b0430d8cdb78070b4c55a"),
+    (cmac, CMAC_KEY, "", "bb1d6929e95937287fa37d129b756746"),
+    (cmac, CMAC_KEY, CMAC_TEXT[:32], "070a16b46b4d4144f79bdd9dd04a287c"),
+    (cmac, CMAC_KEY, CMAC_TEXT[:80], "dfa66747de9ae63030ca32611497c827"),
+    (seal("101112131415161718191a1b1c1d1e1f2021222324252627"),
      "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff", "112233445566778899aabbccddee",
-     b"85632d07c6e8f37f950acd320a2ecc9340c02b9690c4dc04daef7f6afe5c"),
-    (lambda key, text: NTS.Siv(key).seal([bytes.fromhex(
-        "00112233445566778899aabbccddeeffdeaddadadeaddadaffeeddccbbaa99887766554433221100"), bytes.fromhex(
-        "102030405060708090a0"), bytes.fromhex("09f911029d74e35bd84156c5635688c0")], text).hex().encode(),
+     "85632d07c6e8f37f950acd320a2ecc9340c02b9690c4dc04daef7f6afe5c"),
+    (seal("00112233445566778899aabbccddeeffdeaddadadeaddadaffeeddccbbaa99887766554433221100",
+          "102030405060708090a0", "09f911029d74e35bd84156c5635688c0"),
      "7f7e7d7c7b7a79787776757473727170404142434445464748494a4b4c4d4e4f",
      b"this is some plaintext to encrypt using SIV-AES".hex(),
-     b"7bdb6e3b432667eb06f4d14bff2fbd0fcb900f2fddbe404326601965c889bf17"
-     b"dba77ceb094fa663b7a3f748ba8af829ea64ad544a272e9c485b62a3fd5c0d")]
-
-
-@pytest.mark.parametrize("function, key, text, expected", CIPHER_VECTORS)
+     "7bdb6e3b432667eb06f4d14bff2fbd0fcb900f2fddbe404326601965c889bf17"
+     "dba77ceb094fa663b7a3f748ba8af829ea64ad544a272e9c485b62a3fd5c0d")])
 def test_the_vectors_of_the_standards(function, key, text, expected):
-    assert function(bytes.fromhex(key), bytes.fromhex(text)) == expected
+    assert function(bytes.fromhex(key), bytes.fromhex(text)).hex() == expected
 
 
 class Authority:
@@ -1323,15 +1332,6 @@ def test_a_thousand_exchanges_in_a_row_renew_their_cookies(chronyd_port, authori
     done = nts_run(authority, chronyd_port, "-r", 1000, "-T", 60000, "-s", tmp_path)
     assert abs(offset_of(done)) < 10**7 and done.stderr == ""
     assert len(NTS.parse_keys((tmp_path / "nts").read_text()).cookies) == NTS.COOKIES
-
-
-def test_a_run_with_stored_keys_does_not_even_load_tls(chronyd_port, authority, tmp_path):
-    command = command_of("ntsclock", *nts_args(authority, chronyd_port, "-s", tmp_path))
-    for first in (True, False):
-        done = subprocess.run(command[:1] + ["-X", "importtime"] + command[1:], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, env=UTC_ENV)
-        assert done.returncode == 0 and (re.search(rb"\| *ssl\n", done.stderr) is not None) is first
-    assert (tmp_path / "nts").stat().st_mode & 0o777 == 0o600
     assert " nts 127.0.0.1 " in (tmp_path / "sources").read_text()
 
 
@@ -1398,11 +1398,10 @@ def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(
         pair = authority.host(**certificate)
     with NtsHost(pair, off_sec) as server:
         done = nts_run(authority, server.port)
-        if words:
-            assert (done.returncode, done.stdout) == (111, b"")
-            assert re.search("fatal: .*" + words, done.stderr)
-        else:
-            assert abs(offset_of(done) - off_sec * 10**9) < 10**9
+    if words:
+        refused(done, words + ".*")
+    else:
+        assert abs(offset_of(done) - off_sec * 10**9) < 10**9
 
 
 def test_stored_keys_are_used_for_28_days_and_within_the_certificates_time(authority, tmp_path):
@@ -1451,17 +1450,15 @@ def test_a_key_establishment_that_goes_wrong_is_a_line_in_time(talk, words, auth
         before_sec = time.monotonic()
         done = nts_run(authority, server.port, "-T", 2000)
         assert time.monotonic() - before_sec < PATIENCE_SEC / 6 and server.used == []
-    assert done.returncode == 111
-    assert re.search("fatal: unable to get the time from .*: .*" + words, done.stderr)
+    refused(done, ": no usable answer; 127.0.0.1: key establishment: .*(%s).*" % words)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda tls: tls.set_alpn_protocols(["http/1.1"]), "it does not speak ntske/1|TLS: .*application"),
-    (lambda tls: setattr(tls, "maximum_version", ssl.TLSVersion.TLSv1_2), "TLS: .*version")])
-def test_other_tls_is_refused(change, words, authority):
+def test_other_tls_is_refused(authority):
     with NtsHost(authority.good) as server:
-        change(server.context)
-        assert re.search("fatal: .*" + words, nts_run(authority, server.port).stderr)
+        server.context.set_alpn_protocols(["http/1.1"])
+        refused(nts_run(authority, server.port), "it does not speak ntske/1|TLS: .*application.*")
+        server.context.maximum_version = ssl.TLSVersion.TLSv1_2
+        refused(nts_run(authority, server.port), "TLS: .*version")
 
 
 def test_the_ntp_server_is_where_key_establishment_says(authority):
@@ -1516,6 +1513,11 @@ def test_a_killed_run_leaves_no_cookie_and_two_at_once_share_none(authority, tmp
         assert server.sessions >= 3
 
 
+def test_a_folder_that_is_missing_is_a_warning(chronyd_port, authority, tmp_path):
+    done = nts_run(authority, chronyd_port, "-s", tmp_path / "none")
+    assert offset_of(done) and "warning: unable to write %s/none/nts: No such file" % tmp_path in done.stderr
+
+
 def spoil(path, kind):
     """Put something else in place of dir/nts."""
     text, own = path.read_text(), str(path) + ".own"
@@ -1561,24 +1563,12 @@ def test_no_secret_leaves_the_program(memory, authority, tmp_path, monkeypatch, 
     assert not [name for name in set(os.listdir("/tmp")) - before if name.startswith("ntsclock.")]
 
 
-def from_bytes(data):
-    """-> read(size), which ends as a connection does."""
-    file = io.BytesIO(data)
-
-    def read(size):
-        got = file.read(size)
-        if len(got) < size:
-            raise ValueError("its answer is cut short")
-        return got
-    return read
-
-
 NTS_SIV = NTS.Siv(bytes(range(32)))
 NTS_QUERY = NTS.seal_query(NTS_SIV, NTS.make_query(), bytes(32), bytes(100), 7, bytes(16))
 NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, ntp_answer(NTS_QUERY), [bytes(100)] * 8)
 NTS_KEYS = NTS.Keys("host", 4460, "::1", 123, 0, 1, bytes(32), bytes(32), [bytes(100)])
 DECODERS += [
-    ("ntsclock: key establishment", lambda data: NTS.read_grant(from_bytes(data)),
+    ("ntsclock: key establishment", lambda data: NTS.read_grant(io.BytesIO(data)),
      [ke_records(*GOOD, (6, b"a.example.org"), (7, b"\0\x7b"))], ValueError),
     ("ntsclock: extension fields", lambda data: NTS.split_fields(data, 48), [NTS_QUERY, NTS_ANSWER],
      ValueError),
