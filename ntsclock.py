@@ -394,7 +394,8 @@ def conclude(servers, settings):
     if 2 * votes <= len(voters):
         raise ValueError(NO_MAJORITY)
     for server, (least_ns, most_ns) in zip(voters, ranges):
-        server.verdict = "agreed" if least_ns <= proven.most_ns and proven.least_ns <= most_ns else "falseticker"
+        agrees = least_ns <= proven.most_ns and proven.least_ns <= most_ns
+        server.verdict = "agreed" if agrees else "falseticker"
     value_ns = sum(proven) // 2
     distance_ns = min(server.result.distance_ns for server in voters if server.verdict == "agreed")
     spread_ns = max(proven.most_ns - value_ns - distance_ns, 1)
