@@ -878,7 +878,7 @@ def secret_of(keylog):
 
 def tls_reason(err):
     """What an ssl.SSLError or an OSError says, without the line of Python's source."""
-    return (getattr(err, "reason", None) or reason(err)).replace("_", " ").lower()
+    return (getattr(err, "reason", None) or reason(err)).partition(" (_ssl")[0].replace("_", " ").lower()
 
 
 def make_context(ssl, keylog_path, authorities):
