@@ -566,14 +566,14 @@ def test_the_total_bounds_names_and_pauses_too(monkeypatch, capfdbinary):
     """getaddrinfo() can't be interrupted, so that a thread waits for it."""
     def slow(host, *args, find=socket.getaddrinfo, **options):
         return time.sleep(60) if host == b"slow" else find(host, *args, **options)
-    monkeypatch.setattr(TAI.socket, "getaddrinfo", slow)
-    with Rogue(lambda query, n: [tai_answer(query)]) as server:
+    monkeypatch.setattr(SNTP.socket, "getaddrinfo", slow)
+    with Rogue(lambda query, n: [ntp_answer(query)]) as server:
         for args, size, said in ((["-T500", "slow"], 0, b": no usable answer; slow: timed out\n"),
                                  (["-T3000", "slow", "127.0.0.1"], 16, b": unable to ask slow: timed out\n"),
                                  (["-T3000", "-h900", "0"], 16, b"")):
             began = time.monotonic()
             del server.queries[:]
-            assert TAI.main(["taiclock", "-p%d" % server.port] + args) == (0 if size else 111)
+            assert SNTP.main(["sntpclock", "-p%d" % server.port] + args) == (0 if size else 111)
             out, err = capfdbinary.readouterr()
             assert len(out) == size and err.endswith(said) and time.monotonic() - began < 10
         assert 2 <= len(server.queries) <= 4
@@ -602,11 +602,11 @@ def test_wrong_usage(name, answer):
 def test_what_exceeds_its_limit_is_refused_and_f_overrides(off_ns, late_sec, args, words, enough):
     def answer(query, n):
         time.sleep(late_sec)
-        return [tai_answer(query, off_ns)]
+        return [ntp_answer(query, off_ns)]
     with Rogue(answer) as server:
-        refused(ask("taiclock", server.port, "-r", 2, *args), words)
+        refused(ask("sntpclock", server.port, "-r", 2, *args), words)
         for more in (*args, "-f"), enough:
-            assert abs(offset_of(ask("taiclock", server.port, "-r", 2, *more)) - off_ns) < NEAR_NS
+            assert abs(offset_of(ask("sntpclock", server.port, "-r", 2, *more)) - off_ns) < NEAR_NS
 
 
 @both
