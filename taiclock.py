@@ -10,8 +10,8 @@ DESCRIPTION
     time minus system clock, 16 bytes of TAI64NA.  Sets nothing, needs no privilege.
 
     Hosts, exchanges, ranges and votes are as of sntpclock, but TAICLOCK tells no root
-    distance.  Within the proven range, the result is the middle by this program's own
-    readings of the clock: they are late by about as much as those of the server.
+    distance.  The result is the middle by this program's own readings of the clock: they are
+    late by about as much as those of the server.
 
     TAICLOCK has no authentication: ask servers on networks that you trust.
 
@@ -20,9 +20,8 @@ OPTIONS
     -r n     exchanges with each server       -e ms    largest spread accepted
     -h ms    pause between them               -l days  largest offset accepted
     -t ms    longest wait for each answer     -f       output even if that is exceeded
-    -T ms    longest wait for everything      -4, -6   use IPv4 only, IPv6 only
-    -s dir   write to dir/sources             -v n     0 to 2: say less or more
-    -p port  (4014)
+    -T ms    longest wait for everything      -v n     0 to 2: say less or more
+    -s dir   write to dir/sources             -p port  (4014)
 
 OUTPUT
     As of sntpclock, with the root distance 00.  The spread is how far real time can be from
@@ -46,7 +45,6 @@ try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 except KeyboardInterrupt:
     raise SystemExit(130)
-import array
 import collections
 import contextlib
 import getopt
@@ -59,9 +57,10 @@ import threading
 import time
 
 PROGRAM = "taiclock"
-USAGE = "taiclock [-46f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] " \
+USAGE = "taiclock [-f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] " \
         "[-s dir] host... | clockview"
 KIND = "tai"  # in dir/sources
+SERVER_WAKES = True  # a server stamps its answer some microseconds after the query came, when it got to run
 
 
 # ==== shared by all: messages and TAI64NA ====
@@ -141,30 +140,26 @@ def scale_offset_sec():
 # A query leaves at t0 and its answer comes at t1 by the system clock; between them the server's clock showed
 # T2 <= T3.  That proves T3 - t1 <= offset <= T2 - t0, and the offset is real time minus system clock.
 #
-# A script sets KIND, and ECHO to where an answer repeats its query: the place in the answer, the place in the
-# query, and how many bytes.  It gives measure() two functions: make_query(server) -> bytes, and
+# A script sets KIND and SERVER_WAKES.  It gives measure() two functions: make_query(server) -> bytes, and
 # decode(server, query, packet) -> Answer, or None when that does not answer the query; ValueError, Dismissed.
-LETTERS = "46fe:h:l:p:r:s:t:T:v:"
-LINUX = sys.platform.startswith("linux")  # elsewhere our own readings do without the kernel's stamps
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
 READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
 MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
 DAY_NS = 86400 * 10**9
-# What Python's socket module lacks of <asm-generic/socket.h>, <linux/net_tstamp.h> and <linux/filter.h>.
-SO_ATTACH_FILTER, SO_TIMESTAMPING = 26, 37
-SOFTWARE_STAMPS = 2 | 8 | 16  # of what leaves, of what arrives, and report them
+NO_MAJORITY = "no majority of the servers agrees"
+SO_TIMESTAMPNS = 35  # Linux: stamp what arrives; Python's socket module has no name for it
 TIMESPEC = struct.Struct("@ll")
-FILTER_STEP = struct.Struct("=HBBI")  # code, steps to skip if so and if not, number
-LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
-UDP_HEADER_BYTES = 8
 
 # T2 rounded up and T3 rounded down, as a right clock on our scale shows them, and what else the server said.
 Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns stratum reference")
 Reading = collections.namedtuple("Reading", "clock_ns tick_ns")  # system clock and counter at one moment
-Sample = collections.namedtuple("Sample", "answer own kernel")  # own and kernel: Readings at t0 and t1
+# Readings before the query was sent, when the answer came, and when this program was told of it.
+Sample = collections.namedtuple("Sample", "answer sent came woke")
 Range = collections.namedtuple("Range", "least_ns most_ns")  # of the offset
+# What all samples of a server prove together, as in dir/sources.
+Result = collections.namedtuple("Result", "offset_ns spread_ns delay_ns distance_ns stratum reference")
 
 
 class Dismissed(Exception):
@@ -175,7 +170,7 @@ class Settings:
     """The command line; getopt.GetoptError when it is wrong."""
 
     def __init__(self, words, port, more_letters=""):
-        options, self.hosts = getopt.getopt(words, LETTERS + more_letters)
+        options, self.hosts = getopt.getopt(words, "fe:h:l:p:r:s:t:T:v:" + more_letters)
         self.letters = letters = dict(options)
 
         def number(letter, default, unit=1, least=0):
@@ -192,33 +187,21 @@ class Settings:
             raise getopt.GetoptError("") from None
         if self.port > 65535 or not self.hosts:
             raise getopt.GetoptError("")
-        self.family = {(True, False): socket.AF_INET, (False, True): socket.AF_INET6}.get(
-            ("-4" in letters, "-6" in letters), socket.AF_UNSPEC)
         self.force, self.folder = "-f" in letters, letters.get("-s")
         self.end_ns = time.monotonic_ns() + self.total_ns
 
-    def warn(self, text):
-        if self.verbosity >= 1:
-            complain("warning", text)
+    def tell(self, verbosity, text):
+        if self.verbosity >= verbosity:
+            complain("info" if verbosity == 2 else "warning", text)
 
 
 class Server:
-    """One address, the exchanges with it and what became of them."""
+    """One address, or None when its name was not found; the exchanges with it and what became of them."""
 
-    def __init__(self, name, family=None, address=None):
-        self.name, self.family, self.address = name, family, address
-        self.samples, self.failures, self.kiss = [], {}, None
-        self.range = None  # which the samples prove
-        self.certain = None  # that, widened by how far the server may be off true time
-        self.verdict = None  # "agreed" or "falseticker"
-
-    def failed(self, why):
-        self.failures[why] = self.failures.get(why, 0) + 1
-
-    def delay_ns(self):
-        """The least round trip, without the time that the server took."""
-        return min(t1.clock_ns - t0.clock_ns - (answer.sent_ns - answer.received_ns)
-                   for answer, _, (t0, t1) in self.samples)
+    def __init__(self, name, address=None):
+        self.name, self.address = name, address
+        self.samples, self.failures = [], collections.Counter()
+        self.result = self.verdict = None  # a Result; "agreed" or "falseticker"
 
 
 def in_parallel(function, arguments, end_ns):
@@ -239,36 +222,15 @@ def in_parallel(function, arguments, end_ns):
     return list(results)
 
 
-def look_up(host, port, family, kind=socket.SOCK_DGRAM):
-    """-> [(family, address)]; OSError.  `0` is this host, as in the original."""
+def look_up(host, port):
+    """-> the socket addresses of that name; OSError."""
     # In bytes, since for a str Python loads its megabyte of international names.
-    name = b"127.0.0.1" if host == "0" else os.fsencode(host)
-    return [(found[0], found[4]) for found in socket.getaddrinfo(name, port, family, kind)[:MOST_ADDRESSES]]
+    found = socket.getaddrinfo(os.fsencode(host), port, type=socket.SOCK_DGRAM)
+    return [address for _, _, _, _, address in found[:MOST_ADDRESSES]]
 
 
 def numeric_name(address):
     return socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
-
-
-def find_servers(hosts, port, settings):
-    """Names and addresses -> Servers, without an address for what was not found; OSError when that is all."""
-    servers, known = [], set()
-    for_others_ns = min(settings.wait_ns, settings.total_ns // 2)  # when the name of one is never found
-    for host, found in zip(hosts, in_parallel(
-            lambda host: look_up(host, port, settings.family), hosts, settings.end_ns - for_others_ns)):
-        if isinstance(found, Exception):
-            servers.append(Server(host))
-            servers[-1].failed(reason(found))
-            continue
-        for family, address in found:
-            if (family, address) not in known:
-                known.add((family, address))
-                numeric = numeric_name(address)
-                name = numeric if host in (numeric, "0") else "%s/%s" % (host, numeric)
-                servers.append(Server(name, family, address))
-    if not known:
-        raise OSError(next(iter(servers[0].failures)))
-    return servers
 
 
 def is_near(address):
@@ -290,110 +252,60 @@ def read_clocks():
     return min(readings)[1]
 
 
-def enable_kernel_stamps(sock):
-    with contextlib.suppress(OSError):
-        if LINUX:
-            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, SOFTWARE_STAMPS)
-
-
-def kernel_stamp(ancillary):
-    """What recvmsg() got beside a packet -> the kernel's stamp of it, in ns of the system clock, or None."""
+def arrival(ancillary, sent, woke):
+    """-> Reading when the kernel got a packet, by what recvmsg() told beside it.  A stamp that is not between
+    our Readings, as after a step of the clock, tells nothing; then it is `woke`."""
     for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPING):
+        if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
             sec, nano = TIMESPEC.unpack_from(data)
-            return sec * 10**9 + nano or None  # zero: this packet has none
-    return None
+            late_ns = woke.clock_ns - sec * 10**9 - nano
+            if 0 <= late_ns <= min(woke.clock_ns - sent.clock_ns, woke.tick_ns - sent.tick_ns):
+                return Reading(woke.clock_ns - late_ns, woke.tick_ns - late_ns)
+    return woke
 
 
-def sent_stamp(sock, query):
-    """The kernel's stamp of the query, or None.  Linux puts a copy of what leaves into the error queue."""
-    stamp_ns = None
-    with contextlib.suppress(BlockingIOError):  # the queue is empty
-        while LINUX:
-            packet, ancillary, _, _ = sock.recvmsg(2048, 512, socket.MSG_ERRQUEUE)
-            if packet.endswith(query):
-                stamp_ns = kernel_stamp(ancillary)
-    return stamp_ns
-
-
-def kernel_readings(own, sent_ns, received_ns):
-    """Our Readings at t0 and t1, and the kernel's stamps -> better Readings.  The stamps are nearer to the
-    wire, but count only when they lie between ours; the counter that belongs to them is interpolated."""
-    t0, t1 = own
-
-    def better(kernel_ns, reading):
-        if kernel_ns is None or not t0.clock_ns <= kernel_ns <= t1.clock_ns:
-            return reading
-        passed_ns = (kernel_ns - t0.clock_ns) * (t1.tick_ns - t0.tick_ns) // max(t1.clock_ns - t0.clock_ns, 1)
-        return Reading(kernel_ns, t0.tick_ns + passed_ns)
-    return better(sent_ns, t0), better(received_ns, t1)
-
-
-def admit_only_answers(sock, query):
-    """Have Linux drop what does not repeat the query's cookie.  An attacker who knows only our port could
-    otherwise fill the socket's queue, so that the true answer finds no room in it."""
-    at, query_at, size = ECHO
-    steps = []
-    for i in range(0, size, 4):
-        word, = struct.unpack_from(">I", query, query_at + i)
-        steps += [(LOAD_WORD, 0, 0, UDP_HEADER_BYTES + at + i), (JUMP_IF_EQUAL, 1, 0, word),
-                  (PASS_BYTES, 0, 0, 0)]
-    steps.append((PASS_BYTES, 0, 0, 0xffff))
-    program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
-    with contextlib.suppress(OSError):  # decode() tells them apart too, only later
-        if LINUX:
-            sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
-                            struct.pack("@HP", len(steps), program.buffer_info()[0]))
-
-
-def exchange(sock, server, query, decode, end_ns, clocks):
+def exchange(sock, server, query, decode, end_ns):
     """Send the query and wait for its answer -> Sample; OSError, ValueError, Dismissed."""
-    poller, sent_ns = select.poll(), None
-    poller.register(sock, select.POLLIN)
-    admit_only_answers(sock, query)
-    sent = clocks()
+    sent = read_clocks()
     sock.send(query)
-    while time.monotonic_ns() < end_ns:
-        poller.poll(max((end_ns - time.monotonic_ns()) // 10**6 + 1, 0))
-        try:
-            packet, ancillary, _, _ = sock.recvmsg(2048, 512)
-        except BlockingIOError:  # there was only a stamp, or a wrong checksum
-            sent_ns = sent_stamp(sock, query) or sent_ns
-            continue
-        own = sent, clocks()
+    while True:
+        left_ns = end_ns - time.monotonic_ns()
+        if left_ns <= 0 or not select.select([sock], [], [], left_ns / 1e9)[0]:
+            raise TimeoutError("timed out")
+        woke = read_clocks()
+        packet, ancillary, _, _ = sock.recvmsg(2048, 512)
         answer = decode(server, query, packet)
         if answer:  # else it is late, doubled or forged, and the right one may yet come
-            sent_ns = sent_ns or sent_stamp(sock, query)
-            return Sample(answer, own, kernel_readings(own, sent_ns, kernel_stamp(ancillary)))
-    raise TimeoutError("timed out")
+            came = arrival(ancillary, sent, woke)
+            if answer.sent_ns - answer.received_ns > came.tick_ns - sent.tick_ns:
+                raise ValueError("it says that its answer took longer than we waited for it")
+            return Sample(answer, sent, came, woke)
 
 
-def ask(servers, settings, make_query, decode, clocks=read_clocks):
-    """All exchanges with all servers at once -> Reading at the end."""
-    def ask_server(server):
-        near = is_near(server.address[0])
-        pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
-        with socket.socket(server.family, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)
-            enable_kernel_stamps(sock)
-            sock.connect(server.address)  # from now on the kernel drops what other addresses send
-            for left in reversed(range(settings.exchanges or (10 if near else 4))):
-                end_ns = min(time.monotonic_ns() + settings.wait_ns, settings.end_ns)
-                try:
-                    server.samples.append(exchange(sock, server, make_query(server), decode, end_ns, clocks))
-                except (OSError, ValueError) as err:
-                    server.failed(reason(err))
-                if not left or time.monotonic_ns() + pause_ns >= settings.end_ns:
-                    break
-                time.sleep(pause_ns / 1e9)
-    found = [server for server in servers if server.address]
-    for server, err in zip(found, in_parallel(ask_server, found, settings.end_ns + DAY_NS)):  # ends by itself
-        if isinstance(err, Dismissed):
-            server.kiss, usable = err.args
-            server.samples = server.samples if usable else []
-        if err:
-            server.failed(server.kiss or reason(err))
-    return clocks()
+def ask(server, settings, make_query, decode):
+    """All exchanges with a server; OSError where it can't be reached."""
+    near = is_near(server.address[0])
+    pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
+    family = socket.AF_INET6 if ":" in server.address[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):  # not Linux: our own readings do
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        sock.connect(server.address)  # from now on the kernel drops what other addresses send
+        for left in reversed(range(settings.exchanges or (10 if near else 4))):
+            end_ns = min(time.monotonic_ns() + settings.wait_ns, settings.end_ns)
+            try:
+                server.samples.append(exchange(sock, server, make_query(server), decode, end_ns))
+            except Dismissed as err:
+                words, usable = err.args
+                server.failures[words] += 1
+                server.samples = server.samples if usable else []
+                break
+            except (OSError, ValueError) as err:
+                server.failures[reason(err)] += 1
+            if not left or time.monotonic_ns() + pause_ns >= settings.end_ns:
+                break
+            time.sleep(pause_ns / 1e9)
 
 
 def gained(then, now):
@@ -410,16 +322,15 @@ def gained(then, now):
     return gain_ns - doubt_ns, gain_ns + doubt_ns
 
 
-def sample_range(answer, stamps, end):
+def sample_range(sample, end):
     """-> the Range that an exchange proves for the Reading `end`."""
-    t0, t1 = stamps
-    return Range(answer.sent_ns - t1.clock_ns + gained(t1, end)[0],
-                 answer.received_ns - t0.clock_ns + gained(t0, end)[1])
+    return Range(sample.answer.sent_ns - sample.came.clock_ns + gained(sample.came, end)[0],
+                 sample.answer.received_ns - sample.sent.clock_ns + gained(sample.sent, end)[1])
 
 
 def vote(ranges):
     """Ranges -> (Range from the first to the last point that is in the most of them, in how many); the
-    algorithm is Marzullo's.  0: each contradicts itself."""
+    algorithm is Marzullo's."""
     def votes(point):
         return sum(lo <= point <= hi for lo, hi in ranges)
     most_votes = max(votes(lo) for lo, _ in ranges)
@@ -427,58 +338,43 @@ def vote(ranges):
                  max(hi for _, hi in ranges if votes(hi) == most_votes)), most_votes
 
 
-def half_ns(range_ns):
-    """Half the width of a Range, rounded up."""
-    return (range_ns.most_ns - range_ns.least_ns + 1) // 2
+def weigh(samples, end):
+    """-> the Result of a server's samples.  Where they contradict each other, the most of them count."""
+    (least_ns, most_ns), _ = vote([sample_range(sample, end) for sample in samples])
+    if SERVER_WAKES:  # its stamp is late by its own waking up; allowing for ours, too, the two cancel out
+        least_ns -= min(sample.woke.clock_ns - sample.came.clock_ns for sample in samples)
+    delay_ns = min(sample.came.clock_ns - sample.sent.clock_ns
+                   - (sample.answer.sent_ns - sample.answer.received_ns) for sample in samples)
+    answer = samples[-1].answer
+    return Result((least_ns + most_ns) // 2, (most_ns - least_ns + 1) // 2, delay_ns,
+                  answer.distance_ns, answer.stratum, answer.reference)
 
 
-def describe(range_ns):
-    return "offset %+.9f s, spread %.9f s" % (sum(range_ns) / 2e9, half_ns(range_ns) / 1e9)
+def troubles(servers):
+    """What failed with each of them, and how often."""
+    return ["%s: %s%s" % (server.name, why, " (%d times)" % times if times > 1 else "")
+            for server in servers for why, times in server.failures.items()]
 
 
-def weigh(server, settings, end):
-    """Set the Ranges that this server's samples prove, if they do."""
-    answer = server.samples[-1].answer
-    # Where its exchanges contradict each other, the most of them count.
-    found, votes = vote([sample_range(sample.answer, sample.kernel, end) for sample in server.samples])
-    if not votes:
-        return server.failed("it says that its answers took longer than we waited for them")
-    server.range = found
-    server.certain = Range(server.range[0] - answer.distance_ns, server.range[1] + answer.distance_ns)
-    if settings.verbosity >= 2:
-        complain("info", "%s: %s, delay %.9f s, root distance %.9f s, stratum %s, reference %s"
-                 % (server.name, describe(server.range), server.delay_ns() / 1e9,
-                    answer.distance_ns / 1e9, answer.stratum, answer.reference))
-
-
-def middle_ns(proven, agreed, end):
-    return sum(proven) // 2
-
-
-def conclude(servers, settings, end, choose=middle_ns):
+def conclude(servers, settings):
     """What the servers prove together -> the 16 bytes of an adjustment; ValueError when that is not enough.
-    Sets their verdicts.  choose() gives the best offset of the proven Range."""
-    for server in servers:
-        if server.samples:
-            weigh(server, settings, end)
-    voters = [server for server in servers if server.range]
+    Sets their verdicts."""
+    voters = [server for server in servers if server.result]
     if not voters:
-        raise ValueError(next((server.kiss for server in servers if server.kiss), "no usable answer"))
-    proven, votes = vote([server.certain for server in voters])
+        raise ValueError("no usable answer; " + "; ".join(troubles(servers)))
+    # Each range is widened by how far the server may be off true time.
+    ranges = [Range(server.result.offset_ns - server.result.spread_ns - server.result.distance_ns,
+                    server.result.offset_ns + server.result.spread_ns + server.result.distance_ns)
+              for server in voters]
+    proven, votes = vote(ranges)
     if 2 * votes <= len(voters):
-        raise ValueError("no majority of the servers agrees")
-    for server in voters:
-        agrees = server.certain.least_ns <= proven.most_ns and proven.least_ns <= server.certain.most_ns
+        raise ValueError(NO_MAJORITY)
+    for server, (least_ns, most_ns) in zip(voters, ranges):
+        agrees = least_ns <= proven.most_ns and proven.least_ns <= most_ns
         server.verdict = "agreed" if agrees else "falseticker"
-        if not agrees:
-            settings.warn("%s is a falseticker: %s" % (server.name, describe(server.range)))
-    agreed = [server for server in voters if server.verdict == "agreed"]
-    distance_ns = min(server.samples[-1].answer.distance_ns for server in agreed)
-    value_ns = choose(proven, agreed, end)
-    spread_ns = max(proven.most_ns - value_ns - distance_ns, value_ns - proven.least_ns - distance_ns, 1)
-    if settings.verbosity >= 2:
-        complain("info", "result: offset %+.9f s, spread %.9f s, root distance %.9f s"
-                 % (value_ns / 1e9, spread_ns / 1e9, distance_ns / 1e9))
+    value_ns = sum(proven) // 2
+    distance_ns = min(server.result.distance_ns for server in voters if server.verdict == "agreed")
+    spread_ns = max(proven.most_ns - value_ns - distance_ns, 1)
     if settings.limit_ns and abs(value_ns) > settings.limit_ns and not settings.force:
         days = abs(value_ns) / DAY_NS
         away = "%.1f days" % days if days < 1000 else "%.1f years" % (days / 365.25)
@@ -515,37 +411,65 @@ def replace_file(path, data, mode=0o644):
     os.rename(temporary, path)
 
 
-def source_line(server, now_sec):
-    words = [now_sec, KIND, "".join(server.name.split())] + 6 * ["-"]
-    if server.range:
-        answer = server.samples[-1].answer
-        words[3:] = (sum(server.range) // 2, half_ns(server.range), server.delay_ns(),
-                     answer.distance_ns, answer.stratum, answer.reference)
-    failures = list(server.failures) or ["no majority of the servers agrees"]
-    return " ".join(map(str, words + [server.verdict or "failed: " + failures[-1]])) + "\n"
+def report(servers, settings, now_sec):
+    """Tell what failed or does not agree, and write what each server said to dir/sources."""
+    lines = []
+    for server in servers:
+        verdict = server.verdict or "failed: " + (list(server.failures) or [NO_MAJORITY])[-1]
+        if server.result:
+            said = "offset %+d ns, spread %d ns, delay %d ns, root distance %d ns, stratum %s, reference %s"
+            settings.tell(1 if verdict == "falseticker" else 2,
+                          "%s, %s: %s" % (server.name, verdict, said % server.result))
+        words = [now_sec, KIND, "".join(server.name.split()), *(server.result or 6 * "-"), verdict]
+        lines.append(" ".join(map(str, words)) + "\n")
+    if any(server.result for server in servers):  # else the fatal error tells it
+        for trouble in troubles(servers):
+            settings.tell(1, "unable to ask " + trouble)
+    if settings.folder is not None:
+        path = os.path.join(settings.folder, "sources")
+        try:
+            replace_file(path, "".join(lines).encode(errors="replace"))
+        except OSError as err:
+            settings.tell(1, "unable to write %s: %s" % (path, reason(err)))
 
 
-def measure(servers, settings, make_query, decode, choose=middle_ns):
-    """Ask, conclude, tell what failed and keep what each server said -> 16 bytes; ValueError."""
-    end = ask(servers, settings, make_query, decode)
+def measure(servers, settings, make_query, decode):
+    """Ask all servers at once, conclude, and report -> 16 bytes of an adjustment; ValueError."""
+    found = [server for server in servers if server.address]
+    asked = in_parallel(lambda server: ask(server, settings, make_query, decode), found,
+                        settings.end_ns + DAY_NS)  # it ends by itself
+    end = read_clocks()
+    for server, err in zip(found, asked):
+        if err:
+            server.failures[reason(err)] += 1
+        if server.samples:
+            server.result = weigh(server.samples, end)
     try:
-        return conclude(servers, settings, end, choose)
+        return conclude(servers, settings)
     finally:
-        for server in servers:
-            for why, times in server.failures.items():
-                count = " (%d times)" % times if times > 1 else ""
-                settings.warn("unable to ask %s: %s%s" % (server.name, why, count))
-        if settings.folder is not None:
-            path = os.path.join(settings.folder, "sources")
-            try:
-                text = "".join(source_line(server, end.clock_ns // 10**9) for server in servers)
-                replace_file(path, text.encode(errors="replace"))
-            except OSError as err:
-                settings.warn("unable to write %s: %s" % (path, reason(err)))
+        report(servers, settings, end.clock_ns // 10**9)
 # ==== end shared ====
 
 
-ECHO = 20, 20, 12  # the cookie
+# ==== shared by some: servers by name ====
+def find_servers(settings):
+    """The Servers that the command line names."""
+    servers = []
+    for_others_ns = min(settings.wait_ns, settings.total_ns // 2)  # when the name of one is never found
+    for host, found in zip(settings.hosts, in_parallel(
+            lambda host: look_up(host, settings.port), settings.hosts, settings.end_ns - for_others_ns)):
+        if isinstance(found, Exception):
+            servers.append(Server(host))
+            servers[-1].failures[reason(found)] = 1
+            continue
+        for address in found:
+            if address not in [server.address for server in servers]:
+                numeric = numeric_name(address)
+                servers.append(Server(numeric if host == numeric else host + "/" + numeric, address))
+    return servers
+# ==== end shared ====
+
+
 LABEL_ZERO_NS = 2**62 * 10**9  # the label of 1970-01-01 00:00:00 TAI
 
 
@@ -555,7 +479,7 @@ def make_query(server):
     return b"ctai" + bytes(16) + os.urandom(12)
 
 
-def decode_answer(query, packet, tai_minus_clock_ns=0):
+def decode_answer(query, packet, tai_minus_clock_ns):
     """-> Answer, None when that is no answer to the query, ValueError when its label is none."""
     if len(packet) != len(query) or packet[:4] != b"stai" or packet[20:] != query[20:]:
         return None
@@ -564,14 +488,6 @@ def decode_answer(query, packet, tai_minus_clock_ns=0):
         raise ValueError("not a TAI64NA label")
     server_ns = label_ns - LABEL_ZERO_NS - tai_minus_clock_ns
     return Answer(server_ns + (atto > 0), server_ns, 0, "-", "-")
-
-
-def balanced_ns(proven, agreed, end):
-    """The offset by our own stamps.  A server stamps its answer some microseconds after the query came, when
-    it got to run.  We are as late, and the two delays cancel; with the kernel's stamps they would not."""
-    value_ns = sum(vote([vote([sample_range(sample.answer, sample.own, end) for sample in server.samples])[0]
-                         for server in agreed])[0]) // 2
-    return min(max(value_ns, proven.least_ns), proven.most_ns)
 
 
 def main(argv):
@@ -588,10 +504,8 @@ def main(argv):
 
         def decode(server, query, packet):
             return decode_answer(query, packet, tai_minus_clock_ns)
-        doing = "find " + ", ".join(settings.hosts)
-        servers = find_servers(settings.hosts, settings.port, settings)
         doing = "get the time from " + ", ".join(settings.hosts)
-        packet = measure(servers, settings, make_query, decode, balanced_ns)
+        packet = measure(find_servers(settings), settings, make_query, decode)
         doing = "write output"
         emit(packet)
     except getopt.GetoptError:

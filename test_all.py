@@ -394,7 +394,6 @@ def test_adjtimex_reads_this_kernel():
 SNTP, TAI = load("sntpclock"), load("taiclock")
 SECOND_NS = 10**9
 NEAR_NS = 50 * 10**6  # what a busy machine may take from an exchange
-LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="kernel stamps and filters are Linux's")
 
 
 class Rogue:
@@ -449,10 +448,6 @@ def tai_answer(query, off_ns=0):
 
 both = pytest.mark.parametrize("name, answer", [("sntpclock", ntp_answer), ("taiclock", tai_answer)],
                                ids=["sntpclock", "taiclock"])
-DECODE_FOR = {
-    "sntpclock": lambda _, query, packet: SNTP.answers(query, packet) and SNTP.decode_answer(packet),
-    "taiclock": lambda _, query, packet: TAI.decode_answer(query, packet, 37 * 10**9)}
-MAKE_QUERY = {"sntpclock": lambda server: SNTP.make_query(), "taiclock": TAI.make_query}
 
 
 def ask(name, port, *args, hosts=("127.0.0.1",), **env):
@@ -466,13 +461,15 @@ def offset_of(done):
 
 
 def result_of(done):
-    """-> (offset, spread, root distance) in ns as `-v 2` shows them, which is what came out."""
-    line = r"info: result: offset (\S+) s, spread (\S+) s, root distance (\S+) s\n"
-    shown = re.search(line, done.stderr).groups()
-    value_ns, spread_ns, distance_ns = (round(float(text) * 1e9) for text in shown)
-    ns, last = SNTP.unpack(done.stdout)
-    assert abs(ns - value_ns) <= 1 and last == SNTP.pack_quality(spread_ns, distance_ns)
-    return value_ns, spread_ns, distance_ns
+    """-> (offset, spread, root distance) in ns; the last two are rounded up to their digits."""
+    offset_ns = offset_of(done)
+    return (offset_ns, *VIEW.unpack_quality(SNTP.unpack(done.stdout)[1]))
+
+
+def refused(done, words):
+    """It wrote nothing, and its one line on stderr ends so."""
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (111, b"", 1)
+    assert re.search(words + r"\n$", done.stderr), done.stderr
 
 
 def free_port(address="127.0.0.1"):
@@ -487,7 +484,7 @@ def test_the_result_is_the_servers_offset(name, answer, scale, missing_sec):
     """On the tai scale this clock, which shows UTC, is 27 s slow."""
     for off_ns in 0, 123456789, -3 * 3600 * SECOND_NS - 5:
         with Rogue(lambda query, n: [answer(query, off_ns)]) as server:
-            value_ns, spread_ns, _ = result_of(ask(name, server.port, "-v", 2, CLOCK_SCALE=scale))
+            value_ns, spread_ns, _ = result_of(ask(name, server.port, CLOCK_SCALE=scale))
         assert abs(value_ns - off_ns - missing_sec * SECOND_NS) <= spread_ns < NEAR_NS
         assert len(server.queries) == len(set(server.queries)) == 10, "a cookie came twice"
 
@@ -499,8 +496,7 @@ def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
             june = time.struct_time((1972, 6, 30, 23, 59, second, 4, 182, 0))
             patch.setattr(TAI.time, "localtime", lambda _: june)
             assert TAI.scale_offset_sec() == offset_sec
-    done = ask("taiclock", 1, CLOCK_SCALE="gps")
-    assert done.returncode == 111 and "this clock's scale: CLOCK_SCALE is neither utc nor tai" in done.stderr
+    refused(ask("taiclock", 1, CLOCK_SCALE="gps"), "this clock's scale: CLOCK_SCALE is neither utc nor tai")
 
 
 @pytest.mark.parametrize("spread_ns, distance_ns, last", [
@@ -517,82 +513,58 @@ def test_what_a_mark_tells_of_itself_is_rounded_up(spread_ns, distance_ns, last)
         assert distance_ns <= told[1] <= max(distance_ns * 1.18, 1180)
 
 
-def knows_localhost():
-    """A bare root has no /etc/hosts."""
-    try:
-        return bool(socket.getaddrinfo("localhost", 123, socket.AF_INET))
-    except OSError:
-        return False
-
-
 @both
 def test_exchanges_pause_and_addresses(name, answer):
     with Rogue(lambda query, n: [answer(query, SECOND_NS)]) as server:
         began = time.monotonic()
-        ask(name, server.port, "-r", 3, "-h", 200, hosts=["0"])
+        assert abs(offset_of(ask(name, server.port, "-r", 3, "-h", 200, hosts=["0"])) - SECOND_NS) < NEAR_NS
         assert time.monotonic() - began >= 0.4 and len(server.queries) == 3
-        name_of_it = "localhost" if knows_localhost() else "127.0.0.1"
-        for args, host in (["-4"], name_of_it), (["-46"], "0"):
-            assert abs(offset_of(ask(name, server.port, *args, hosts=[host])) - SECOND_NS) < NEAR_NS
     with Rogue(lambda query, n: [answer(query, SECOND_NS)], "::1") as server:
-        for args, host in ([], "::1"), (["-6"], "::1%1"):
-            assert abs(offset_of(ask(name, server.port, *args, hosts=[host])) - SECOND_NS) < NEAR_NS
+        for host in "::1", "::1%1":
+            assert abs(offset_of(ask(name, server.port, hosts=[host])) - SECOND_NS) < NEAR_NS
 
 
 @both
-def test_what_fails_often_is_one_line_with_a_count(name, answer):
-    port = free_port()
-    done = ask(name, port, "-r", 4, hosts=["127.0.0.1", "127.0.0.2"])
-    line = "{0}: warning: unable to ask 127.0.0.%d: Connection refused (4 times)\n"
-    assert (done.returncode, done.stdout, done.stderr) == (111, b"", (line % 1 + line % 2 +
-            "{0}: fatal: unable to get the time from 127.0.0.1, 127.0.0.2: no usable answer\n").format(name))
-    assert ask(name, port, "-v", 0, "-r", 1).stderr.count("\n") == 1
+def test_what_fails_often_is_told_once_with_a_count(name, answer):
+    hosts = ["127.0.0.1", "127.0.0.2", "no-such-host.invalid"]
+    refused(ask(name, free_port(), "-v", 0, "-r", 4, hosts=hosts),
+            "^%s: fatal: unable to get the time from %s: no usable answer; 127.0.0.1: Connection refused "
+            r"\(4 times\); 127.0.0.2: Connection refused \(4 times\); no-such-host.invalid: .*"
+            % (name, ", ".join(hosts)))
     with Rogue(lambda query, n: [answer(query)] if n != 2 else []) as server:
-        done = ask(name, server.port, "-r", 3, "-t", 200)
-    assert abs(offset_of(done)) < NEAR_NS
-    assert done.stderr == "%s: warning: unable to ask 127.0.0.1: timed out\n" % name
-    done = ask(name, 1, hosts=["no-such-host.invalid", "nor-this.invalid"])
-    assert (done.returncode, done.stderr.count("\n")) == (111, 1)
-    assert done.stderr.startswith("%s: fatal: unable to find no-such-host.invalid, nor-this.invalid: " % name)
+        for verbosity, line in (1, "%s: warning: unable to ask 127.0.0.1: timed out\n" % name), (0, ""):
+            del server.queries[:]
+            done = ask(name, server.port, "-r", 3, "-t", 200, "-v", verbosity)
+            assert abs(offset_of(done)) < NEAR_NS and done.stderr == line
 
 
 @both
 def test_silent_servers_cost_their_timeouts_and_no_more_than_the_total(name, answer):
     with Rogue(lambda query, n: []) as silent:
-        for args, least_sec, queries in (("-r3", "-t100"), 0.3, 3), (("-r9", "-t300", "-T700"), 0.6, 3):
+        for args, least_sec in (("-r3", "-t100"), 0.3), (("-r9", "-t300", "-T800"), 0.6):
             del silent.queries[:]
             began = time.monotonic()
-            done = ask(name, silent.port, *args)
-            assert least_sec <= time.monotonic() - began < least_sec + 3 and len(silent.queries) == queries
-            assert done.stdout == b"" and "timed out (3 times)" in done.stderr
-        del silent.queries[:]
+            refused(ask(name, silent.port, *args), r"timed out \([23] times\)")
+            assert least_sec <= time.monotonic() - began < least_sec + 3 and len(silent.queries) in (2, 3)
         with Rogue(lambda query, n: [answer(query)], "127.0.0.2", silent.port):
             done = ask(name, silent.port, "-t", 500, "-r", 2, hosts=["127.0.0.1", "127.0.0.2"])
             assert abs(offset_of(done)) < NEAR_NS
 
 
-@both
-def test_the_total_bounds_names_and_pauses_too(name, answer):
+def test_the_total_bounds_names_and_pauses_too(monkeypatch, capfdbinary):
     """getaddrinfo() can't be interrupted, so that a thread waits for it."""
-    program = ("import importlib.machinery as m, socket, sys, time\n"
-               "module = m.SourceFileLoader('client', %r).load_module()\n"
-               "def slow(host, *args, find=socket.getaddrinfo):\n"
-               "    return time.sleep(60) if host == b'slow' else find(host, *args)\n"
-               "module.socket.getaddrinfo = slow\n"
-               "sys.exit(module.main(sys.argv))") % path_of(name)
-
-    def asked(*args):
-        began = time.monotonic()
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program] + list(args), env=UTC_ENV,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=LIMIT_SEC)
-        assert time.monotonic() - began < 10
-        return done.returncode, len(done.stdout), done.stderr.decode()
-    assert asked("-T500", "slow") == (111, 0, "%s: fatal: unable to find slow: timed out\n" % name)
-    with Rogue(lambda query, n: [answer(query)]) as server:
-        assert asked("-p%d" % server.port, "-T3000", "slow", "127.0.0.1") == (
-            0, 16, "%s: warning: unable to ask slow: timed out\n" % name)
-        del server.queries[:]
-        assert asked("-p%d" % server.port, "-T3000", "-h900", "0") == (0, 16, "")
+    def slow(host, *args, find=socket.getaddrinfo, **options):
+        return time.sleep(60) if host == b"slow" else find(host, *args, **options)
+    monkeypatch.setattr(SNTP.socket, "getaddrinfo", slow)
+    with Rogue(lambda query, n: [ntp_answer(query)]) as server:
+        for args, size, said in ((["-T500", "slow"], 0, b": no usable answer; slow: timed out\n"),
+                                 (["-T3000", "slow", "127.0.0.1"], 16, b": unable to ask slow: timed out\n"),
+                                 (["-T3000", "-h900", "0"], 16, b"")):
+            began = time.monotonic()
+            del server.queries[:]
+            assert SNTP.main(["sntpclock", "-p%d" % server.port] + args) == (0 if size else 111)
+            out, err = capfdbinary.readouterr()
+            assert len(out) == size and err.endswith(said) and time.monotonic() - began < 10
         assert 2 <= len(server.queries) <= 4
 
 
@@ -602,41 +574,28 @@ def test_wrong_usage(name, answer):
                  "-T -1 0", "-l -1 0", "-h -1 0", "-v -1 0", "-x 0", "--force 0", "-h 5"):
         done = run(name, *line.split())
         assert done.returncode == 100 and done.stderr.startswith("%s: usage: %s [" % (name, name)), line
-    module = load(name)
-    for words in "-46fr7 a b", "-r7 -f -4 -6 -- a b", "-f -r 7 a b":
-        settings = module.Settings(words.split(), 123)
+    for words in "-fr7 a b", "-r7 -f -- a b", "-f -r 7 a b":
+        settings = SNTP.Settings(words.split(), 123)
         assert (settings.exchanges, settings.force, settings.hosts) == (7, True, ["a", "b"]), words
-        assert settings.family == (socket.AF_INET if words.startswith("-f4") else socket.AF_UNSPEC)
-    settings = module.Settings(["-p", "65535", "a"], 1)
+    settings = SNTP.Settings(["-p", "65535", "a"], 1)
     assert (settings.wait_ns, settings.total_ns, settings.limit_ns) == (10**9, 10**10, 172800 * 10**9)
-    settings = module.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
+    settings = SNTP.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
     assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns) == (250000, 10**6, 2 * 10**6)
     assert (settings.pause_ns, settings.limit_ns, settings.port) == (0, 43200 * 10**9, 9)
 
 
-@pytest.mark.parametrize("days, said", [(-2.1, "2.1 days ahead"), (2192, "6.0 years behind")])
-@both
-def test_a_clock_far_away_is_told_so_and_how_to_set_it(name, answer, days, said):
-    off_ns = round(days * 86400) * SECOND_NS
-    with Rogue(lambda query, n: [answer(query, off_ns)]) as server:
-        done = ask(name, server.port)
-        assert (done.returncode, done.stdout) == (111, b"")
-        assert done.stderr.endswith(": this clock is %s; `clockctl set` sets it\n" % said)
-        for args in ["-f"], ["-l", abs(days) + 0.1], ["-l", 0]:
-            assert abs(offset_of(ask(name, server.port, *args)) - off_ns) < NEAR_NS
-
-
-@both
-def test_e_limits_the_spread_and_f_overrides(name, answer):
-    def slow(query, n):
-        time.sleep(0.02)
-        return [answer(query)]
-    with Rogue(slow) as server:
-        done = ask(name, server.port, "-r", 2, "-e", 5)
-        assert (done.returncode, done.stdout) == (111, b"")
-        assert re.search(r": time uncertainty too large, 0\.0\d+ s\n$", done.stderr)
-        for args in ["-e", 5, "-f"], ["-e", 500]:
-            assert abs(offset_of(ask(name, server.port, "-r", 2, *args))) < NEAR_NS
+@pytest.mark.parametrize("off_ns, late_sec, args, words, enough", [
+    (-181440 * SECOND_NS, 0, (), ": this clock is 2.1 days ahead; `clockctl set` sets it", ("-l", 2.2)),
+    (2192 * 86400 * SECOND_NS, 0, (), ": this clock is 6.0 years behind; `clockctl set` sets it", ("-l", 0)),
+    (0, 0.02, ("-e", 5), r": time uncertainty too large, 0\.0\d+ s", ("-e", 500))])
+def test_what_exceeds_its_limit_is_refused_and_f_overrides(off_ns, late_sec, args, words, enough):
+    def answer(query, n):
+        time.sleep(late_sec)
+        return [ntp_answer(query, off_ns)]
+    with Rogue(answer) as server:
+        refused(ask("sntpclock", server.port, "-r", 2, *args), words)
+        for more in (*args, "-f"), enough:
+            assert abs(offset_of(ask("sntpclock", server.port, "-r", 2, *more)) - off_ns) < NEAR_NS
 
 
 @both
@@ -648,66 +607,37 @@ def test_answers_that_are_late_doubled_forged_or_from_elsewhere_do_not_count(nam
         kept.append(query)
         return [answer(kept[-2], lie_ns)] if n > 1 else []
 
-    def forged(query, n):  # 2000 are more than a socket's queue holds
+    def forged(query, n):
         elsewhere.sendto(answer(query, lie_ns), server.client)
-        lies = [answer(os.urandom(len(query)), lie_ns), query, b"", b"x", answer(query)[:31]]
-        return [lies[n % 5] for n in range(2000 if sys.platform.startswith("linux") else 5)] + [
-            answer(query), answer(query, lie_ns)]
+        return [answer(os.urandom(len(query)), lie_ns), query, b"", b"x", answer(query)[:31],
+                answer(query), answer(query, lie_ns)]
     with Rogue(late) as server:
-        done = ask(name, server.port, "-r", 3, "-t", 100)
-        assert done.returncode == 111 and "timed out (3 times)" in done.stderr
+        refused(ask(name, server.port, "-r", 3, "-t", 100), r"timed out \(3 times\)")
     with Rogue(forged) as server, elsewhere:
-        done = ask(name, server.port, "-t", 5000, "-T", 60000)
-        assert abs(offset_of(done)) < 1000 * 10**6 and done.stderr == "" and len(server.queries) == 10
-
-
-@LINUX_ONLY
-@both
-def test_the_kernel_drops_what_does_not_repeat_the_cookie(name, answer):
-    module = load(name)
-    for family, address in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"):
-        server, client = (socket.socket(family, socket.SOCK_DGRAM) for _ in range(2))
-        with server, client:
-            server.bind((address, 0))
-            client.connect(server.getsockname())
-            client.setblocking(False)
-            at, _, size = module.ECHO
-            for _ in range(2):
-                query = MAKE_QUERY[name](None)
-                module.admit_only_answers(client, query)
-                client.send(query)
-                right, (_, asker) = answer(query), server.recvfrom(2048)
-                wrong = [right[:at + size - 1], b"", bytes(400)] + [
-                    right[:place] + bytes([right[place] ^ 1 << place % 8]) + right[place + 1:]
-                    for place in range(at, at + size)]
-                for packet in wrong + [right, right + bytes(100)]:
-                    server.sendto(packet, asker)
-                assert [client.recv(2048) for _ in range(2)] == [right, right + bytes(100)]
-                with pytest.raises(BlockingIOError):
-                    client.recv(2048)
+        done = ask(name, server.port)
+        assert abs(offset_of(done)) < NEAR_NS and done.stderr == "" and len(server.queries) == 10
 
 
 @both
 def test_several_servers_are_asked_at_once_and_falsetickers_are_named(name, answer):
+    first = threading.Barrier(3, timeout=PATIENCE_SEC)
+
     def serve(off_ns):
-        def late(query, n):
-            time.sleep(0.1)
+        def together(query, n):
+            if n == 1:
+                first.wait()
             return [answer(query, off_ns)]
-        return late
+        return together
     one, two, three = hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
     with Rogue(serve(0)) as server, Rogue(serve(SECOND_NS), two, server.port), \
             Rogue(serve(0), three, server.port):
-        began = time.monotonic()
-        done = ask(name, server.port, "-r", 5, hosts=hosts)
-        assert time.monotonic() - began < 1.4, "three servers of 0.5 s each, one after the other"
-        assert abs(offset_of(done)) < 4 * NEAR_NS
-        assert re.fullmatch("%s: warning: 127.0.0.2 is a falseticker: offset .1[.]0.*\n" % name, done.stderr)
-        for hosts in [one, two], [two, one, "0", "localhost"]:  # one asked under three names has one vote
-            done = ask(name, server.port, "-r", 1, "-4", hosts=hosts)
-            assert (done.returncode, done.stdout) == (111, b"")
-            assert done.stderr.endswith(": no majority of the servers agrees\n")
+        done = ask(name, server.port, "-r", 5, "-t", 9000, "-T", 59000, hosts=hosts)
+        assert abs(offset_of(done)) < NEAR_NS
+        assert re.fullmatch(name + r": warning: 127.0.0.2, falseticker: offset .1\d{9} ns, .*\n", done.stderr)
+        for hosts in [one, two], [two, one, "127.1", "127.0.1"]:  # one asked under three names has one vote
+            refused(ask(name, server.port, "-r", 1, hosts=hosts), ": no majority of the servers agrees")
         done = ask(name, server.port, "-r", 1, hosts=[one, "127.0.0.4"])
-        assert abs(offset_of(done)) < 4 * NEAR_NS and "127.0.0.4" in done.stderr, "who is dead has no vote"
+        assert abs(offset_of(done)) < NEAR_NS and "127.0.0.4" in done.stderr, "who is dead has no vote"
 
 
 @both
@@ -720,7 +650,7 @@ def test_s_keeps_what_each_server_said(name, answer, tmp_path):
             lambda query, n: [answer(query, -SECOND_NS)], "127.0.0.2", server.port), Rogue(
             lambda query, n: [answer(query)], "127.0.0.3", server.port):
         hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4", "a.invalid"]
-        ask(name, server.port, "-s", tmp_path, hosts=hosts)
+        done = ask(name, server.port, "-v", 2, "-s", tmp_path, hosts=hosts)
         lines = (tmp_path / "sources").read_text().splitlines()
         assert ask(name, server.port, "-s", tmp_path / "none").stderr == (
             "%s: warning: unable to write %s/none/sources: No such file or directory\n" % (name, tmp_path))
@@ -729,9 +659,12 @@ def test_s_keeps_what_each_server_said(name, answer, tmp_path):
     right = r" %s 127.0.0.%s (-?\d+) (\d+) (\d+) 0 %s %s"
     for line, host, off_ns, verdict in ((lines[0], 1, 0, "agreed"), (lines[1], 2, -SECOND_NS, "falseticker"),
                                         (lines[2], 3, 0, "agreed")):
-        value_ns, spread_ns, delay_ns = map(int, re.fullmatch(right % (kind, host, about, verdict),
-                                                              line[len(times[0]):]).groups())
-        assert abs(value_ns - off_ns) <= spread_ns <= delay_ns < 2 * NEAR_NS
+        numbers = re.fullmatch(right % (kind, host, about, verdict), line[len(times[0]):]).groups()
+        value_ns, spread_ns, delay_ns = map(int, numbers)
+        assert abs(value_ns - off_ns) <= spread_ns and delay_ns < 2 * NEAR_NS
+        said = "127.0.0.%d, %s: offset %+d ns, spread %d ns, delay %d ns, root distance 0 ns, stratum %s, " \
+               "reference %s\n" % (host, verdict, value_ns, spread_ns, delay_ns, *about.split())
+        assert "%s: %s: %s" % (name, "info" if verdict == "agreed" else "warning", said) in done.stderr
     assert lines[3] == "%s %s 127.0.0.4 - - - - - - failed: Connection refused" % (times[0], kind)
     assert lines[4].startswith("%s %s a.invalid - - - - - - failed: " % (times[0], kind))
     assert (tmp_path / "elsewhere").read_text() == "before" and sorted(os.listdir(str(tmp_path))) == [
@@ -766,7 +699,7 @@ def test_the_range_of_the_most():
     for ranges, wanted in (([(0, 10)], ((0, 10), 1)), ([(0, 10), (5, 20), (50, 60)], ((5, 10), 2)),
                            ([(0, 10), (20, 30)], ((0, 30), 1)), ([(0, 30), (5, 10), (20, 25)], ((5, 25), 2)),
                            ([(0, 10), (10, 20)], ((10, 10), 2)), ([(0, 10), (7, 3)], ((0, 10), 1)),
-                           ([(0, 10), (5, 20), (-5, 8)], ((5, 8), 3)), ([(7, 3)], ((7, 3), 0))):
+                           ([(0, 10), (5, 20), (-5, 8)], ((5, 8), 3))):
         assert SNTP.vote([SNTP.Range(*pair) for pair in ranges]) == wanted
 
 
@@ -780,116 +713,85 @@ def test_what_real_time_can_have_gained_on_the_clock():
         assert SNTP.gained(then, now) == wanted
 
 
-@pytest.mark.parametrize("ppm", [500, -500, 5000, -80000, 0])
-def test_a_slew_during_the_measurement_is_allowed_for(ppm):
-    """Four exchanges of 20 ms, 2 s apart, while the clock is slewed: the range holds at the end."""
-    rng = random.Random(SEED)
-    for _ in range(50):
-        offset_ns, counter_ppm, ranges = rng.randrange(-10**9, 10**9), rng.uniform(-50, 50), []
+@pytest.mark.parametrize("ppm, step_ns", [(500, 0), (-500, 0), (5000, 0), (-80000, 0), (0, 0), (0, -10**9),
+                                          (0, 10**9)])
+def test_a_slew_or_step_during_the_measurement_is_allowed_for(ppm, step_ns):
+    """Exchanges of 20 ms, up to 6 s before the end; the clock is slewed, or stepped 3 s before it."""
+    rng, end_ns = random.Random(SEED), 6 * 10**9
+    for _ in range(200):
+        offset_ns, counter_ppm = rng.randrange(-10**9, 10**9), rng.uniform(-50, 50)
 
         def read(real_ns):
-            return SNTP.Reading(10**18 + real_ns - offset_ns + real_ns * ppm // 10**6,
-                                real_ns + round(real_ns * counter_ppm / 10**6))
-        end = read(6100 * 10**6)
-        for start_ns in range(0, 8 * 10**9, 2 * 10**9):
-            there_ns = 10**18 + start_ns + rng.randrange(20 * 10**6)
-            answer = SNTP.Answer(there_ns, there_ns, 0, 1, "-")
-            ranges.append(SNTP.sample_range(answer, (read(start_ns), read(start_ns + 20 * 10**6)), end))
-        (least_ns, most_ns), votes = SNTP.vote(ranges)
-        assert votes == 4
-        assert least_ns <= 10**18 + 6100 * 10**6 - end.clock_ns <= most_ns < least_ns + 21 * 10**6
+            clock_ns = 10**18 + real_ns - offset_ns + real_ns * ppm // 10**6 + step_ns * (real_ns > 3 * 10**9)
+            return SNTP.Reading(clock_ns, real_ns + round(real_ns * counter_ppm / 10**6))
+        start_ns = rng.randrange(end_ns - 20 * 10**6)
+        there_ns = 10**18 + start_ns + rng.randrange(20 * 10**6)
+        sample = SNTP.Sample(SNTP.Answer(there_ns, there_ns, 0, 1, "-"), read(start_ns),
+                             read(start_ns + 20 * 10**6), None)
+        least_ns, most_ns = SNTP.sample_range(sample, read(end_ns))
+        assert least_ns <= 10**18 + end_ns - read(end_ns).clock_ns <= most_ns < least_ns + 27 * 10**6
 
 
-def samples_of(name, answer, monkeypatch, clocks=None, exchanges=4):
-    """Exchanges of this process with a server -> (the Server, the Reading at the end)."""
-    module = load(name)
-    if clocks:  # the kernel's stamps would be of the real clock
-        monkeypatch.setattr(module, "enable_kernel_stamps", lambda sock: None)
-    with Rogue(answer) as rogue:
-        settings = module.Settings(["-r%d" % exchanges, "-t100", "0"], rogue.port)
-        servers = module.find_servers(settings.hosts, settings.port, settings)
-        end = module.ask(servers, settings, MAKE_QUERY[name], DECODE_FOR[name], clocks or module.read_clocks)
-    module.weigh(servers[0], settings, end)
-    return servers[0], end
-
-
-@both
-def test_a_step_during_the_measurement_is_allowed_for(name, answer, monkeypatch):
-    """Somebody sets the clock back by a second after the second exchange."""
-    queries = []
-
-    def clocks():
-        clock_ns, tick_ns = SNTP.read_clocks()
-        return SNTP.Reading(clock_ns - SECOND_NS * (len(queries) > 2), tick_ns)
-    server, _ = samples_of(name, lambda query, n: queries.append(n) or [answer(query)], monkeypatch, clocks)
-    assert len(server.samples) == 4 and server.range.least_ns <= SECOND_NS <= server.range.most_ns
-
-
-@LINUX_ONLY
-@both
-def test_kernel_stamps_are_paired_with_their_exchange(name, answer, monkeypatch):
-    server, _ = samples_of(name, lambda query, n: [answer(query)] * 2 * (n != 3), monkeypatch, exchanges=6)
+@pytest.mark.skipif(sys.platform != "linux", reason="kernel stamps are Linux's")
+def test_the_kernel_stamps_what_arrives():
+    def decode(_, query, packet):
+        return SNTP.answers(query, packet) and SNTP.decode_answer(packet, 0)
+    with Rogue(lambda query, n: [ntp_answer(query)] * 2 * (n != 3)) as rogue:
+        settings = SNTP.Settings(["-r6", "-t100", "-v0", "0"], rogue.port)
+        server, = servers = SNTP.find_servers(settings)
+        SNTP.measure(servers, settings, lambda server: SNTP.make_query(), decode)
     assert len(server.samples) == 5 and server.failures == {"timed out": 1}
-    _, own, kernel = server.samples[-1]  # a busy Linux takes some ms to begin with the stamps
-    for before, after in zip((own[0], *kernel), (*kernel, own[1])):
+    last = server.samples[-1]  # a busy Linux takes some ms to begin with the stamps
+    for before, after in (last.sent, last.came), (last.came, last.woke):
         assert before.clock_ns < after.clock_ns and before.tick_ns < after.tick_ns
-    least_ns = min(t1.clock_ns - t0.clock_ns for _, _, (t0, t1) in server.samples)
-    assert server.delay_ns() in range(least_ns, least_ns + 70)
+    least_ns = min(sample.came.clock_ns - sample.sent.clock_ns for sample in server.samples)
+    assert server.result.delay_ns in range(least_ns, least_ns + 70)
 
 
-@LINUX_ONLY
-def test_only_the_stamp_of_this_query_counts():
-    class ErrorQueue:
-        waiting = [(b"query", 7), (b"other", 5)]
-
-        def recvmsg(self, size, ancillary_size, flags):
-            if flags != socket.MSG_ERRQUEUE or not self.waiting:
-                raise BlockingIOError
-            query, nano = self.waiting.pop()
-            stamp = SNTP.TIMESPEC.pack(1, nano) + bytes(2 * SNTP.TIMESPEC.size)
-            others = [(socket.IPPROTO_IP, 37, b"?" * 48), (socket.SOL_SOCKET, 11, b"?" * 48)]
-            return b"headers" + query, others + [(socket.SOL_SOCKET, 37, stamp)], 0, None
-    queue = ErrorQueue()
-    assert SNTP.sent_stamp(queue, b"query") == 10**9 + 7 and SNTP.sent_stamp(queue, b"query") is None
-    zero = (socket.SOL_SOCKET, 37, bytes(48))
-    assert SNTP.kernel_stamp([zero]) is None and SNTP.kernel_stamp([]) is None
+@pytest.mark.parametrize("stamp_ns, woke, came", [
+    (None, (3000, 2050), (3000, 2050)), (0, (3000, 2050), (3000, 2050)), (2500, (3000, 2050), (2500, 1550)),
+    (1000, (3000, 2050), (1000, 50)), (999, (3000, 2050), (3000, 2050)), (3000, (3000, 2050), (3000, 2050)),
+    (3001, (3000, 2050), (3000, 2050)),
+    (1500, (9000, 2050), (9000, 2050))])  # somebody stepped the clock after the kernel stamped it
+def test_a_kernel_stamp_counts_only_between_our_own(stamp_ns, woke, came):
+    ancillary = [(socket.IPPROTO_IP, 35, b"?" * 16), (socket.SOL_SOCKET, 11, b"?" * 16)]
+    if stamp_ns is not None:
+        ancillary.append((socket.SOL_SOCKET, 35, SNTP.TIMESPEC.pack(stamp_ns and 1, stamp_ns)))
+    sent, woke, came = [SNTP.Reading(10**9 + clock_ns, tick_ns)
+                        for clock_ns, tick_ns in ((1000, 50), woke, came)]
+    assert SNTP.arrival(ancillary, sent, woke) == came
 
 
-def test_a_kernel_stamp_counts_only_between_our_own():
-    own = SNTP.Reading(1000, 50), SNTP.Reading(3000, 2050)
-    for stamps, wanted in (((None, None), own), ((999, 3001), own), ((1000, 3000), own),
-                           ((1500, 2500), ((1500, 550), (2500, 1550))),
-                           ((2500, None), ((2500, 1550), own[1]))):
-        assert SNTP.kernel_readings(own, *stamps) == wanted
+def test_clocks_are_read_again_when_the_scheduler_came_between(monkeypatch):
+    for took, wanted in (([900], 0), ([1001, 800], 1), ([9000, 3000, 5000], 1), ([9000, 9000, 1000, 1], 2)):
+        ticks = iter([tick for n, ns in enumerate(took) for tick in (n * 10**6, n * 10**6 + ns)])
+        clocks = iter(range(len(took)))
+        monkeypatch.setattr(SNTP.time, "clock_gettime_ns", lambda _: next(ticks))
+        monkeypatch.setattr(SNTP.time, "time_ns", lambda: next(clocks))
+        assert SNTP.read_clocks() == (wanted, wanted * 10**6 + took[wanted] // 2)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("near, addresses", [
-    (True, "10.1.2.3 127.9.9.9 169.254.1.1 172.16.0.1 192.168.7.7 ::1 fc00::1 fe80::1%lo ::ffff:10.1.2.3"),
-    (False, "9.9.9.9 172.15.0.1 172.32.0.1 192.167.0.1 128.0.0.1 11.0.0.1 2600::1 ::ffff:9.9.9.9")])
+    (True, "10.1.2.3 127.9.9.9 169.254.1.1 172.16.0.1 192.168.7.7 fc00::1 fe80::1%lo ::ffff:10.1.2.3 ::1"),
+    (False, "9.9.9.9 172.15.0.1 172.32.0.1 192.167.0.1 128.0.0.1 11.0.0.1 ::ffff:9.9.9.9 2600::1")])
 def test_public_addresses_are_spared(near, addresses, monkeypatch):
-    sent, paused = [], []
-
-    def exchange(*args):
-        sent.append(args)
-        raise ValueError("no")
-    monkeypatch.setattr(SNTP, "exchange", exchange)
+    paused = []
     monkeypatch.setattr(SNTP.socket.socket, "connect", lambda sock, address: None)
     monkeypatch.setattr(SNTP.time, "sleep", paused.append)
     for address in addresses.split():
         assert SNTP.is_near(address) is near
-    server = SNTP.Server("a", socket.AF_INET, (address, 1))
-    SNTP.ask([server], SNTP.Settings(["a"], 1), MAKE_QUERY["sntpclock"], None)
-    assert (len(sent), paused) == ((10, 9 * [0]) if near else (4, 3 * [2]))
+    server = SNTP.Server("a", (address, 1))
+    SNTP.ask(server, SNTP.Settings(["a"], 1), lambda server: b"", None)  # nothing can be sent
+    assert (sum(server.failures.values()), paused) == ((10, 9 * [0]) if near else (4, 3 * [2]))
 
 
-@both
-def test_a_name_with_many_addresses_is_as_many_servers_up_to_four(name, answer, monkeypatch):
-    module = load(name)
+def test_a_name_with_many_addresses_is_as_many_servers_up_to_four(monkeypatch):
     found = [(socket.AF_INET6, socket.SOCK_DGRAM, 17, "", ("2001:db8::%d" % n, 123, 0, 0)) for n in (1, 2)] \
         + [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("192.0.2.%d" % n, 123)) for n in range(1, 5)]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: list(found))
-    settings = module.Settings(["pool.example", "again.example"], 123)
-    assert [server.name for server in module.find_servers(settings.hosts, 123, settings)] == [
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: list(found))
+    settings = SNTP.Settings(["pool.example", "again.example"], 123)
+    assert [server.name for server in SNTP.find_servers(settings)] == [
         "pool.example/" + address for address in ("2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
 
 
@@ -905,9 +807,8 @@ def test_a_delayer_moves_the_result_by_no_more_than_the_spread(name, answer, to_
         time.sleep(back_sec * rng.uniform(0.5, 1))
         return [packet]
     with Rogue(late) as server:
-        value_ns, spread_ns, _ = result_of(ask(name, server.port, "-v", 2, "-r", 5))
+        value_ns, spread_ns, _ = result_of(ask(name, server.port, "-r", 5))
     assert abs(value_ns) <= spread_ns and 0.2 < spread_ns / 1e9 / (to_sec + back_sec) < 1.05
-
 
 
 # ==== sntpclock =====================================================================================
@@ -946,26 +847,20 @@ class Chronyd:
         self.process.communicate()
 
 
-def test_a_real_chronyd_and_one_that_is_not_synchronised(tmp_path):
-    with Chronyd(tmp_path) as server:
+@pytest.mark.parametrize("precision, most_ns", [("", 10**6), ("clockprecision 1e-3", 2 * 10**6)])
+def test_a_real_chronyd_and_one_with_a_coarse_clock(precision, most_ns, tmp_path):
+    """The latter randomises what is below a millisecond: half of the time it seems to send first."""
+    with Chronyd(tmp_path, "local stratum 1", precision) as server:
         for hosts in ["127.0.0.1"], ["::1"], ["127.0.0.1", "::1"]:
             done = ask("sntpclock", server.port, "-v", 2, hosts=hosts)
             value_ns, spread_ns, distance_ns = result_of(done)
-            assert abs(value_ns) <= spread_ns < 10**6 and distance_ns == 0
-            assert "root distance 0.000000000 s, stratum 1, reference 7f7f0101\n" in done.stderr
+            assert abs(value_ns) <= spread_ns < most_ns and distance_ns == 0 and "warning" not in done.stderr
+            assert done.stderr.count("ns, root distance 0 ns, stratum 1, reference 7f7f0101\n") == len(hosts)
+
+
+def test_a_chronyd_that_is_not_synchronised(tmp_path):
     with Chronyd(tmp_path, "maxupdateskew 1") as server:
-        done = ask("sntpclock", server.port)
-        assert (done.returncode, done.stdout) == (111, b"") and done.stderr == (
-            "sntpclock: warning: unable to ask 127.0.0.1: the server is not synchronised (10 times)\n"
-            "sntpclock: fatal: unable to get the time from 127.0.0.1: no usable answer\n")
-
-
-def test_every_answer_of_a_coarse_chronyd_counts(tmp_path):
-    """It randomises what is below a millisecond, so that half of the time it seems to send first."""
-    with Chronyd(tmp_path, "local stratum 1", "clockprecision 1e-3") as server:
-        done = ask("sntpclock", server.port, "-r", 20, "-v", 2)
-    value_ns, spread_ns, _ = result_of(done)
-    assert "warning" not in done.stderr and abs(value_ns) <= spread_ns < 2 * 10**6
+        refused(ask("sntpclock", server.port), r"; 127.0.0.1: the server is not synchronised \(10 times\)")
 
 
 def decoded(ahead_ns=0, **fields):
@@ -1008,22 +903,21 @@ def test_a_server_that_claims_more_time_than_passed_is_refused():
     def boast(query, n):
         return [ntp_answer(query, transmit=ntp_stamp(time.time_ns() + SECOND_NS))]
     with Rogue(boast) as server:
-        done = ask("sntpclock", server.port, "-r", 2)
-    assert done.returncode == 111 and "its answers took longer than we waited for them" in done.stderr
+        refused(ask("sntpclock", server.port, "-r", 1), "its answer took longer than we waited for it")
 
 
-def test_a_kiss_of_death_ends_that_servers_part():
-    for word, usable in ("DENY", False), ("RSTR", False), ("RATE", True):
-        for first in 1, 3:
-            with Rogue(lambda query, n: [ntp_answer(query) if n < first else ntp_answer(
-                    query, stratum=0, refid=word.encode(), flags=0xe4)]) as server:
-                done = ask("sntpclock", server.port)
-            warning, *fatal = done.stderr.splitlines()
-            assert len(server.queries) == first
-            assert warning == "sntpclock: warning: unable to ask 127.0.0.1: kiss-o'-death " + word
-            assert done.returncode == (0 if usable and first == 3 else 111)
-            assert fatal == [] if done.returncode == 0 else fatal == [
-                "sntpclock: fatal: unable to get the time from 127.0.0.1: kiss-o'-death " + word]
+@pytest.mark.parametrize("first", (1, 3))
+@pytest.mark.parametrize("word, usable", [("DENY", False), ("RSTR", False), ("RATE", True)])
+def test_a_kiss_of_death_ends_that_servers_part(word, usable, first):
+    with Rogue(lambda query, n: [ntp_answer(query) if n < first else ntp_answer(
+            query, stratum=0, refid=word.encode(), flags=0xe4)]) as server:
+        done = ask("sntpclock", server.port)
+    assert len(server.queries) == first
+    if usable and first == 3:
+        assert offset_of(done) and done.stderr == (
+            "sntpclock: warning: unable to ask 127.0.0.1: kiss-o'-death %s\n" % word)
+    else:
+        refused(done, ": no usable answer; 127.0.0.1: kiss-o'-death " + word)
 
 
 def test_the_era_is_the_one_that_holds_the_release():
@@ -1031,28 +925,22 @@ def test_the_era_is_the_one_that_holds_the_release():
                 SNTP.RELEASE_SEC + 2**32 - 1):
         assert SNTP.stamp_ns(ntp_stamp(sec * 10**9)) == sec * 10**9
     assert SNTP.stamp_ns(ntp_stamp(SNTP.RELEASE_SEC * 10**9) - 1) == (SNTP.RELEASE_SEC + 2**32) * 10**9 - 1
-    off_ns = (2**32 - 2208988800 + 10**9) * 10**9 - time.time_ns()
-    with Rogue(lambda query, n: [ntp_answer(query, off_ns)]) as server:
-        assert abs(offset_of(ask("sntpclock", server.port, "-l", 0)) - off_ns) < NEAR_NS
 
 
-def test_ranges_are_widened_by_the_root_distance():
+@pytest.mark.parametrize("one, two, agree", [(0x4000, 0x4000, True), (0x4000, 0x2000, True),
+                                             (0x1000, 0x1000, False)])
+def test_ranges_are_widened_by_the_root_distance(one, two, agree):
     """Each is sure of itself to some us, and 0.3 s from the other: that is within what both admit, or not."""
-    for one, two, agree in (0x4000, 0x4000, True), (0x4000, 0x2000, True), (0x1000, 0x1000, False):
-        with Rogue(lambda query, n: [ntp_answer(query, dispersion=one)]) as server, Rogue(
-                lambda query, n: [ntp_answer(query, 3 * 10**8, dispersion=two)], "127.0.0.2", server.port):
-            done = ask("sntpclock", server.port, "-v", 2, hosts=["127.0.0.1", "127.0.0.2"])
-        if agree:
-            value_ns, spread_ns, distance_ns = result_of(done)
-            least_ns, most_ns = 3 * 10**8 - two * 10**9 / 65536, one * 10**9 / 65536
-            assert abs(value_ns - (least_ns + most_ns) / 2) < NEAR_NS
-            assert distance_ns == min(one, two) * 10**9 >> 16
-            assert abs(max((most_ns - least_ns) / 2 - distance_ns, 1) - spread_ns) < NEAR_NS
-        else:
-            assert done.returncode == 111 and "no majority" in done.stderr
-    with Rogue(lambda query, n: [ntp_answer(query, delay=2**15)]) as server:
-        _, spread_ns, distance_ns = result_of(ask("sntpclock", server.port, "-v", 2))
-    assert distance_ns == 250 * 10**6 and spread_ns < NEAR_NS, "of one server too, the two are told apart"
+    with Rogue(lambda query, n: [ntp_answer(query, dispersion=one)]) as server, Rogue(
+            lambda query, n: [ntp_answer(query, 3 * 10**8, delay=2 * two)], "127.0.0.2", server.port):
+        done = ask("sntpclock", server.port, hosts=["127.0.0.1", "127.0.0.2"])
+    if not agree:
+        return refused(done, ": no majority of the servers agrees")
+    value_ns, spread_ns, distance_ns = result_of(done)
+    least_ns, most_ns = 3 * 10**8 - two * 10**9 / 65536, one * 10**9 / 65536
+    assert abs(value_ns - (least_ns + most_ns) / 2) < NEAR_NS
+    assert 1 <= distance_ns / (min(one, two) * 10**9 >> 16) < 1.18
+    assert abs(max((most_ns - least_ns) / 2 - (min(one, two) * 10**9 >> 16), 1) - spread_ns) < NEAR_NS
 
 
 HEX_KEY = "HEX:" + bytes(range(16)).hex()
@@ -1078,46 +966,46 @@ def test_keys_that_are_refused(line, said):
         SNTP.parse_key(KEYS + line + "\n", 7)
 
 
-def test_authentication_with_a_real_chronyd(tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text(KEYS)
-    keys.chmod(0o640)
-    (tmp_path / "others").write_text(KEYS.replace("933F", "933E"))
-    (tmp_path / "others").chmod(0o600)
+@pytest.fixture
+def keys(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(KEYS)
+    path.chmod(0o640)
+    return path
+
+
+def test_authentication_with_a_real_chronyd(keys, tmp_path):
     with Chronyd(tmp_path, "local stratum 1", "keyfile %s" % keys) as server:
         for ident in range(1, 6):
             done = ask("sntpclock", server.port, "-k", keys, "-K", ident)
             assert abs(offset_of(done)) < NEAR_NS and done.stderr == "", ident
-        done = ask("sntpclock", server.port, "-k", tmp_path / "others", "-K", 2, "-r", 1, "-t", 300)
-        assert (done.returncode, done.stdout) == (111, b"")
+        keys.write_text(KEYS.replace("933F", "933E"))
+        refused(ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r1", "-t300"), "timed out|with the key")
+
+
+def test_key_files_and_options_that_are_refused(keys, tmp_path):
     for mode, ident, said in ((0o604, 1, "take key 1 from %s: others can read or write it"),
-                              (0o602, 1, "take key 1 from %s: others can"),
-                              (0o600, 9, "take key 9 from %s: it is not")):
+                              (0o602, 1, "take key 1 from %s: others can read or write it"),
+                              (0o600, 9, "take key 9 from %s: it is not there")):
         keys.chmod(mode)
-        done = ask("sntpclock", 1, "-k", keys, "-K", ident)
-        assert done.returncode == 111 and said % keys in done.stderr
+        refused(ask("sntpclock", 1, "-k", keys, "-K", ident), said % keys)
     for args in [["-k", keys], ["-K", 1]] + [["-k", keys, "-K", ident] for ident in (0, "1x", 2**32)]:
         assert ask("sntpclock", 1, *args).returncode == 100
     os.mkfifo(str(tmp_path / "fifo"), 0o600)
-    assert "it is not there" in ask("sntpclock", 1, "-k", tmp_path / "fifo", "-K", 1).stderr
+    refused(ask("sntpclock", 1, "-k", tmp_path / "fifo", "-K", 1), "it is not there")
 
 
-def test_only_what_is_authenticated_counts(tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text(KEYS)
-    keys.chmod(0o600)
+def test_only_what_is_authenticated_counts(keys):
     key, other = SNTP.read_key(str(keys), 2), SNTP.read_key(str(keys), 1)
     for tamper in (lambda answer: answer, lambda answer: answer + bytes(4),
                    lambda answer: answer + SNTP.mac(key, answer)[:-1] + b"?",
                    lambda answer: answer + SNTP.mac(other, answer),
                    lambda answer: answer + SNTP.mac(key, answer) + b"?",
                    lambda answer: answer + SNTP.mac(key, answer[:-1] + b"?")):
-        with Rogue(lambda query, n: [tamper(ntp_answer(query))]) as server:
-            done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 1)
-        assert done.returncode == 111 and "answer not authenticated with the key" in done.stderr
-    with Rogue(lambda query, n: [ntp_answer(query, stratum=0, refid=b"DENY")]) as server:
-        done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 2)
-        assert "DENY" not in done.stderr and [len(query) for query in server.queries] == [72, 72]
+        with Rogue(lambda query, n: [tamper(ntp_answer(query, stratum=0, refid=b"DENY"))]) as server:
+            done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 2)
+        refused(done, r"answer not authenticated with the key \(2 times\)")
+        assert [len(query) for query in server.queries] == [72, 72]
 
 
 # ==== taiclock ======================================================================================
@@ -1141,10 +1029,10 @@ def test_what_is_no_answer_is_ignored_and_what_is_no_label_refused():
     right = tai_answer(query)
     changed = [right[:at] + bytes([right[at] ^ 1]) + right[at + 1:] for at in (0, 1, 2, 3, 20, 31)]
     for packet in [query, right[:-1], right + b"?", b"", bytes(32)] + changed:
-        assert TAI.decode_answer(query, packet) is None
+        assert TAI.decode_answer(query, packet, 0) is None
     for label in bytes(8) + b"\xff" * 8, b"\x80" + bytes(15), bytes(8) + bytes.fromhex("000000003b9aca00"):
         with pytest.raises(ValueError, match="not a TAI64NA"):
-            TAI.decode_answer(query, b"stai" + label + query[20:])
+            TAI.decode_answer(query, b"stai" + label + query[20:], 0)
     for label in bytes(16), b"\x7f" + b"\xff" * 7 + bytes(8):  # true labels of absurd times
         with Rogue(lambda query, n: [b"stai" + label + query[20:]]) as server:
             assert re.search("is [0-9]{3,}.* years", ask("taiclock", server.port, "-r", 1).stderr)
@@ -1157,21 +1045,21 @@ def test_an_s6_taiclockd_writes_12_bytes_of_the_label():
 
 
 def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
-    """It stamps 40 ns after the query came, and we learn of its answer as late: 0 is the truth."""
-    end = TAI.Reading(300, 300)
-    for own, value_ns, spread_ns in ((100, 200), 0, 45), ((0, 200), 45, 55), ((100, 300), -10, 55):
-        server = TAI.Server("a")
-        server.samples = [TAI.Sample(TAI.Answer(150, 150, 0, "-", "-"), *[
-            tuple(TAI.Reading(ns, ns) for ns in pair) for pair in (own, (105, 160))])]
-        packet = TAI.conclude([server], TAI.Settings(["a"], 1), end, TAI.balanced_ns)
-        assert TAI.unpack(packet) == (value_ns, TAI.pack_quality(spread_ns, 0)) and server.range == (-10, 45)
+    """It stamps 50 ns after we sent, and we learn of its answer as late: 0 is the truth."""
+    answer = TAI.Answer(150, 150, 0, "-", "-")
+    for woke_ns, offset_ns, spread_ns in (200, 0, 50), (160, 20, 30), (300, -50, 100):
+        sample = TAI.Sample(answer, *[TAI.Reading(ns, ns) for ns in (100, 160, woke_ns)])
+        later = TAI.Sample(answer, *[TAI.Reading(ns, ns) for ns in (100, 160, 999)])
+        for samples in [sample], [sample, later], [later, sample]:
+            assert TAI.weigh(samples, sample.came)[:3] == (offset_ns, spread_ns, 60)
+        assert SNTP.weigh([sample], sample.came)[:3] == (20, 30, 60)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_taiclock_asks_taiclockd(address):
     port = free_port(address)
     with process(command_of("taiclockd", "-i", address, "-p", port), env=UTC_ENV, stdout=subprocess.DEVNULL):
-        done = until(lambda: [done for done in [ask("taiclock", port, "-v", 2, hosts=[address])]
+        done = until(lambda: [done for done in [ask("taiclock", port, hosts=[address])]
                               if done.returncode == 0])[0]
     value_ns, spread_ns, _ = result_of(done)
     assert abs(value_ns) <= spread_ns < 10**6
@@ -1179,11 +1067,11 @@ def test_taiclock_asks_taiclockd(address):
 
 NTP_QUERY, TAI_QUERY = SNTP.make_query(), TAI.make_query(None)
 DECODERS += [
-    ("sntpclock: an answer", lambda data: SNTP.answers(NTP_QUERY, data) and SNTP.decode_answer(data),
+    ("sntpclock: an answer", lambda data: SNTP.answers(NTP_QUERY, data) and SNTP.decode_answer(data, 0),
      [ntp_answer(NTP_QUERY), ntp_answer(NTP_QUERY) + bytes(20)], (ValueError, SNTP.Dismissed)),
     ("sntpclock: a key file", lambda data: SNTP.parse_key(data.decode("latin-1"), 2), [KEYS.encode()],
      ValueError),
-    ("taiclock: an answer", lambda data: TAI.decode_answer(TAI_QUERY, data), [tai_answer(TAI_QUERY)],
+    ("taiclock: an answer", lambda data: TAI.decode_answer(TAI_QUERY, data, 0), [tai_answer(TAI_QUERY)],
      ValueError),
 ]
 
@@ -1195,28 +1083,37 @@ DAY_SEC, YEAR_SEC = 86400, 365 * 86400
 CMAC_KEY = "2b7e151628aed2a6abf7158809cf4f3c"
 CMAC_TEXT = ("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411"
              "e5fbc1191a0a52eff69f2445")
-CIPHER_VECTORS = [  # FIPS 197 C.1; RFC 4493, each with its size; RFC 5297 A.1 and A.2
-    (lambda key, text: b"%032x" % NTS.Aes(key).encrypt(int(text.hex(), 16)),
-     "000102030405060708090a0b0c0d0e0f", "00112233445566778899aabbccddeeff",
-     b"69c4e0d86a7b0430d8cdb78070b4c55a")] + [
-    (lambda key, text: b"%032x" % NTS.cmac(NTS.Aes(key), text), CMAC_KEY, CMAC_TEXT[:2 * size], mac)
-    for size, mac in ((0, b"bb1d6929e95937287fa37d129b756746"), (16, b"070a16b46b4d4144f79bdd9dd04a287c"),
-                      (40, b"dfa66747de9ae63030ca32611497c827"))] + [
-    (lambda key, text: NTS.Siv(key).seal([bytes(range(16, 40))], text).hex().encode(),
+
+
+def encrypt(key, text):
+    return NTS.Aes(key).encrypt(int(text.hex(), 16)).to_bytes(16, "big")
+
+
+def cmac(key, text):
+    return NTS.cmac(NTS.Aes(key), text).to_bytes(16, "big")
+
+
+def seal(*associated):
+    return lambda key, text: NTS.Siv(key).seal([bytes.fromhex(part) for part in associated], text)
+
+
+@pytest.mark.parametrize("function, key, text, expected", [  # FIPS 197 C.1; RFC 4493; RFC 5297 A.1 and A.2
+    (encrypt, "000102030405060708090a0b0c0d0e0f", "00112233445566778899aabbccddeeff",
+     "69c4e0d86a7b0430d8cdb78070b4c55a"),
+    (cmac, CMAC_KEY, "", "bb1d6929e95937287fa37d129b756746"),
+    (cmac, CMAC_KEY, CMAC_TEXT[:32], "070a16b46b4d4144f79bdd9dd04a287c"),
+    (cmac, CMAC_KEY, CMAC_TEXT[:80], "dfa66747de9ae63030ca32611497c827"),
+    (seal("101112131415161718191a1b1c1d1e1f2021222324252627"),
      "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff", "112233445566778899aabbccddee",
-     b"85632d07c6e8f37f950acd320a2ecc9340c02b9690c4dc04daef7f6afe5c"),
-    (lambda key, text: NTS.Siv(key).seal([bytes.fromhex(
-        "00112233445566778899aabbccddeeffdeaddadadeaddadaffeeddccbbaa99887766554433221100"), bytes.fromhex(
-        "102030405060708090a0"), bytes.fromhex("09f911029d74e35bd84156c5635688c0")], text).hex().encode(),
+     "85632d07c6e8f37f950acd320a2ecc9340c02b9690c4dc04daef7f6afe5c"),
+    (seal("00112233445566778899aabbccddeeffdeaddadadeaddadaffeeddccbbaa99887766554433221100",
+          "102030405060708090a0", "09f911029d74e35bd84156c5635688c0"),
      "7f7e7d7c7b7a79787776757473727170404142434445464748494a4b4c4d4e4f",
      b"this is some plaintext to encrypt using SIV-AES".hex(),
-     b"7bdb6e3b432667eb06f4d14bff2fbd0fcb900f2fddbe404326601965c889bf17"
-     b"dba77ceb094fa663b7a3f748ba8af829ea64ad544a272e9c485b62a3fd5c0d")]
-
-
-@pytest.mark.parametrize("function, key, text, expected", CIPHER_VECTORS)
+     "7bdb6e3b432667eb06f4d14bff2fbd0fcb900f2fddbe404326601965c889bf17"
+     "dba77ceb094fa663b7a3f748ba8af829ea64ad544a272e9c485b62a3fd5c0d")])
 def test_the_vectors_of_the_standards(function, key, text, expected):
-    assert function(bytes.fromhex(key), bytes.fromhex(text)) == expected
+    assert function(bytes.fromhex(key), bytes.fromhex(text)).hex() == expected
 
 
 class Authority:
@@ -1383,15 +1280,6 @@ def test_a_thousand_exchanges_in_a_row_renew_their_cookies(chronyd_port, authori
     done = nts_run(authority, chronyd_port, "-r", 1000, "-T", 60000, "-s", tmp_path)
     assert abs(offset_of(done)) < 10**7 and done.stderr == ""
     assert len(NTS.parse_keys((tmp_path / "nts").read_text()).cookies) == NTS.COOKIES
-
-
-def test_a_run_with_stored_keys_does_not_even_load_tls(chronyd_port, authority, tmp_path):
-    command = command_of("ntsclock", *nts_args(authority, chronyd_port, "-s", tmp_path))
-    for first in (True, False):
-        done = subprocess.run(command[:1] + ["-X", "importtime"] + command[1:], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, env=UTC_ENV)
-        assert done.returncode == 0 and (re.search(rb"\| *ssl\n", done.stderr) is not None) is first
-    assert (tmp_path / "nts").stat().st_mode & 0o777 == 0o600
     assert " nts 127.0.0.1 " in (tmp_path / "sources").read_text()
 
 
@@ -1407,8 +1295,7 @@ def test_a_server_with_new_keys_is_asked_for_them_once(authority, tmp_path):
 def exchange_with(port, authority):
     """-> (NtsServer, query, answer)."""
     settings = NTS.Settings(nts_args(authority, port), 4460, "c:")
-    keys = NTS.establish("127.0.0.1", settings)
-    server = NTS.NtsServer(keys, True, *NTS.locate(keys, settings))
+    server = NTS.NtsServer(NTS.establish("127.0.0.1", settings), True)
     query = NTS.query_of(server, settings)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(PATIENCE_SEC)
@@ -1439,9 +1326,9 @@ def test_no_answer_counts_that_is_not_the_servers_to_its_last_bit(chronyd_port, 
     ({}, 2 * YEAR_SEC, "its certificate is valid from .* to .*, and its time is "),
     (dict(since_sec=-3600), -7200, "its certificate is valid from .* to .*, and its time is "),
     (dict(since_sec=-9 * DAY_SEC, until_sec=-DAY_SEC), 0, "its certificate is valid from .* to .*, and"),
-    (dict(names="DNS:time.example.org"), 0, "its certificate can't be trusted: .*mismatch"),
-    ("self-signed", 0, "its certificate can't be trusted: self.signed certificate"),
-    ("another", 0, "its certificate can't be trusted: unable to get local issuer certificate"),
+    (dict(names="DNS:time.example.org"), 0, "TLS: .*mismatch"),
+    ("self-signed", 0, "TLS: self.signed certificate"),
+    ("another", 0, "TLS: unable to get local issuer certificate"),
     ("old authority", YEAR_SEC, "its certificate is valid from .* to .*, and"),
 ])
 def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(
@@ -1459,11 +1346,10 @@ def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(
         pair = authority.host(**certificate)
     with NtsHost(pair, off_sec) as server:
         done = nts_run(authority, server.port)
-        if words:
-            assert (done.returncode, done.stdout) == (111, b"")
-            assert re.search("fatal: .*" + words, done.stderr)
-        else:
-            assert abs(offset_of(done) - off_sec * 10**9) < 10**9
+    if words:
+        refused(done, words + ".*")
+    else:
+        assert abs(offset_of(done) - off_sec * 10**9) < 10**9
 
 
 def test_stored_keys_are_used_for_28_days_and_within_the_certificates_time(authority, tmp_path):
@@ -1476,21 +1362,18 @@ def test_stored_keys_are_used_for_28_days_and_within_the_certificates_time(autho
 
 
 def drip(tls, grant):
-    for at in range(len(grant)):
-        tls.sendall(grant[at:at + 1])
+    for byte in grant:
+        tls.sendall(bytes([byte]))
         time.sleep(0.2)
-
-
-def flood(tls, grant):
-    while True:
-        tls.sendall(NTS.RECORD.pack(99, 1000) + bytes(1000))
 
 
 GOOD = NTPV4, SIV, COOKIE = (0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (5, bytes(100))
 
 
 @pytest.mark.parametrize("talk, words", [
-    (drip, "timed out"), (flood, "its answer never ends"), (lambda tls, grant: time.sleep(2), "timed out"),
+    (drip, "timed out"), (lambda tls, grant: tls.sendall((NTS.RECORD.pack(99, 1000) + bytes(1000)) * 99),
+                          "its answer never ends"),
+    (lambda tls, grant: time.sleep(2), "timed out"),
     (lambda tls, grant: None, "its answer is cut short|eof"),
     (lambda tls, grant: tls.sendall(grant[:-1]), "its answer is cut short|eof"),
     (lambda tls, grant: tls.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "its answer is cut short|eof"),
@@ -1512,17 +1395,15 @@ def test_a_key_establishment_that_goes_wrong_is_a_line_in_time(talk, words, auth
         before_sec = time.monotonic()
         done = nts_run(authority, server.port, "-T", 2000)
         assert time.monotonic() - before_sec < PATIENCE_SEC / 6 and server.used == []
-    assert done.returncode == 111
-    assert re.search("fatal: unable to get the time from .*: .*" + words, done.stderr)
+    refused(done, ": no usable answer; 127.0.0.1: key establishment: .*(%s).*" % words)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda tls: tls.set_alpn_protocols(["http/1.1"]), "it does not speak ntske/1|TLS: .*application"),
-    (lambda tls: setattr(tls, "maximum_version", ssl.TLSVersion.TLSv1_2), "TLS: .*version")])
-def test_other_tls_is_refused(change, words, authority):
+def test_other_tls_is_refused(authority):
     with NtsHost(authority.good) as server:
-        change(server.context)
-        assert re.search("fatal: .*" + words, nts_run(authority, server.port).stderr)
+        server.context.set_alpn_protocols(["http/1.1"])
+        refused(nts_run(authority, server.port), "it does not speak ntske/1|TLS: .*application.*")
+        server.context.maximum_version = ssl.TLSVersion.TLSv1_2
+        refused(nts_run(authority, server.port), "TLS: .*version")
 
 
 def test_the_ntp_server_is_where_key_establishment_says(authority):
@@ -1530,11 +1411,11 @@ def test_the_ntp_server_is_where_key_establishment_says(authority):
         tls.sendall(NTS.RECORD.pack(6, 9) + b"127.0.0.2" + NTS.RECORD.pack(0x4001, 2) + bytes(2) + grant)
     with NtsHost(authority.good, talk=elsewhere, ntp_address="127.0.0.2") as server:
         done = nts_run(authority, server.port, "-v", 2)
-        assert offset_of(done) and "127.0.0.1/127.0.0.2: offset" in done.stderr and len(server.used) == 2
+        assert offset_of(done) and "127.0.0.1/127.0.0.2, agreed: " in done.stderr and len(server.used) == 2
 
 
 @pytest.mark.parametrize("reply, words", [
-    (lambda host, siv, query, good: [bare_kiss(query), good], None),
+    (lambda host, siv, query, good: [bare_kiss(query), good], ""),
     (lambda host, siv, query, good: [bare_kiss(query, b"RATE"), bare_kiss(query, b"DENY"), good],
      "was not authentic"),
     (lambda host, siv, query, good: [good[:-1] + b"!", good, good], "was not authentic"),
@@ -1549,8 +1430,8 @@ def test_the_ntp_server_is_where_key_establishment_says(authority):
 def test_only_what_is_authentic_counts(reply, words, authority):
     with NtsHost(authority.good, reply=reply) as server:
         done = nts_run(authority, server.port, "-t", 300)
-    assert (done.returncode == 111) is str(words).startswith("fatal") and server.sessions == 1
-    assert re.search(words, done.stderr) if words else done.stderr == ""
+    assert (done.returncode == 111) is words.startswith("fatal") and server.sessions == 1
+    assert re.search(words or "^$", done.stderr)
 
 
 def test_a_week_of_hourly_marks_takes_one_key_establishment(authority, tmp_path, capfd):
@@ -1575,6 +1456,11 @@ def test_a_killed_run_leaves_no_cookie_and_two_at_once_share_none(authority, tmp
             runs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
             assert [len(started.communicate()[0]) for started in runs] == [16] * count
         assert server.sessions >= 3
+
+
+def test_a_folder_that_is_missing_is_a_warning(chronyd_port, authority, tmp_path):
+    done = nts_run(authority, chronyd_port, "-s", tmp_path / "none")
+    assert offset_of(done) and "warning: unable to write %s/none/nts: No such file" % tmp_path in done.stderr
 
 
 def spoil(path, kind):
@@ -1622,24 +1508,12 @@ def test_no_secret_leaves_the_program(memory, authority, tmp_path, monkeypatch, 
     assert not [name for name in set(os.listdir("/tmp")) - before if name.startswith("ntsclock.")]
 
 
-def from_bytes(data):
-    """-> read(size), which ends as a connection does."""
-    file = io.BytesIO(data)
-
-    def read(size):
-        got = file.read(size)
-        if len(got) < size:
-            raise ValueError("its answer is cut short")
-        return got
-    return read
-
-
 NTS_SIV = NTS.Siv(bytes(range(32)))
 NTS_QUERY = NTS.seal_query(NTS_SIV, NTS.make_query(), bytes(32), bytes(100), 7, bytes(16))
 NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, ntp_answer(NTS_QUERY), [bytes(100)] * 8)
 NTS_KEYS = NTS.Keys("host", 4460, "::1", 123, 0, 1, bytes(32), bytes(32), [bytes(100)])
 DECODERS += [
-    ("ntsclock: key establishment", lambda data: NTS.read_grant(from_bytes(data)),
+    ("ntsclock: key establishment", lambda data: NTS.read_grant(io.BytesIO(data)),
      [ke_records(*GOOD, (6, b"a.example.org"), (7, b"\0\x7b"))], ValueError),
     ("ntsclock: extension fields", lambda data: NTS.split_fields(data, 48), [NTS_QUERY, NTS_ANSWER],
      ValueError),
