@@ -4272,7 +4272,7 @@ DECODERS += [
 
 SHELLS = [pytest.param(command.split(), id=command) for command in ("dash", "bash", "mksh", "busybox sh")]
 ADJUST = path_of("svc/clockspeed_adjust/clock_adjust.sh")
-# marks fail by the file `failing`; the sleeps are noted, and end at once but for the tenth
+# marks fail by the file `failing`; the sleeps are noted, and end at once but for the last
 FAKE_CLOCKCTL = """case $1 in
 run) echo %(home)s ;; atto) echo atto ;;
 mark) [ ! -e %(home)s/failing ] ;;
@@ -4280,7 +4280,7 @@ wait) [ -z "$SAYS" ] && exec %(clockctl)s "$@"; echo "$SAYS" ;;
 esac
 """
 FAKE_SLEEP = """echo "$1 $(cat %(home)s/mark/due | cut -d' ' -f2)" >>%(home)s/sleeps
-[ $(wc -l <%(home)s/sleeps) -lt ${SLEEPS:-10} ] || exec /bin/sleep 3573
+[ $(wc -l <%(home)s/sleeps) -lt $SLEEPS ] || exec /bin/sleep 3573
 """
 
 
@@ -4293,44 +4293,38 @@ def loop(host):
 
     def start(shell, **env):
         need(shell[0])
+        host.write("sleeps", "")
         return process(shell + [ADJUST], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(
             UTC_ENV, PATH=host.bin + ":" + os.environ["PATH"], CLOCKSPEED_CONF=host.conf, **env))
 
     def sleeps(count):
-        path = os.path.join(host.home, "sleeps")
-        until(lambda: os.path.exists(path) and open(path).read().count("\n") == count)
-        with open(path) as file:
+        with open(host.home + "/sleeps") as file:
+            until(lambda: file.seek(0) or file.read().count("\n") == count)
+            file.seek(0)
             return [tuple(map(int, line.split())) for line in file]
     host.start, host.sleeps = start, sleeps
     return host
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_waits_triple_up_to_a_month_and_what_is_due_is_kept(loop, shell):
-    with loop.start(shell) as adjusting:
-        seen = loop.sleeps(10)
-        assert [wait for wait, _ in seen] == [541 * 3**power for power in range(8)] + [2617923] * 2
-        up_sec = time.clock_gettime(time.CLOCK_BOOTTIME)
-        assert all(-PATIENCE_SEC < due - wait - up_sec <= 1 for wait, due in seen)
-        adjusting.terminate()
-        assert adjusting.wait(PATIENCE_SEC) == 0
-        said = adjusting.stdout.read().decode().splitlines()
-    assert said[:3] == ["atto", "===", "Waiting 541 seconds until next adjustment..."]
-    assert not os.path.exists(loop.home + "/mark/due")
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_the_loop_goes_by_clockctl_and_by_what_a_kiss_wants(loop, shell):
-    for env, failing, waits in (
-            ({"SAYS": "100"}, False, [100, 100]), ({"SAYS": "garbage"}, False, [541, 1623]),
-            ({}, "timed out", [541, 541]), ({}, "kiss-o'-death RATE", [1024, 1024])):
+def test_the_waits_triple_or_go_by_clockctl_and_what_is_due_is_kept(loop, shell):
+    for says, failing, waits in (
+            ("", None, [541 * 3**power for power in range(8)] + [2617923] * 2), ("100", None, [100, 100]),
+            ("garbage", None, [541, 1623]), ("", "timed out", [541, 541]),
+            ("", "kiss-o'-death RATE", [1024, 1024])):
         if failing:
             loop.write("failing", "")
             loop.write("mark/sources", SOURCES % (time.time(), time.time(), "failed: " + failing))
-        with loop.start(shell, SLEEPS="2", **env):
-            assert [wait for wait, _ in loop.sleeps(2)] == waits
-        os.unlink(loop.home + "/sleeps")
-        os.unlink(loop.home + "/mark/due")
+        with loop.start(shell, SLEEPS=str(len(waits)), SAYS=says) as adjusting:
+            seen = loop.sleeps(len(waits))
+            assert [wait for wait, _ in seen] == waits
+            up_sec = time.clock_gettime(time.CLOCK_BOOTTIME)
+            assert all(-PATIENCE_SEC < due - wait - up_sec <= 1 for wait, due in seen)
+            adjusting.terminate()
+            assert adjusting.wait(PATIENCE_SEC) == 0 and not os.path.exists(loop.home + "/mark/due")
+            said = adjusting.stdout.read().decode().splitlines()
+        waiting = ["===", "Waiting %d seconds until next adjustment..." % waits[0]]
+        assert said[:2 + (not failing)] == ["atto"] * (not failing) + waiting
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -4346,19 +4340,16 @@ def test_a_restart_asks_no_sooner_than_the_mark_was_due(loop, shell, due, first)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell):
+@pytest.mark.parametrize("under_way", ("mark", "sleep"))
+def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell, under_way):
     noted = "echo $$ >>%s\nexec /bin/sleep 3572\n" % loop.asked
     loop.write("bin/sleep", "#!/bin/sh\n" + noted, 0o755)
-    loop.write("bin/clockctl", "#!/bin/sh\n[ $1 != mark ] && exit\n[ -e %s/passing ] && exit\n%s" % (
-        loop.home, noted), 0o755)
-    for passing in (False, True):
-        if passing:
-            loop.write("passing", "")
-        with loop.start(shell) as adjusting:
-            until(lambda: len(loop.lines()) == 1 + passing)
-            adjusting.terminate()
-            assert adjusting.wait(PATIENCE_SEC) == 0
-        until(lambda: not os.path.exists("/proc/" + loop.lines()[-1]))
+    loop.write("bin/clockctl", "#!/bin/sh\n[ $1 = %s ] || exit 0\n%s" % (under_way, noted), 0o755)
+    with loop.start(shell) as adjusting:
+        until(loop.lines)
+        adjusting.terminate()
+        assert adjusting.wait(PATIENCE_SEC) == 0
+    until(lambda: not os.path.exists("/proc/" + loop.lines()[0]))
 
 
 # ==== svc/install ===================================================================================
