@@ -4227,6 +4227,14 @@ def test_ticks_are_round_some_and_differ(low, high):
     assert len(set(words)) == len(words) >= 2, words
 
 
+@pytest.mark.parametrize("field, value, words", [
+    ("offset_sec", 90, "+1.5 min"), ("offset_sec", -7200, "-2 h"), ("error_sec", 0.0025, "2.5 ms"),
+    ("bound_sec", 3e-10, "0.3 ns"), ("error_sec", 0, "0"), ("rate_ppm", 12.345, "+12.3 ppm"),
+    ("rate_error_ppm", 0.01, "0.01 ppm")])
+def test_a_value_has_the_unit_and_sign_that_suit_it(field, value, words):
+    assert GRAPH.format_value(field, value) == words
+
+
 def test_one_value_far_out_does_not_flatten_the_rest():
     low, high = GRAPH.value_range([3600.0] + [number * 1e-6 for number in range(50)])
     assert -1e-5 < low <= 0 and 49e-6 <= high < 1e-4
