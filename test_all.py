@@ -3521,6 +3521,8 @@ def test_run_gives_a_program_the_configuration_and_nothing_else(host):
                      CLOCK_SCALE="utc") == "tai environment %s kept tai -u --help\n" % host.home
     assert host.refuses("run", "/none") == "run /none: No such file or directory"
     assert host.refuses("atto", CLOCKSPEED_CONF="/none") == "read /none: No such file or directory"
+    with pytest.raises(CTL.Failure, match="^unable to run /none: No such file or directory$"):
+        CTL.run_program(["/none"], {})
 
 
 @contextlib.contextmanager
