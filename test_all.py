@@ -3172,7 +3172,7 @@ def test_clockspeed_across_the_turns_of_32_bits(simulate, turn_sec):
 
 CTL = load("clockctl")
 MARK = ADD.pack(-3200000, 720133918)  # 3.2 ms ahead, give or take 20.13 ms and 0.61 ms
-BOOT_ID = CTL.take_reading("CLOCK_MONOTONIC").boot_id
+BOOT_ID = CTL.this_boot()[0]
 DEAD = {"pid": 2**22 + 1}
 NO_PLAN = {"wait_sec": None, "exchanges": None, "settling": True}
 
@@ -3242,17 +3242,16 @@ def host():
 
 def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
     """What clockspeed wrote that long ago, by which this clock is that far behind now."""
-    now = CTL.take_reading("CLOCK_MONOTONIC_RAW")
+    now, (boot_id, suspended_ns) = CTL.read_moment(time.CLOCK_MONOTONIC_RAW), CTL.this_boot()
     tick_ns, offset_ns = now.tick_ns - age_sec * 10**9, round(clock_off_sec * 1e9)
-    real_ns = changes.get("written_ns", now.clock_ns - age_sec * 10**9) + offset_ns
+    written_ns = changes.get("written_ns", now.clock_ns - age_sec * 10**9)
     status = {
-        "version": 2, "pid": os.getpid(), "boot_id": now.boot_id, "doing": "steering the clock",
+        "version": 2, "pid": os.getpid(), "boot_id": boot_id, "doing": "steering the clock",
         "observe_only": False, "counter": "CLOCK_MONOTONIC_RAW", "scale": "utc", "tick_ns": tick_ns,
-        "written_ns": now.clock_ns - age_sec * 10**9, "suspended_ns": now.suspended_ns,
-        "offset_ns": offset_ns,
-        "variance": [1e10, 0, 1e4, 0], "bound": a_bound(tick_ns, real_ns), "rate_ppm": 0.0,
-        "rate_error_ppm": 0.0123, "noise_ns": 2e6, "wander": 1e-9, "marks": {"used": 12, "doubted": 1,
-            "refused": 0},
+        "written_ns": written_ns, "suspended_ns": suspended_ns, "offset_ns": offset_ns,
+        "variance": [1e10, 0, 1e4, 0], "bound": a_bound(tick_ns, written_ns + offset_ns), "rate_ppm": 0.0,
+        "rate_error_ppm": 0.0123, "noise_ns": 2e6, "wander": 1e-9,
+        "marks": {"used": 12, "doubted": 1, "refused": 0},
         "last_mark": {"tick_ns": tick_ns, "offset_ns": 1234567, "spread_ns": 10**6, "distance_ns": 10**5,
                       "outcome": "used"},
         "next": {"wait_sec": 700.0, "exchanges": 4, "settling": False},
@@ -3261,56 +3260,51 @@ def a_status(age_sec=100, clock_off_sec=0.0032, **changes):
     return dict(status, **changes)
 
 
-def test_the_variance_is_carried_on_term_by_term():
-    status = CTL.parse_status(json.dumps(a_status(variance=[1e6, 1e4, 1e2, 1])).encode())  # by 100 s
-    assert status.deviation_sec == pytest.approx(2e-6, rel=0.03)
-
-
 def a_bound(tick_ns, real_ns, early_ns=5 * 10**6, late_ns=4 * 10**6):
     return {"tick_ns": tick_ns, "earliest_ns": real_ns - early_ns, "latest_ns": real_ns + late_ns,
             "slow_ppm": 0.0, "fast_ppm": 0.0, "change_ppm": 0.0}
+
+
+def test_the_variance_is_carried_on_term_by_term():
+    status = CTL.parse_status(json.dumps(a_status(variance=[1e6, 1e4, 1e2, 1])).encode())  # by 100 s
+    assert status["now"]["deviation_sec"] == pytest.approx(2e-6, rel=0.03)
 
 
 def test_the_bound_is_carried_on_as_clockspeed_does():
     rng, bound = random.Random(SEED), load("clockspeed").Bound()
     for tick_ns in sorted(rng.randrange(1, 10**15) for _ in range(9)):
         bound.mark(tick_ns, 10**18 + tick_ns + round(tick_ns * 2e-5), 10**7, 10**6)
-        for ahead_ns in (0, 10**9, 10**12, 10**15):
-            later = CTL.Reading(tick_ns + ahead_ns, 0, 0, "")
-            assert CTL.Status(a_status(bound=bound.coefficients()), later).carry_bound(
-                bound.coefficients()) == bound.at(tick_ns + ahead_ns)
+        for later_ns in (tick_ns, tick_ns + 10**9, tick_ns + 10**12, tick_ns + 10**15):
+            assert CTL.carry_bound(bound.coefficients(), later_ns) == bound.at(later_ns)
 
 
 @pytest.mark.parametrize("text, wanted", [
     ("# only a comment, isn't it\n\n  # another", {}), ("CLOCK_IP=192.0.2.1", {"CLOCK_IP": "192.0.2.1"}),
     ('CLOCK_IP="192.0.2.1 192.0.2.2" # two\r\n', {"CLOCK_IP": "192.0.2.1 192.0.2.2"}),
-    ("\texport CLOCK_KEY=a#b #c", {"CLOCK_KEY": "a#b"}), ('CLOCK_KEY="it\'s # \'"',
-     {"CLOCK_KEY": "it's # '"}),
-    ("CLOCK_KEY=1\nCLOCK_KEY=';&|<>()'\nCLOCK_IP=", {"CLOCK_KEY": ";&|<>()", "CLOCK_IP": ""}),
-])
-def test_shell_assignments_are_understood(text, wanted):
-    assert CTL.parse_assignments(text) == wanted
-
-
-@pytest.mark.parametrize("line, said", [(line, "not of the form") for line in (
-    "CLOCK_IP=$HOME", "CLOCK_IP=`id`", "CLOCK_IP=~/a", 'CLOCK_IP="$(id)"', "CLOCK_IP=a b", "CLOCK_IP", "id",
-    "CLOCK_IP = a", "CLOCK_IP=a & id", "CLOCK_IP=a>b", "CLOCK_IP=(a)", "CLOCK_IP=a\0", "A-B=c", "=",
-    ". x", "if CLOCK_IP=a; then", "CLOCK_IP+=a", 'CLOCK_IP="a', "CLOCK_IP='a", "CLOCK_IP=a\\",
+    ("\texport CLOCK_KEY=a#b #c", {"CLOCK_KEY": "a#b"}),
+    ('CLOCK_KEY="it\'s # \'"', {"CLOCK_KEY": "it's # '"}),
+    ("CLOCK_KEY=1\nCLOCK_KEY=';&|<>()'\nCLOCK_IP=", {"CLOCK_KEY": ";&|<>()", "CLOCK_IP": ""})] + [
+    (line, "not of the form") for line in (
+        "CLOCK_IP=$HOME", "CLOCK_IP=`id`", "CLOCK_IP=~/a", 'CLOCK_IP="$(id)"', "CLOCK_IP=a b", "CLOCK_IP",
+        "id", "CLOCK_IP = a", "CLOCK_IP=a & id", "CLOCK_IP=a>b", "CLOCK_IP=(a)", "CLOCK_IP=a\0", "A-B=c",
+        "=", ". x", "if CLOCK_IP=a; then", "CLOCK_IP+=a", 'CLOCK_IP="a', "CLOCK_IP='a", "CLOCK_IP=a\\",
         'CLOCK_IP="a"#b')] + [
-    ("LD_PRELOAD=/tmp/x", "there is no variable LD_PRELOAD"),
-    ("PATH=/tmp", "no variable PATH"), ("PYTHONPATH=/tmp", "no variable"), ("IFS=x", "no variable IFS"),
+    (name + "=x", "there is no variable " + name) for name in ("LD_PRELOAD", "PATH", "PYTHONPATH", "IFS")] + [
     ("CLOCK_ERR=1", "no variable CLOCK_ERR; the nearest known one is CLOCK_ERROR"),
     ("CLOCK_IPS=a", "no variable CLOCK_IPS; the nearest known one is CLOCK_IP")])
-def test_what_needs_a_shell_or_is_unknown_is_refused_with_its_line(line, said):
-    with pytest.raises(ValueError, match="^line 3: .*" + re.escape(said)):
-        CTL.parse_assignments("\nCLOCK_KEY=1\n" + line)
+def test_shell_assignments_are_understood_and_all_else_is_refused_with_its_line(text, wanted):
+    if isinstance(wanted, dict):
+        assert CTL.parse_assignments(text) == wanted
+    else:
+        with pytest.raises(ValueError, match="^line 3: .*" + re.escape(wanted)):
+            CTL.parse_assignments("\nCLOCK_KEY=1\n" + text)
 
 
 def test_spans_of_time():
     for text, sec in (("0.010", 0.01), ("10ms", 0.01), ("10 us", 1e-5), (".5s", 0.5), ("1e-3", 1e-3)):
         assert CTL.parse_span(text) == pytest.approx(sec)
     for text in ("", "0", "0ms", "-1", "5x", "nan", "inf", "1e999", "ms", "1 2", "0x1"):
-        with pytest.raises(ValueError):
+        with pytest.raises(CTL.getopt.GetoptError):
             CTL.parse_span(text)
 
 
@@ -3321,6 +3315,8 @@ def test_run_gives_a_program_the_configuration_and_nothing_else(host):
                      CLOCK_SCALE="utc") == "tai environment %s kept tai -u --help\n" % host.home
     assert host.refuses("run", "/none") == "run /none: No such file or directory"
     assert host.refuses("atto", CLOCKSPEED_CONF="/none") == "read /none: No such file or directory"
+    with pytest.raises(CTL.Failure, match="^unable to run /none: No such file or directory$"):
+        CTL.run_program(["/none"], {})
 
 
 @contextlib.contextmanager
@@ -3334,11 +3330,9 @@ def reading(path):
     ("CLOCK_IP='a,b  c'", None, "-l 0 -s HOME/mark a b c"),
     ("CLOCK_IP=a\nCLOCK_KEYFILE=/k\nCLOCK_KEY=7", {}, "-k /k -K 7 -r 4 -s HOME/mark a"),
     ("CLOCK_IP=a", {"marks": {"used": 0, "doubted": 0, "refused": 9}}, "-l 0 -s HOME/mark a"),
-    ("CLOCK_IP=a", {"boot_id": "other"}, "-l 0 -s HOME/mark a"), ("CLOCK_IP=a", DEAD, "-s HOME/mark a"),
-    ("CLOCK_IP=a", {"next": dict(NO_PLAN, exchanges=8)}, "-r 8 -T 30000 -s HOME/mark a"),
-    ("CLOCK_IP=a", {"next": NO_PLAN}, "-s HOME/mark a"),
-    ("CLOCK_IP=a", {"next": dict(NO_PLAN, exchanges=999)}, "-s HOME/mark a"),
-])
+    ("CLOCK_IP=a", {"boot_id": "other"}, "-l 0 -s HOME/mark a"),
+    ("CLOCK_IP=a", {"next": dict(NO_PLAN, exchanges=5)}, "-r 5 -T 30000 -s HOME/mark a"),
+    ("CLOCK_IP=a", {"next": NO_PLAN}, "-s HOME/mark a")])
 def test_what_a_mark_asks_of_our_client(host, text, changes, asked):
     host.configure(text)
     changes is None or host.status(**changes)
@@ -3358,18 +3352,16 @@ def test_other_clients_are_given_one_server_and_their_12_bytes_are_taken(host):
 
 @pytest.mark.parametrize("text, answer, then, said", [
     ("CLOCK_IP=' , '", MARK, "", "ask the time: CLOCK_IP is not set in HOME/conf"),
-    ("CLOCK_IP='-f a'", MARK, "", "ask the time: CLOCK_IP is not an address in HOME/conf"),
-    ("CLOCK_TYPE=gps", MARK, "", "ask the time: CLOCK_TYPE is none of ntp, tai and nts in HOME/conf"),
-    ("CLOCK_KEY=1", MARK, "", "ask the time: of CLOCK_KEYFILE and CLOCK_KEY only one is set in HOME/conf"),
-    ("CLOCK_TYPE=tai\nCLOCK_KEYFILE=k\nCLOCK_KEY=1", MARK, "",
-     "ask the time: CLOCK_KEY needs CLOCK_TYPE=ntp and our sntpclock, not HOME/bin/taiclock"),
-    ("CLOCK_TYPE=nts", MARK, "", "find ntsclock: it is not in HOME/bin"),
-    ("", b"", "", "use the answer of HOME/bin/sntpclock: 0 bytes, not 16"),
-    ("", bytes(17), "", "use the answer of HOME/bin/sntpclock: 17 bytes, not 16"),
-    ("", b"\xff" * 16, "", "use the answer of HOME/bin/sntpclock: not a TAI64NA packet"),
-    ("", MARK, "exit 111", "ask the time: sntpclock failed (exit status 111)"),
-    ("", MARK, "kill -KILL $$", "ask the time: sntpclock failed (signal 9)"),
-])
+    ("CLOCK_IP='-f a'", MARK, "", "ask the time: CLOCK_IP is not an address"),
+    ("CLOCK_TYPE=gps", MARK, "", "ask the time: CLOCK_TYPE is none of ntp, tai and nts"),
+    ("CLOCK_TYPE=nts", MARK, "", "find ntsclock: it is not in HOME/bin")] + [
+    (text, MARK, "", "ask the time: CLOCK_KEYFILE and CLOCK_KEY go together, with our sntpclock only")
+    for text in ("CLOCK_KEY=1", "CLOCK_KEYFILE=k", "CLOCK_TYPE=tai\nCLOCK_KEYFILE=k\nCLOCK_KEY=1")] + [
+    ("", answer, "", "use the answer of HOME/bin/sntpclock: " + said) for answer, said in (
+        (b"", "0 bytes, not 16"), (bytes(17), "17 bytes, not 16"), (b"\xff" * 16, "not a TAI64NA packet")
+    )] + [
+    ("", MARK, "echo the client says why >&2; exit 1", "the client says why"),
+    ("", MARK, "kill -KILL $$", "run HOME/bin/sntpclock: signal 9 ended it")])
 def test_no_answer_is_a_line_and_no_mark(host, text, answer, then, said):
     host.configure("CLOCK_IP=192.0.2.1\n" + text)
     host.stand_in("sntpclock", answer, then=then)
@@ -3386,24 +3378,14 @@ def endless(path):
 
 
 @pytest.mark.parametrize("make, said", [
-    (None, "there is none: clockspeed makes it when it starts"), (os.mkfifo, "no clockspeed is reading it"),
+    (None, "no clockspeed is reading it"), (os.mkfifo, "no clockspeed is reading it"),
     (os.mkdir, "Is a directory"), (endless, "it is not a FIFO"),
-    (lambda path: os.symlink("/dev/null", path), "it is a symbolic link")])
+    (lambda path: os.symlink("/dev/null", path), "Too many levels of symbolic links")])
 def test_nobody_is_asked_for_a_mark_that_nobody_would_take(host, make, said):
     os.unlink(host.adjust)
     make and make(host.adjust)
     assert host.refuses("mark") == "write HOME/adjust: " + said and host.lines() == []
 
-
-def test_a_mark_waits_for_no_full_fifo_but_for_a_clockspeed_that_starts(host):
-    with reading(host.adjust), open(os.open(host.adjust, os.O_RDWR | os.O_NONBLOCK), "wb", 0) as fifo:
-        while fifo.write(bytes(4096)):
-            pass
-        assert host.refuses("mark") == "write HOME/adjust: it is full: clockspeed has stopped reading it"
-    with host.start("mark", "--patience", PATIENCE_SEC, stdout=subprocess.DEVNULL) as marking:
-        time.sleep(0.3)
-        with reading(host.adjust) as read:
-            assert marking.wait(PATIENCE_SEC) == 0 and read() == MARK
 
 
 @pytest.mark.parametrize("ns, last, words", [
@@ -3424,10 +3406,9 @@ def test_set_asks_for_any_offset_and_says_first_that_it_may_not(host, monkeypatc
         111, b"clockctl: fatal: unable to set the clock: this process has no right to; run it as root\n", [])
     monkeypatch.setattr(CTL, "may_set_clock", lambda: True)
     monkeypatch.setattr(CTL, "CONF", host.conf)
-    reader = os.open(host.adjust, os.O_RDONLY | os.O_NONBLOCK)
-    assert CTL.main(["clockctl", "set"]) == 0
-    assert CTL.unpack(os.read(reader, 99)) == (0, CTL.unpack(MARK)[1])  # the clock is right now
-    os.close(reader)
+    with reading(host.adjust) as read:
+        assert CTL.main(["clockctl", "set"]) == 0
+        assert CTL.unpack(read()) == (0, CTL.unpack(MARK)[1])  # the clock is right now
     assert capfd.readouterr().out == "set: clock stepped by -0.003200000 s, as ntp 192.0.2.1 has it\n"
     assert host.lines() == ["sntpclock:-l 0 192.0.2.1", "clockadd:"]
 
@@ -3438,22 +3419,18 @@ def test_root_asks_as_clocksd_with_a_small_environment(monkeypatch):
     monkeypatch.setattr(CTL.pwd, "getpwnam", lambda name: {"clocksd": nobody}[name])
     monkeypatch.setenv("SECRET", "1")
     config = dict(CTL.DEFAULTS, CLOCK_KEY="7")
-    done = CTL.capture(["sh", "-c", "id -u; id -G; grep CapEff /proc/self/status; env"], config)
-    uid, groups, _, capabilities, *env = done.stdout.decode().split()
+    said = CTL.output_of(["sh", "-c", "id -u; id -G; grep CapEff /proc/self/status; env"], config)
+    uid, groups, _, capabilities, *env = said.decode().split()
     assert (int(uid), int(groups), int(capabilities, 16)) == (nobody.pw_uid, nobody.pw_gid, 0)
     assert "CLOCK_KEY=7" in env and "SECRET=1" not in env
-    assert CTL.capture(["id", "-u"], config, user="missing").stdout == b"0\n"
+    assert CTL.output_of(["id", "-u"], config, user="missing") == b"0\n"
 
 
-@pytest.mark.parametrize("tick_ns, last, said", [
-    (1, 50000, "0.000000001000050000 s per tick, rate +50.000 ppm"),
-    (0, 4 * 10**8, "0.000000000400000000 s per tick, which is not about 1 ns: "),
-    (1, 500001, "0.000000001000500001 s per tick, which is not about 1 ns: ")])
-def test_atto_shows_the_rate(host, tick_ns, last, said):
+def test_atto_shows_the_rate(host):
     assert host.says("atto") == "atto: not known yet; clockspeed writes it when it has two marks\n"
     with open(host.home + "/etc/atto", "wb") as file:
-        file.write(ADD.pack(tick_ns, last))
-    assert host.says("atto").startswith("atto: %s" % said)
+        file.write(ADD.pack(1, 50000))
+    assert host.says("atto") == "atto: 0.000000001000050000 s per tick, rate +50.000 ppm\n"
 
 
 @pytest.mark.parametrize("command, name", [
@@ -3463,22 +3440,23 @@ def test_what_others_planted_is_a_line_and_never_waited_for(host, command, name)
     for plant, said in (
             (os.mkfifo, "it is not a regular file"), (os.mkdir, "Is a directory"),
             (endless, "it has more than "),
-            (lambda path: os.symlink("/dev/zero", path), "it is a symbolic link")):
+            (lambda path: os.symlink("/dev/zero", path), "Too many levels of symbolic links")):
         plant(path)
         assert host.refuses(command).startswith("read HOME/%s: %s" % (name, said))
         os.rmdir(path) if plant == os.mkdir else os.unlink(path)
 
 
-def test_output_replaces_files_writes_to_devices_and_follows_no_link(host):
+def test_metrics_replace_files_write_to_devices_and_follow_no_link(host):
     host.status()
     path, link = host.home + "/out", host.home + "/link"
     for _ in range(2):
+        host.write("out.tmp", "left over")
         assert host.says("metrics", "--output", path) == "" and "clockspeed_up 1\n" in open(path).read()
     assert not os.path.exists(path + ".tmp")
     assert host.says("metrics", "--output", "/dev/null") == "" and stat.S_ISCHR(os.stat("/dev/null").st_mode)
     os.symlink(path, link)
-    assert host.refuses("metrics", "--output", link) == "write HOME/link: it is a symbolic link"
-    assert host.refuses("metrics", "--output", host.adjust) == "write HOME/adjust: No such device or address"
+    assert host.refuses("metrics", "--output", link) == "write output: Too many levels of symbolic links"
+    assert host.refuses("metrics", "--output", host.adjust) == "write output: No such device or address"
 
 
 def test_metrics_tell_bound_and_deviation_or_just_that_it_is_down(host):
@@ -3487,9 +3465,11 @@ def test_metrics_tell_bound_and_deviation_or_just_that_it_is_down(host):
     low, high = (float(values['clockspeed_bound_seconds{side="%s"}' % side]) for side in ("low", "high"))
     assert low < float(values["clockspeed_offset_seconds"]) < high and high - low == pytest.approx(0.009)
     assert values['clockspeed_marks_total{outcome="used"}'] == "12"
-    host.status(**DEAD)
-    done = host.run("metrics")
-    assert (done.stdout, done.returncode) == (b"clockspeed_up 0\n", 0) and "does not run" in done.stderr
+    assert float(values["clockspeed_last_mark_timestamp_seconds"]) == pytest.approx(time.time() - 100, abs=60)
+    for changes in (DEAD, {"wander": "x"}):
+        host.status(**changes)
+        done = host.run("metrics")
+        assert (done.stdout, done.returncode, done.stderr.count("\n")) == (b"clockspeed_up 0\n", 0, 1)
 
 
 @pytest.mark.parametrize("changes, problem", [
@@ -3511,10 +3491,8 @@ def test_a_status_that_says_nothing_of_now_says_why(host, changes, problem):
     (3600, "60 min behind"), (-3600, "60 min ahead of"), (0.0032, r"3\.\d+ ms behind")])
 def test_status_begins_with_how_far_the_clock_is_off_now(host, off_sec, said):
     """Whatever the system clock showed when clockspeed wrote it."""
-    status = a_status(clock_off_sec=0)
-    real_ns = status["written_ns"] + round(off_sec * 1e9)
-    host.write("etc/status", json.dumps(dict(status, written_ns=real_ns,
-                                             bound=a_bound(status["tick_ns"], real_ns))))
+    now = CTL.read_moment(time.CLOCK_MONOTONIC_RAW)
+    host.status(clock_off_sec=0, written_ns=now.clock_ns - 100 * 10**9 + round(off_sec * 1e9))
     assert re.match(r"clock now     %s real time, standard deviation \d+ us\n"
                     r"bound         real time is certainly within \S+ \S+ and \S+ \S+ of the clock\n" % said,
                     host.says("status"))
@@ -3539,8 +3517,8 @@ def test_now_tells_the_earliest_and_the_latest(host):
     assert re.fullmatch(r"earliest   \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}\nlatest     \S+\nwidth      9 ms\n"
                         r"deviation  \d+ us\n", host.says("now"))
     host.status(clock_off_sec=0, scale="tai")
-    assert CTL.format_utc(before_ns - 28 * 10**9) < json.loads(host.says("now",
-        "--json"))["latest"] < now["latest"]
+    latest = json.loads(host.says("now", "--json"))["latest"]
+    assert CTL.format_utc(before_ns - 28 * 10**9) < latest < now["latest"]
     host.status(bound=None)
     assert host.refuses("now") == "tell the time: there has been no mark yet that tells how good it is"
 
@@ -3550,7 +3528,7 @@ def test_until_waits_for_the_bound(host):
     assert host.says("until", "9ms", "--timeout", "20s") == ""
     assert "the clock is certainly within" in host.refuses("until", "1ms", "--timeout", "10ms")
     with host.start("until", "1ms") as waiting:
-        now = CTL.take_reading("CLOCK_MONOTONIC_RAW")
+        now = CTL.read_moment(time.CLOCK_MONOTONIC_RAW)
         host.status(clock_off_sec=0, bound=a_bound(now.tick_ns, now.clock_ns, 10**5, 10**5))
         assert waiting.wait(PATIENCE_SEC) == 0
     assert host.run("until", "0").returncode == host.run("until", "1s", "--timeout", "x").returncode == 100
@@ -3586,15 +3564,6 @@ def test_wait_goes_by_clockspeed_else_triples_and_minds_kisses(host, changes, ar
     assert abs(int(host.says("wait", *args.split())) - said) <= (10 if said == 599 else 0)
 
 
-def test_wait_lets_clockspeed_take_in_the_mark_first(host):
-    host.status(next=dict(NO_PLAN, wait_sec=10))
-    os.utime(host.home + "/etc/status", (1, 1))
-    with host.start("wait", 541, 2617923, stdout=subprocess.PIPE) as waiting:
-        time.sleep(0.3)
-        host.status(next=dict(NO_PLAN, wait_sec=9000))
-        assert int(waiting.stdout.read()) > 8000
-
-
 BAD_VALUES = (None, "x", -1, 1e308, 10**400, float("nan"), float("inf"), [], {}, "\x1b[2J", [1e308] * 9)
 
 
@@ -3623,28 +3592,30 @@ def test_a_signal_ends_a_mark_and_its_client(host, number):
     until(lambda: not os.path.exists("/proc/" + host.lines()[1]))
 
 
-def test_every_command_has_its_part_of_the_manual_and_unknown_words_are_named(host):
+def test_every_command_has_its_part_of_the_manual_and_unknown_words_are_named(capfd):
+    def said(*words):
+        return (CTL.main(["clockctl", *words]),) + tuple(capfd.readouterr())
     for name in CTL.COMMANDS:
-        text = run("clockctl", "help", name).stdout.decode()
-        assert text.startswith("clockctl " + name) and text.count("\n") > 1
-        assert all(run("clockctl", name, option).stdout.decode() == text for option in ("-h", "--help"))
-        done = host.run(name, "--bad")
-        assert (done.returncode, done.stderr) == (100, "clockctl: usage: %s\n" % text.partition("\n")[0])
-    for word in ("version", "help"):
-        assert run("clockctl", word).stdout == run("clockctl", "--" + word).stdout
-    for args in (["statsu"], ["help", "statsu"]):
-        assert "; statsu is not one; the nearest known one is status\n" in run("clockctl", *args).stderr
+        status, text, _ = said("help", name)
+        assert status == 0 and text.startswith("clockctl " + name) and text.count("\n") > 1
+        assert said(name, "-h") == said(name, "--help") == (0, text, "")
+        assert said(name, "--bad") == (100, "", "clockctl: usage: %s\n" % text.partition("\n")[0])
+    assert said("version") == said("--version") and said("help") == said("--help")
+    for words in (["statsu"], ["help", "statsu"]):
+        assert said(*words)[2].endswith("; statsu is not one; the nearest known one is status\n")
 
 
 def test_check_and_graph_are_run_from_beside_it(host):
     path = shutil.copy(path_of("clockctl"), host.bin)
     os.symlink(path, host.home + "/link")
-    done = subprocess.run([sys.executable, "-IS", path, "check"], stderr=subprocess.PIPE)
-    assert done.returncode == 111 and done.stderr.endswith(b"there is none: copy clockctl-check there\n")
-    host.stand_in("clockctl-check", then="exit 2")
-    done = subprocess.run([sys.executable, "-IS", host.home + "/link", "check", "--json", "x"])
-    assert done.returncode == 2
-    assert host.lines() == ["clockctl-check:--json x"]
+    command = [sys.executable, "-IS", host.home + "/link"]
+    done = subprocess.run(command + ["check"], stderr=subprocess.PIPE)
+    assert done.returncode == 111 and done.stderr.endswith(b"/clockctl-check: No such file or directory\n")
+    for name in ("check", "graph"):
+        host.stand_in("clockctl-" + name, then="echo $CLOCKSPEED_LOG; exit 2")
+        done = subprocess.run(command + [name, "--json", "x"], stdout=subprocess.PIPE, env=host.env)
+        assert (done.returncode, done.stdout == b"\n") == (2, name == "check")  # graph is given the log
+    assert host.lines() == ["clockctl-check:--json x", "clockctl-graph:--json x"]
 
 
 @pytest.mark.skipif(os.path.exists("/usr/local/etc/clockspeed.conf"), reason="there is a configuration here")
@@ -3654,7 +3625,7 @@ def test_without_modules_that_python3_minimal_lacks_it_does_what_it_can(host):
     env = dict(UTC_ENV, CLOCKSPEED_HOME=host.home, CLOCKSPEED_BIN=host.bin, CLOCK_IP="192.0.2.1")
     host.status()
     for args, status, said in ((["view"], 0, ""), (["statsu"], 100, "usage: .*"), (["atto"], 0, ""),
-                               (["status"], 111, ".*json.*"), (["until", "1s"], 111, ".*json.*")):
+                               (["status"], 111, ".*json.*")):
         done = subprocess.run([sys.executable, "-IS", "-c", code, path_of("clockctl")] + args, env=env,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert done.returncode == status and re.fullmatch("(clockctl: %s\n)?" % said, done.stderr.decode())
@@ -3677,8 +3648,7 @@ def trying(host, monkeypatch):
     """A host whose clockctl finds stand-ins only; its clockspeed takes each mark for the same."""
     host.status(rate_ppm=10.0)
     host.write("bin/clockspeed", TRIED % (sys.executable, host.asked, host.home), 0o755)
-    for name, value in (("__file__", host.bin + "/clockctl"), ("CONF", host.conf), ("TRY_SEC", 0.1),
-                        ("TRY_EVERY_SEC", 0.5)):
+    for name, value in (("HERE", host.bin), ("CONF", host.conf), ("TRY_SEC", 0.1), ("TRY_EVERY_SEC", 0.5)):
         monkeypatch.setattr(CTL, name, value)
     monkeypatch.setattr(tempfile, "tempdir", host.home + "/mark")
     yield host
@@ -3690,30 +3660,23 @@ def test_try_shows_what_clockspeed_makes_of_the_answers(trying, capfd):
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 0
     said = capfd.readouterr().out.splitlines()
     assert said[0].endswith("13 marks: rate +10.00 ppm, give or take 0.01")
-    assert said[1].endswith("is off by 864 ms a day.")
+    assert said[1].endswith("By ntp 192.0.2.9 this machine's counter is off by 864 ms a day.")
     assert trying.lines()[1:] == ["sntpclock:-r 2 192.0.2.9"]
-
-
-def test_try_ends_at_a_failure_that_time_will_not_mend_with_one_line(trying, capfd):
-    for words in ("unable to find no.such.host: Name or service not known", "kiss-o'-death DENY"):
-        trying.stand_in("sntpclock", then='echo "sntpclock: fatal: %s" >&2; exit 111' % words)
-        assert CTL.main(["clockctl", "try", "ntp:no.such.host"]) == 111
-        assert capfd.readouterr().err == "clockctl: fatal: unable to ask ntp:no.such.host: %s\n" % words
     shutil.copy("/bin/true", trying.bin + "/clockspeed")
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 111
     assert capfd.readouterr().err.endswith("/clockspeed: a clockspeed in C would set the clock\n")
-    assert CTL.main(["clockctl", "try", "gps:192.0.2.9"]) == CTL.main(["clockctl", "try", "ntp:-f"]) == 100
+    assert CTL.main(["clockctl", "try", "gps:192.0.2.9"]) == CTL.main(["clockctl", "try", "ntp:"]) == 100
 
 
-def test_a_signal_ends_a_try_and_all_that_it_started(trying):
+@pytest.mark.parametrize("then, status, said", [
+    ('echo "sntpclock: fatal: no such host" >&2; exit 111', 111, b"sntpclock: fatal: no such host\n"),
+    ("kill $PPID; exec sleep 3571", 143, b"")])
+def test_a_try_ends_with_all_that_it_started_by_a_failure_or_signal(trying, then, status, said):
     shutil.copy(path_of("clockctl"), trying.bin)
-    trying.stand_in("sntpclock", then="echo $$ >>%s; exec sleep 3571" % trying.asked)
-    command = [sys.executable, "-IS", trying.bin + "/clockctl", "try", "ntp:192.0.2.9"]
-    env = dict(trying.env, TMPDIR=trying.home + "/mark")
-    with process(command, stderr=subprocess.PIPE, env=env) as running:
-        until(lambda: len(trying.lines()) == 3)
-        running.terminate()
-        assert (running.wait(PATIENCE_SEC), running.stderr.read()) == (143, b"")
+    trying.stand_in("sntpclock", then="echo $$ >>%s; %s" % (trying.asked, then))
+    done = subprocess.run([sys.executable, "-IS", trying.bin + "/clockctl", "try", "ntp:192.0.2.9"],
+                          stderr=subprocess.PIPE, env=dict(trying.env, TMPDIR=trying.home + "/mark"))
+    assert (done.returncode, done.stderr) == (status, said)
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_MONOTONIC_RAW"), reason="no CLOCK_MONOTONIC_RAW")
@@ -3721,9 +3684,9 @@ def test_try_without_a_server_compares_the_counter_with_the_kernels_clock(monkey
     monkeypatch.setattr(CTL, "TRY_SEC", 2)
     assert CTL.main(["clockctl", "try"]) == 0
     first, *shown, last = capfd.readouterr().out.splitlines()
+    words = re.fullmatch(r" 2 s: the kernel's clock is off by (\S+) ppm, give or take (\S+)", shown[1])
+    assert len(shown) == 2 and abs(float(words.group(1))) < 1000 and 0 < float(words.group(2)) < 1000
     assert first.startswith("No server is asked.") and "a server would tell: clockctl try ntp:HOST" in last
-    for second, line in enumerate(shown, 1):
-        assert re.fullmatch(r" %d s: the kernel's clock is off by \S+ ppm, give or take \S+" % second, line)
 
 
 def test_real_programs_from_the_server_to_the_status(host):
@@ -3758,11 +3721,11 @@ DECODERS += [
 # ==== clockctl-check ================================================================================
 
 CHECK = load("clockctl-check")
-SAID = CHECK.Said(0, b"", "")
+SAID = CHECK.Said(0, "", "")
 
 
 def failed(text, status=111):
-    return CHECK.Said(status, b"", text)
+    return CHECK.Said(status, "", text)
 
 
 def levels(findings):
@@ -3774,8 +3737,8 @@ def levels(findings):
 
 def test_one_cause_is_one_failure_and_what_follows_says_so():
     found = [CHECK.fail("services", "down", "svc -u"), CHECK.fail("clockspeed", "does not run", "start it"),
-             CHECK.fail("marks", "not known", "look"), CHECK.fail("space", "full", "make room"),
-             CHECK.ok("adjust", "is read")]
+             CHECK.fail("marks", "far off", "step"), CHECK.fail("space", "full", "make room"),
+             CHECK.ok("scale", "utc")]
     shown = list(CHECK.single_causes(found))
     assert [each.level for each in shown] == ["fail", "warn", "warn", "fail", "ok"]
     assert [each.todo for each in shown[1:3]] == ["that follows from services"] * 2
@@ -3783,12 +3746,11 @@ def test_one_cause_is_one_failure_and_what_follows_says_so():
 
 
 CONFIG = {"CLOCK_TYPE": "ntp", "CLOCK_IP": "192.0.2.7 192.0.2.8"}
-STATUS = {"pid": 7, "doing": "steering", "observe_only": False, "marks": {"used": 9, "doubted": 0,
-    "refused": 1},
-          "tick_ns": 10**12, "last_mark": {"tick_ns": 9 * 10**11, "outcome": "used"},
-              "next": {"settling": False},
-          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "age_sec": 5,
-              "next_mark_sec": 50}}
+STATUS = {"pid": 7, "doing": "steering", "observe_only": False,
+          "marks": {"used": 9, "doubted": 0, "refused": 1}, "last_mark": {"outcome": "used"},
+          "next": {"settling": False},
+          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "mark_age_sec": 105,
+                  "next_mark_sec": 50}}
 
 
 def status(**fields):
@@ -3797,45 +3759,51 @@ def status(**fields):
                 **{k: v for k, v in fields.items() if k not in STATUS["now"]})
 
 
+def fifo(is_read):
+    """The FIFO's name, and a function that tells whether it is read."""
+    def look(path):
+        if is_read is None:
+            raise PermissionError
+        return is_read
+    return "/adjust", look
+
+
 def disk(blocks, files=9, flags=0):
     return ["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, blocks, 9, files, files, flags, 255))
 
 
 def viewed(words, stderr=""):
-    return CHECK.Said(0, b"before: x\nafter:  y\nthis clock is %s\n" % words.encode(), stderr)
+    return CHECK.Said(0, "before: x\nafter:  y\nthis clock is %s\n" % words, stderr)
 
 
 @pytest.mark.parametrize("probe, arguments, level, words", [
     ("configuration", (CONFIG, True, SAID, SAID), "ok", "ntp servers: 192.0.2.7 192.0.2.8"),
     ("configuration", ({}, True, failed("clockctl: fatal: unable to read c: line 1: no\n"), failed("")),
-     "fail",
-     "^unable to read c: line 1: no; correct it"),
+     "fail", "^unable to read c: line 1: no; correct it"),
     ("configuration", (CONFIG, True, failed("p: fatal: unable to run c: Permission denied"), SAID), "fail",
      "^clocksd can't use it: unable to run c: Permission denied; chmod"),
-    ("configuration", (dict(CONFIG, CLOCK_IP="192.0.2.1"), True, SAID, SAID), "fail", "still the example's"),
-    ("configuration", (dict(CONFIG, CLOCK_IP=""), True, SAID, SAID), "fail", "not set"),
+    ("configuration", (dict(CONFIG, CLOCK_IP="192.0.2.1"), True, SAID, SAID), "fail", "not name your serv"),
+    ("configuration", (dict(CONFIG, CLOCK_IP=""), True, SAID, SAID), "fail", "not name your servers"),
     ("configuration", (CONFIG, False, SAID, SAID), "fail", "there is no .*clockspeed.conf"),
     ("programs", (HERE, ("clockview", "clockctl")), "ok", "clockview, clockctl in "),
     ("programs", (HERE, ("clockview", "LICENSE", "none")), "fail", "no executable LICENSE or none"),
     ("users", ([("a", "-w", "/x")], {"a"}.__contains__, lambda *need: True), "ok", ""),
     ("users", ([("a", "-w", "/x"), ("b", "-r", "/y")], {"a"}.__contains__, lambda *need: False), "warn fail",
      "no user b;(.|\n)*a can't write /x; chown a /x"),
-    ("clockspeed", (STATUS, SAID, True), "ok", "process 7, steering"),
-    ("clockspeed", (status(observe_only=True), SAID, True), "warn", "only observes"),
-    ("clockspeed", (status(problem="it died"), SAID, False), "fail", "it died; read its log"),
-    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), False), "fail",
+    ("clockspeed", (STATUS, SAID, *fifo(True)), "ok", "process 7, steering"),
+    ("clockspeed", (STATUS, SAID, *fifo(None)), "ok", "process 7, steering"),
+    ("clockspeed", (STATUS, SAID, *fifo(False)), "fail", "^it does not read /adjust; read its log"),
+    ("clockspeed", (status(observe_only=True), SAID, *fifo(True)), "warn", "only observes"),
+    ("clockspeed", (status(problem="it died"), SAID, *fifo(False)), "fail", "^it died; read its log"),
+    ("clockspeed", (status(problem="it hangs"), SAID, *fifo(True)), "fail", "^it hangs; read its log"),
+    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), *fifo(None)), "fail",
      "is none; read"),
-    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: No module named 'json'"), True), "warn",
-     "it runs, but tells nothing: unable to read s: No module named 'json'"),
-    ("adjust", ("/adjust", None), "ok", "is read"), ("adjust", ("/adjust", PermissionError()), "warn",
-     "as root"),
-    ("adjust", ("/adjust", ImportError("No module named 'termios'")), "warn", "unable to see .*'termios'"),
-    ("adjust", ("/adjust", ValueError("no clockspeed reads it")), "fail",
-     "^/adjust: no clockspeed reads it; read"),
+    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: No module named 'json'"), *fifo(True)),
+     "warn", "it runs, but tells nothing: unable to read s: No module named 'json'"),
     ("marks", (STATUS,), "ok",
      "^the clock is 3 ms behind, give or take 400 us, by 10 marks, the next one in 50 s"),
     ("marks", (status(offset_sec=-3599.9),), "fail", "^the clock is 60 min ahead.*clockctl set.*83.3 days"),
-    ("marks", (status(offset_sec=-3599.9, next={"settling": True}),), "fail", "60 min ahead"),
+    ("marks", (status(offset_sec=0.51, next={"settling": True}),), "fail", "510 ms behind"),
     ("marks", (status(next={"settling": True}, next_mark_sec=64),), "ok",
      "^settling, .*by 10 marks, .*in 64 s"),
     ("marks", (status(offset_sec=None, last_mark=None, next={"settling": True}),), "ok",
@@ -3843,9 +3811,10 @@ def viewed(words, stderr=""):
     ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn",
      "none in this boot; read the log"),
     ("marks", (status(next_mark_sec=-601),), "warn", "the next one is late"),
-    ("marks", (status(tick_ns=3 * 10**15, next_mark_sec=None),), "warn", "late"),
-    ("marks", (status(last_mark={"tick_ns": 9 * 10**11, "outcome": "doubted"}),), "warn", "one was doubted"),
-    ("marks", (status(problem="it died"),), "fail", "not known"), ("marks", (None,), "fail", "not known"),
+    ("marks", (status(next_mark_sec=-599),), "ok", "by 10 marks; $"),
+    ("marks", (status(mark_age_sec=3 * 10**6, next_mark_sec=None),), "warn", "late"),
+    ("marks", (status(last_mark={"outcome": "doubted"}),), "warn", "one was doubted"),
+    ("marks", (status(problem="it died"),), "warn", "not known"), ("marks", (None,), "warn", "not known"),
     ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok",
      "^this clock is 3.2 ms behind"),
     ("server", (viewed("60 min ahead of ntp x, give or take 1 ms"),), "fail", "60 min ahead.*`clockctl set`"),
@@ -3853,23 +3822,18 @@ def viewed(words, stderr=""):
      "^192.0.2.8: a falseticker; correct CLOCK_IP"),
     ("server", (failed("sntpclock: fatal: this clock is 6 years off; see `clockctl set`"),), "fail",
      "^this clock is 6 years off; see `clockctl set`; $"),
-    ("server",
-     (failed("sntpclock: warning: w\nsntpclock: fatal: unable to ask x: no usable answer\n"
-             "clockctl: fatal: z"),),
+    ("server", (CHECK.Said(1, viewed("1 ms behind x").stdout, "c: fatal: it failed"),), "fail", "^it failed"),
+    ("server", (SAID,), "fail", "ended with 0"),
+    ("server", (failed("x: warning: w\nx: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
      "fail", "^unable to ask x: no usable answer; correct"),
-    ("space", disk(10**6), "ok", "3906 MB at /"), ("space", disk(2000), "warn", "only 7 MB"),
-    ("space", disk(10**6, files=0), "fail", "full"), ("space", disk(200), "fail", "full"),
-    ("space", disk(10**6, flags=os.ST_RDONLY), "fail", "read-only"),
-    ("rivals", ([], b"", 0), "ok", ""), ("rivals", ([("ntpd", "7")], b"", 0), "fail",
-     "ntpd sets .* process 7; stop"),
-    ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 10000), "fail", "another program steers"),
-    ("rivals", ([], b"@4000000000000e1a00000000 foreign: x\n", 20000), "ok", ""),
+    ("space", disk(10**6), "ok", "3906 MB at /"), ("space", disk(10**6, files=0), "fail", "full"),
+    ("space", disk(200), "fail", "full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail", "read-only"),
+    ("rivals", ([], "", 0), "ok", ""),
+    ("rivals", ([("ntpd", "7")], "", 0), "fail", "ntpd sets .* process 7; stop"),
+    ("rivals", ([], "@4000000000000e1a00000000 foreign: x\n", 10000), "fail", "another program steers"),
+    ("rivals", ([], "@4000000000000e1a00000000 foreign: x\n", 20000), "ok", ""),
     ("scale", ("utc", "utc", None), "ok", ""), ("scale", ("tai", "tai", "utc"), "fail", "set CLOCK_SCALE"),
-    ("scale", ("tai", "utc", "tai"), "warn", "take a right/ zone"),
-    ("counter", ("tsc", None), "ok", "tsc"), ("counter", ("hpet", None), "warn", "slow"),
-    ("counter", ("tsc", "CLOCK_MONOTONIC"), "warn", "others steer"), ("counter", ("jiffies", None), "fail",
-     "ms|milli"),
-])
+    ("scale", ("tai", "utc", "tai"), "warn", "the time zone utc")])
 def test_a_probe_finds(probe, arguments, level, words):
     found = list(getattr(CHECK, "check_" + probe)(*arguments))
     assert {each.topic for each in found} == {probe}
@@ -3882,8 +3846,7 @@ def test_a_probe_finds(probe, arguments, level, words):
     ((), "svstat", "s: down 3 seconds, normally up", None, "fail", "down 3 seconds.*svc -u"),
     (("stat",), "sv", "run: s: (pid 7) 5s; run: log: (pid 8) 5s", 50, "ok", "50 s"),
     (("stat",), "sv", "down: s: 5s; run: log: (pid 8) 5s", 50, "fail", "down"),
-    (("death_tally",), "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok", "50 s"),
-])
+    (("death_tally",), "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok", "50 s")])
 def test_a_service_is_up_by_the_age_of_its_process(kept, tool, said, age_sec, level, words, tmp_path):
     for service in ("clockspeed", "clockspeed_adjust"):
         (tmp_path / service / "supervise").mkdir(parents=True)
@@ -3892,7 +3855,7 @@ def test_a_service_is_up_by_the_age_of_its_process(kept, tool, said, age_sec, le
 
     def run_tool(command):
         assert command[0] == tool
-        return CHECK.Said(0, said.encode(), "")
+        return CHECK.Said(0, said, "")
     found = levels(CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get))
     assert found[0] == level + " " + level and re.search(words, found[1])
     assert 0 <= CHECK.age_sec(str(os.getpid())) < 10**5 and CHECK.age_sec("0") == 0
@@ -3912,19 +3875,19 @@ def test_who_can_change_what_root_runs(uid, mode, level):
     assert private[0] == ("fail" if mode == 0o100666 else "ok")
 
 
-def test_whether_marks_get_through_the_fifo(tmp_path):
+def test_whether_marks_are_read_from_the_fifo(tmp_path):
     path = str(tmp_path / "adjust")
-    assert "not there" in str(CHECK.adjust_trouble(path))
+    assert not CHECK.is_read(path)
     (tmp_path / "adjust").touch()
-    assert "not a FIFO" in str(CHECK.adjust_trouble(path))
+    assert not CHECK.is_read(path)
     os.unlink(path)
     os.mkfifo(path)
-    assert "no clockspeed reads it" in str(CHECK.adjust_trouble(path))
-    reader = os.open(path, os.O_RDWR)
-    assert CHECK.adjust_trouble(path) is None
-    os.write(reader, bytes(32))
-    assert "32 bytes wait" in str(CHECK.adjust_trouble(path))
-    os.close(reader)
+    assert not CHECK.is_read(path)
+    with reading(path):
+        assert CHECK.is_read(path)
+    os.symlink(path, path + ".link")
+    with pytest.raises(OSError):
+        CHECK.is_read(path + ".link")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another")
@@ -3932,33 +3895,30 @@ def test_root_looks_with_the_eyes_of_another(tmp_path):
     secret = tmp_path / "conf"
     secret.write_text("x")
     secret.chmod(0o600)
-    assert CHECK.run(["cat", str(secret)]).stdout == b"x" and not CHECK.may_use("nobody", "-r", str(secret))
+    assert CHECK.run(["cat", str(secret)]).stdout == "x" and not CHECK.may_use("nobody", "-r", str(secret))
     assert "Permission denied" in CHECK.complaint(CHECK.run([str(secret)], "nobody"))
     assert CHECK.may_use("nobody", "-r", str(tmp_path / "none")) and CHECK.may_use("nobody", "-r", "/")
-    assert CHECK.run(["id", "-G"],
-        "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid).encode()]
+    assert CHECK.run(["id", "-G"], "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid)]
 
 
 def test_who_sets_the_clock_is_known_by_name(tmp_path):
-    for pid, (name, words) in enumerate([("chronyd", "chronyd"), ("chronyd", "chronyd -x"), ("sh", "-x"),
-        ("ntpd", "a")]):
-        (tmp_path / str(pid)).mkdir()
-        (tmp_path / str(pid) / "comm").write_text(name + "\n")
-        (tmp_path / str(pid) / "cmdline").write_text(words.replace(" ", "\0") + "\0")
-    assert sorted(CHECK.find_rivals(str(tmp_path))) == [("chronyd", "0"), ("ntpd", "3")]
+    for pid, name, words in (
+            ("1", "chronyd", "a"), ("2", "chronyd", "a\0-x"), ("3", "sh", "-x"), ("4", "ntpd", "a")):
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "comm").write_text(name + "\n")
+        (tmp_path / pid / "cmdline").write_text(words + "\0")
+    assert sorted(CHECK.find_rivals(str(tmp_path))) == [("chronyd", "1"), ("ntpd", "4")]
 
 
-def test_check_looks_at_every_topic_once_where_nothing_is_installed(tmp_path):
-    (tmp_path / "conf").write_text("CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n" % (tmp_path,
-     HERE))
+def test_check_looks_at_every_topic_where_nothing_is_installed(tmp_path):
+    (tmp_path / "conf").write_text(
+        "CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n" % (tmp_path, HERE))
     lines = run("clockctl-check", CLOCKSPEED_CONF=tmp_path / "conf").stdout.decode().splitlines()
     found = {topic: level for level, topic in (line.partition(":")[0].split() for line in lines[:-1])}
-    assert set(found) | {"space", "users"} == {
-        "configuration", "programs", "owners", "users", "services", "clockspeed", "adjust", "marks", "server",
-            "space",
-        "rivals", "scale", "counter"}
+    assert " ".join(topic for topic in found if topic != "users") == (
+        "configuration programs owners services clockspeed marks server rivals scale")
     assert [found[topic] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
-    assert [found[topic] for topic in ("adjust", "marks")] == ["warn"] * 2  # clockspeed is their cause
+    assert "unable to look" not in str(lines)
 
 
 def test_check_counts_and_its_status_is_the_worst(tmp_path):
@@ -3977,10 +3937,9 @@ def test_check_counts_and_its_status_is_the_worst(tmp_path):
 # ==== clockctl-graph ================================================================================
 
 GRAPH = load("clockctl-graph")
-LABEL = "@400000006b49d20a075bcd15 "  # 2027-01-15 08:00:00.123456789
-OLD_MARK = "mark: offset +0.5 s, error 0.25 s, rate -3.5 ppm, rate error 0.5 ppm, used"
-NEW_MARK = ("mark: tick 5 ns, real 1800000001000000000 ns, spread 2 ns, distance - ns, offset -0.5 s, "
-            "error 0.25 s, bound 0.75 s, rate +3.5 ppm, rate error 0.5 ppm, refused")
+LABEL = "@400000006b49d20a075bcd15 "
+A_MARK = ("mark: tick 5 ns, real 1800000001000000000 ns, spread 2 ns, distance - ns, offset -0.5 s, "
+          "error 0.25 s, bound 0.75 s, rate +3.5 ppm, rate error 0.5 ppm, refused")
 
 
 def parse_line(line):
@@ -3990,25 +3949,22 @@ def parse_line(line):
 
 
 @pytest.mark.parametrize("line, mark", [
-    (LABEL + OLD_MARK, ("used", 1800000000.123456789, 0.5, 0.25, None, -3.5, 0.5)),
-    (LABEL + NEW_MARK, ("refused", 1800000001, -0.5, 0.25, 0.75, 3.5, 0.5)),
-    (LABEL + NEW_MARK.replace("0.75", "-"), ("refused", 1800000001, -0.5, 0.25, None, 3.5, 0.5)),
-    (OLD_MARK, None), (LABEL + OLD_MARK + "?", None), (LABEL + OLD_MARK.replace("0.25", "nan"), None),
-    (LABEL + OLD_MARK.replace("0.25", "-"), None), (LABEL + OLD_MARK.replace("0.25", "1e300"), None),
-    (LABEL + OLD_MARK.replace("error", "terror"), None), (LABEL + "mark: , used", None),
-    (LABEL + "slew: 0.5 s", None), (LABEL + " " + OLD_MARK, None)])
+    (LABEL + A_MARK, ("refused", 1800000001, -0.5, 0.25, 0.75, 3.5, 0.5)),
+    (LABEL + A_MARK.replace("0.75", "-"), ("refused", 1800000001, -0.5, 0.25, None, 3.5, 0.5)),
+    (LABEL + A_MARK.replace("1800000001000000000", "1e30"), None),
+    (A_MARK, None), (LABEL + A_MARK + "?", None), (LABEL + A_MARK.replace("0.25", "nan"), None),
+    (LABEL + A_MARK.replace("0.25", "-"), None), (LABEL + A_MARK.replace("0.25", "1e300"), None),
+    (LABEL + A_MARK.replace("error", "terror"), None), (LABEL + "mark: , used", None),
+    (LABEL + "slew: 0.5 s", None), (LABEL + " " + A_MARK, None)])
 def test_a_mark_is_read_off_the_log(line, mark):
-    found = parse_line(line)
-    assert (found and tuple(each if each in (None, found[0]) else round(each, 6) for each in found)) == (
-        mark and tuple(each if each in (None, mark[0]) else round(each, 6) for each in mark))
+    assert parse_line(line) == mark
 
 
-def write_log(directory, count, offset=lambda number: number * 1e-6, bound="0.000900000"):
+def write_log(directory, count, offset=lambda number: number * 1e-6):
     """Marks ten minutes apart, in two of multilog's files."""
-    lines = ["@%016x00000000 mark: tick 1 ns, offset %+.9f s, error 0.000050000 s, bound %s s, "
+    lines = [LABEL + "mark: tick 1 ns, real %d ns, offset %+.9f s, error 0.000050000 s, bound 0.000900000 s, "
              "rate +12.%04d ppm, rate error 0.0100 ppm, used\n" % (
-                 2**62 + 10 + 1800000000 + 600 * number, offset(number), bound, number)
-             for number in range(count)]
+                 (1800000000 + 600 * number) * 10**9, offset(number), number) for number in range(count)]
     directory.mkdir(exist_ok=True)
     (directory / ("@" + "4" * 24 + ".s")).write_text(
         "".join(lines[:count // 2]) + LABEL + "moved: x\nrubbish\n\xff")
@@ -4022,81 +3978,90 @@ def test_a_log_is_read_whole_and_nothing_else_is(tmp_path):
     os.rename(log + "/current", log + "/kept")
     for plant in (lambda path: os.symlink(log + "/kept", path), os.mkfifo):
         plant(log + "/current")
-        done = run("clockctl-graph", CLOCKSPEED_CONF=conf_of(tmp_path, log))
+        done = run("clockctl-graph", CLOCKSPEED_LOG=log)
         assert done.returncode == 111 and "unable to read the log in " + log in done.stderr
         os.unlink(log + "/current")
 
 
-def conf_of(tmp_path, log):
-    (tmp_path / "conf").write_text("CLOCKSPEED_LOG=%s\n" % log)
-    return str(tmp_path / "conf")
-
-
 def test_fewer_than_three_marks_are_said_to_be_so_few(tmp_path):
-    done = run("clockctl-graph", CLOCKSPEED_CONF=conf_of(tmp_path, write_log(tmp_path / "log", 2)))
+    done = run("clockctl-graph", CLOCKSPEED_LOG=write_log(tmp_path / "log", 2))
     assert (done.returncode, done.stdout) == (111, b"")
     assert "unable to draw the offset: marks to draw so far: 2; a graph needs 3" in done.stderr
 
 
 def test_standard_deviation_and_bound_are_two_things(tmp_path):
-    conf = conf_of(tmp_path, write_log(tmp_path / "log", 200, lambda number: 1e-4 * (number % 20) - 1e-3))
-    shown = run("clockctl-graph", CLOCKSPEED_CONF=conf).stdout.decode("ascii").splitlines()
-    assert shown[0] == "offset, real time minus system clock; marks: 200 used"
-    assert shown[1] == "* offset +900 us,  . standard deviation 50 us,  = bound 900 us"
-    assert re.fullmatch(r" +01-15 08:00 +01-15 19:\d\d +01-16 06:\d\d +01-16 17:10", shown[-1])
-    picture = "".join(shown[2:-2])
-    assert all(glyph in picture for glyph in "*.=") and "+1 ms +" in picture
-    assert run("clockctl-graph", "error", CLOCKSPEED_CONF=conf).stdout.startswith(b"standard deviation")
-    assert run("clockctl-graph", "rate", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
-    assert run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).returncode == 0
-    curves = [each.get("class") for each in xml.etree.ElementTree.parse(tmp_path / "x.svg").iter()
-              if each.tag.endswith("polyline") and each.get("points").count(",") == 200]
-    assert sorted(curves) == ["bound", "bound", "deviation", "deviation", "value"]
-    os.rename(tmp_path / "x.svg", tmp_path / "y.svg")
-    os.symlink(tmp_path / "y.svg", tmp_path / "x.svg")
-    assert "symbolic link" in run("clockctl-graph", "--svg", tmp_path / "x.svg", CLOCKSPEED_CONF=conf).stderr
-    table = run("clockctl-graph", "--csv", CLOCKSPEED_CONF=conf).stdout.decode().splitlines()
-    assert len(table) == 201 and table[1] == (
+    log = write_log(tmp_path / "log", 200, lambda number: 1e-4 * (number % 20) - 1e-3)
+
+    def shown(*words):
+        done = run("clockctl-graph", *words, CLOCKSPEED_LOG=log)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.decode("ascii").splitlines()
+    title, legend, *picture, axis, dates = shown()
+    assert title == "offset, real time minus system clock; marks: 200 used"
+    assert legend == "* offset +900 us,  . standard deviation 50 us,  = bound 900 us"
+    assert re.fullmatch(r" +01-15 08:00 +01-15 19:\d\d +01-16 06:\d\d +01-16 17:10", dates)
+    assert all(glyph in "".join(picture) for glyph in "*.=") and "+1 ms +" in "".join(picture)
+    assert {len(line) for line in [axis, dates]} == {79} and len(picture) == 17
+    assert shown("error")[0].startswith("standard deviation") and shown("rate", "--svg")[0].startswith("<svg")
+    elements = xml.etree.ElementTree.fromstring("\n".join(shown("--svg"))).iter()
+    classes = [each.get("class") for each in elements if each.get("points", "").count(",") == 200]
+    assert sorted(classes) == ["bound", "bound", "deviation", "deviation", "value"]
+    assert len(shown("--csv")) == 201 and shown("--csv")[1] == (
         "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
 
 
-@pytest.mark.parametrize("low, high", [(-1, 1), (0, 3), (0.3, 0.6), (1.2345, 1.23451), (-7e-9, 1e-9), (0,
-    1e12), (5, 65)])
+@pytest.mark.parametrize("low, high", [
+    (-1, 1), (0, 3), (0.3, 0.6), (1.2345, 1.23451), (-7e-9, 1e-9), (0, 1e12), (5, 65)])
 def test_ticks_are_round_some_and_differ(low, high):
     ticks = GRAPH.round_ticks(low, high)
     assert 3 <= len(ticks) <= 8 and all(low - 1e-12 <= tick <= high * (1 + 1e-12) for tick in ticks)
-    marks = [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0) for at_sec, value in enumerate((low, high,
-        low))]
+    marks = [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0)
+             for at_sec, value in enumerate((low, high, low))]
     words = [words for _, words in GRAPH.make_chart("offset", marks).ticks]
     assert len(set(words)) == len(words) >= 2, words
 
 
+@pytest.mark.parametrize("field, value, words", [
+    ("offset_sec", 90, "+1.5 min"), ("offset_sec", -7200, "-2 h"), ("error_sec", 0.0025, "2.5 ms"),
+    ("bound_sec", 3e-10, "0.3 ns"), ("error_sec", 0, "0"), ("rate_ppm", 12.345, "+12.3 ppm"),
+    ("rate_error_ppm", 0.01, "0.01 ppm")])
+def test_a_value_has_the_unit_and_sign_that_suit_it(field, value, words):
+    assert GRAPH.format_value(field, value) == words
+
+
 def test_one_value_far_out_does_not_flatten_the_rest():
-    low, high = GRAPH.value_range([3600.0] + [number * 1e-6 for number in range(50)])
-    assert -1e-5 < low <= 0 and 49e-6 <= high < 1e-4
-    marks = [GRAPH.Mark("used", number, 3600 if number == 0 else 1e-6 * number, 1e-6, None, 0,
-        0) for number in range(50)]
+    values = [3600.0] + [number * 1e-6 for number in range(41)]
+    assert GRAPH.value_range(values) == pytest.approx((-2e-6, 42e-6))
+    assert GRAPH.round_ticks(0, 3) == [0, 1, 2, 3]
+    offsets = [3600] + [number * 1e-6 for number in range(1, 50)]
+    marks = [GRAPH.Mark("used", number, offset, 1e-6, None, 0, 0) for number, offset in enumerate(offsets)]
     assert GRAPH.make_chart("offset", marks).title.endswith("marks: 50 used, 1 beyond the edge")
 
 
-def test_a_curve_has_no_gaps():
+@pytest.mark.parametrize("span_sec, date", [
+    (3600, "01-15 09:00:00"), (3601, "01-15 09:00"), (345600, "01-19 08:00"), (345601, "2027-01-19")])
+def test_dates_are_as_fine_as_the_span_wants(span_sec, date, monkeypatch):
+    monkeypatch.setattr(GRAPH.time, "localtime", time.gmtime)
+    marks = [GRAPH.Mark("used", 1800000000 + at_sec, 1, 1, None, 0, 0) for at_sec in (0, 9, span_sec)]
+    assert GRAPH.make_chart("offset", marks).dates[-1] == (1, date)
+
+
+def test_a_curve_has_no_gaps_and_ends_at_the_edges():
     rng = random.Random(SEED)
     points = sorted((rng.random(), rng.random()) for _ in range(60))
     rows = {}
-    for column, top, bottom in GRAPH.strokes(points, 200, 50):
-        low, high = rows.get(column, (top, bottom))
-        rows[column] = min(low, top), max(high, bottom)
-    columns = sorted(rows)
-    assert columns == list(range(columns[0], columns[-1] + 1))
-    for left, right in zip(columns, columns[1:]):
-        assert rows[right][0] <= rows[left][1] + 1 and rows[left][0] <= rows[right][1] + 1
-    assert not list(GRAPH.strokes([(0, -2), (1, -1)], 9, 9)) and not list(GRAPH.strokes([(0, 2), (1, 3)], 9,
-        9))
-    assert all(0 <= top <= bottom <= 8 for _, top, bottom in GRAPH.strokes([(0, -2), (0.5, 3), (1, -2)], 9,
-        9))
+    for column, row in GRAPH.strokes([(0, 0.5)] + points + [(1, 0.5)], 200, 50):
+        rows.setdefault(column, set()).add(row)
+    assert sorted(rows) == list(range(200))
+    for left in range(199):
+        assert any(abs(row - other) <= 1 for row in rows[left] for other in rows[left + 1])
+        assert len(rows[left]) == max(rows[left]) - min(rows[left]) + 1
+    assert not any(list(GRAPH.strokes(points, 9, 9)) for points in ([(0, -2), (1, -1)], [(0, 2), (1, 3)]))
+    assert {row for _, row in GRAPH.strokes([(0, -2), (0.5, 3), (1, -2)], 9, 9)} == set(range(9))
+    assert set(GRAPH.strokes([(0, 0), (1, 1)], 9, 9)) == {(each, each) for each in range(9)}
 
 
-@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"], ["--svg"]))
+@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--svg"], ["--svg", "file"]))
 def test_graph_words_that_make_no_sense_are_usage(words):
     assert run("clockctl-graph", *words).returncode == 100
 
@@ -4105,15 +4070,16 @@ def text_of(data):
     return data.decode("ascii", "replace")
 
 
+def read_as_clockctls(text):
+    said = CHECK.Said(0, text, text)
+    CHECK.parse_environment(said), levels(CHECK.check_server(said)), levels(CHECK.check_rivals([], text, 0))
+
+
 DECODERS += [
-    ("a mark in the log", lambda data: parse_line(text_of(data)),
-     [(LABEL + mark + "\n").encode() for mark in (OLD_MARK, NEW_MARK)], ()),
-    ("what check reads of clockctl", lambda data: (CHECK.parse_environment(CHECK.Said(0, data, "")),
-                                                   levels(CHECK.check_server(CHECK.Said(0, data,
-                                                       text_of(data)))),
-                                                   levels(CHECK.check_rivals([], data, 0))),
+    ("a mark in the log", lambda data: parse_line(text_of(data)), [(LABEL + A_MARK + "\n").encode()], ()),
+    ("what check reads of clockctl", lambda data: read_as_clockctls(text_of(data)),
      [b"CLOCK_IP=192.0.2.1\nCLOCK_TYPE=ntp\n", b"this clock is 3 ms behind\n", b"x: warning: y: fatal: z"],
-      ()),
+     ()),
 ]
 
 
@@ -4122,7 +4088,7 @@ DECODERS += [
 every_shell = pytest.mark.parametrize(
     "shell", (["dash"], ["bash"], ["mksh"], ["busybox", "sh"]), ids=lambda words: words[0])
 ADJUST = path_of("svc/clockspeed_adjust/clock_adjust.sh")
-# marks fail by the file `failing`; the sleeps are noted, and end at once but for the tenth
+# marks fail by the file `failing`; the sleeps are noted, and end at once but for the last
 FAKE_CLOCKCTL = """case $1 in
 run) echo %(home)s ;; atto) echo atto ;;
 mark) [ ! -e %(home)s/failing ] ;;
@@ -4130,7 +4096,7 @@ wait) [ -z "$SAYS" ] && exec %(clockctl)s "$@"; echo "$SAYS" ;;
 esac
 """
 FAKE_SLEEP = """echo "$1 $(cat %(home)s/mark/due | cut -d' ' -f2)" >>%(home)s/sleeps
-[ $(wc -l <%(home)s/sleeps) -lt ${SLEEPS:-10} ] || exec /bin/sleep 3573
+[ $(wc -l <%(home)s/sleeps) -lt $SLEEPS ] || exec /bin/sleep 3573
 """
 
 
@@ -4143,44 +4109,38 @@ def loop(host):
 
     def start(shell, **env):
         need(shell[0])
+        host.write("sleeps", "")
         return process(shell + [ADJUST], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(
             UTC_ENV, PATH=host.bin + ":" + os.environ["PATH"], CLOCKSPEED_CONF=host.conf, **env))
 
     def sleeps(count):
-        path = os.path.join(host.home, "sleeps")
-        until(lambda: os.path.exists(path) and open(path).read().count("\n") == count)
-        with open(path) as file:
+        with open(host.home + "/sleeps") as file:
+            until(lambda: file.seek(0) or file.read().count("\n") == count)
+            file.seek(0)
             return [tuple(map(int, line.split())) for line in file]
     host.start, host.sleeps = start, sleeps
     return host
 
 
 @every_shell
-def test_the_waits_triple_up_to_a_month_and_what_is_due_is_kept(loop, shell):
-    with loop.start(shell) as adjusting:
-        seen = loop.sleeps(10)
-        assert [wait for wait, _ in seen] == [541 * 3**power for power in range(8)] + [2617923] * 2
-        up_sec = time.clock_gettime(time.CLOCK_BOOTTIME)
-        assert all(-PATIENCE_SEC < due - wait - up_sec <= 1 for wait, due in seen)
-        adjusting.terminate()
-        assert adjusting.wait(PATIENCE_SEC) == 0
-        said = adjusting.stdout.read().decode().splitlines()
-    assert said[:3] == ["atto", "===", "Waiting 541 seconds until next adjustment..."]
-    assert not os.path.exists(loop.home + "/mark/due")
-
-
-@every_shell
-def test_the_loop_goes_by_clockctl_and_by_what_a_kiss_wants(loop, shell):
-    for env, failing, waits in (
-            ({"SAYS": "100"}, False, [100, 100]), ({"SAYS": "garbage"}, False, [541, 1623]),
-            ({}, "timed out", [541, 541]), ({}, "kiss-o'-death RATE", [1024, 1024])):
+def test_the_waits_triple_or_go_by_clockctl_and_what_is_due_is_kept(loop, shell):
+    for says, failing, waits in (
+            ("", None, [541 * 3**power for power in range(8)] + [2617923] * 2), ("100", None, [100, 100]),
+            ("garbage", None, [541, 1623]), ("", "timed out", [541, 541]),
+            ("", "kiss-o'-death RATE", [1024, 1024])):
         if failing:
             loop.write("failing", "")
             loop.write("mark/sources", SOURCES % (time.time(), time.time(), "failed: " + failing))
-        with loop.start(shell, SLEEPS="2", **env):
-            assert [wait for wait, _ in loop.sleeps(2)] == waits
-        os.unlink(loop.home + "/sleeps")
-        os.unlink(loop.home + "/mark/due")
+        with loop.start(shell, SLEEPS=str(len(waits)), SAYS=says) as adjusting:
+            seen = loop.sleeps(len(waits))
+            assert [wait for wait, _ in seen] == waits
+            up_sec = time.clock_gettime(time.CLOCK_BOOTTIME)
+            assert all(-PATIENCE_SEC < due - wait - up_sec <= 1 for wait, due in seen)
+            adjusting.terminate()
+            assert adjusting.wait(PATIENCE_SEC) == 0 and not os.path.exists(loop.home + "/mark/due")
+            said = adjusting.stdout.read().decode().splitlines()
+        waiting = ["===", "Waiting %d seconds until next adjustment..." % waits[0]]
+        assert said[:2 + (not failing)] == ["atto"] * (not failing) + waiting
 
 
 @every_shell
@@ -4196,19 +4156,16 @@ def test_a_restart_asks_no_sooner_than_the_mark_was_due(loop, shell, due, first)
 
 
 @every_shell
-def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell):
+@pytest.mark.parametrize("under_way", ("mark", "sleep"))
+def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell, under_way):
     noted = "echo $$ >>%s\nexec /bin/sleep 3572\n" % loop.asked
     loop.write("bin/sleep", "#!/bin/sh\n" + noted, 0o755)
-    loop.write("bin/clockctl", "#!/bin/sh\n[ $1 != mark ] && exit\n[ -e %s/passing ] && exit\n%s" % (
-        loop.home, noted), 0o755)
-    for passing in (False, True):
-        if passing:
-            loop.write("passing", "")
-        with loop.start(shell) as adjusting:
-            until(lambda: len(loop.lines()) == 1 + passing)
-            adjusting.terminate()
-            assert adjusting.wait(PATIENCE_SEC) == 0
-        until(lambda: not os.path.exists("/proc/" + loop.lines()[-1]))
+    loop.write("bin/clockctl", "#!/bin/sh\n[ $1 = %s ] || exit 0\n%s" % (under_way, noted), 0o755)
+    with loop.start(shell) as adjusting:
+        until(loop.lines)
+        adjusting.terminate()
+        assert adjusting.wait(PATIENCE_SEC) == 0
+    until(lambda: not os.path.exists("/proc/" + loop.lines()[0]))
 
 
 # ==== svc/install ===================================================================================
