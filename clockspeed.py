@@ -291,11 +291,13 @@ def step_kernel(adjtimex, delta_ns):
 # WAVE    Temperature makes the rate rise and fall by the day.  Some of the grid's models have two more
 #         unknowns, the amplitudes of cosine and sine of real time's day.
 # DOUBT   A mark that a wild one explains better than all models is held.  Later marks decide what explains
-#         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander
-#         grew, or nothing that was known holds.
+#         the held ones best: they are wild, or real time stepped, or noise or wander grew, or nothing that
+#         was known holds.
 # LIMITS  A floor that is longer one way shifts the clock, unseen.  A wave's harmonics are followed as wander.
 #
 # Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.  NOTES.md has the sources.
+PHASE, RATE, LEAN, COS, SIN = range(5)   # the unknowns
+PLAIN, WAVE = 3, 5    # the kinds of models: without a wave, of the first three unknowns, and with one
 LIMIT_PPM = 1000.0    # no crystal and no virtual machine's counter is off by more: never believed
 LIMIT_NS = 1 << 64    # no counter or real time is beyond (year 2554)
 DAY_NS, DAY_SEC = 86400 * 10**9, 86400
@@ -312,15 +314,17 @@ WAVE_CHANCE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-1
 USUAL_LEAN, LEAN_DRIFT = 0.25, 0.01   # (1: queueing is one way only), and its change from mark to mark
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
 SILENT = 1e-2         # a model so much less likely than the best has no say: a hundred of them would shout
+ASLEEP = 1e-3         # and one so much less likely follows the mixture, as its own memory is worth nothing
+FEW = 10              # models of each kind for what may be: what takes time
 NEVER = -200.0        # logarithm of the least likelihood beside the best, that nothing underflows
 DIGITS = 1e-12        # the least share of a variance that a float's 16 digits can subtract well
 # What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
 # same in each decade; 1 us to 10 s and both signs make 2 ln(10^7) = 32, and its logarithm hardly matters.
-WILD, STEP, BEND, ANEW = 0.03, 1e-3, 1e-3, 1e-4
+WILD, STEP, ANEW = 0.03, 1e-3, 1e-4
 SIZES = 32.0
-# (marks needed, what happened before them): as many as unknowns (the step; size and moment; phase and rate;
-# noise and wander) and one more to confirm.  Fewer can't be believed, but make a rival explanation wait.
-EXPLANATIONS = (2, "step"), (3, "bend"), (3, "anew"), (3, "noisy")
+# (marks needed, what happened before them): as many as unknowns (the step; phase and rate; noise and wander)
+# and one more to confirm.  Fewer can't be believed, but make a rival explanation wait.
+EXPLANATIONS = (2, "step"), (3, "anew"), (3, "noisy")
 HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
 FAR_SEC = 1e8         # next_mark's longest answer
 LEAST_WAIT_SEC = 64   # what time servers ask for
@@ -329,8 +333,6 @@ EXCHANGES, LOOKAHEAD = (1, 2, 3, 4, 6, 8), 12  # next_mark_plan compares these, 
 Model = collections.namedtuple("Model", "wander_var noise_var share unknowns weather_var")
 Mark = collections.namedtuple("Mark", "tick_ns real_ns spread_ns")
 Plan = collections.namedtuple("Plan", "wait_sec exchanges")
-PHASE, RATE, LEAN, COS, SIN = range(5)   # the unknowns; a model without a wave has the first three
-PLAIN, WAVE = 3, 5
 
 
 def grid(wanders, noises, chance, unknowns, weather_ppm):
@@ -353,7 +355,8 @@ def reach(real_ns, sec):
     """What each unknown, if it is 1, adds to the phase in sec from real_ns on: row 1 of the transition."""
     start = real_ns % DAY_NS * 1e-9 * OMEGA
     end = start + OMEGA * sec
-    return [1.0, sec, 0.0, (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA]
+    cos, sin = (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA
+    return [1.0, sec, 0.0, cos, sin]
 
 
 def foreseen(mean, cov, row):
@@ -391,8 +394,10 @@ def updated(mean, cov, ahead_ns, excess_ns, noise_var):
 
 
 def mixture(parts):
-    """[(weight, mean, cov)] -> (mean, cov) of all, what they differ by included."""
-    total, size = sum([weight for weight, _, _ in parts]), range(len(parts[0][1]))
+    """[(weight, mean, cov)] -> (mean, cov) of those that have a say, what they differ by included."""
+    most, size = max([weight for weight, _, _ in parts]), range(len(parts[0][1]))
+    parts = [part for part in parts if part[0] >= SILENT * most]
+    total = sum([weight for weight, _, _ in parts])
     mean = [sum([weight * its[i] for weight, its, _ in parts]) / total for i in size]
     offs = [(weight / total, [x - x0 for x, x0 in zip(its, mean)], cov) for weight, its, cov in parts]
     return mean, [[sum([share * (cov[i][j] + off[i] * off[j]) for share, off, cov in offs]) for j in size]
@@ -406,8 +411,8 @@ def gained(before, mark):
 
 
 class Bank:
-    """The filters: the weights of MODELS, and {number: (mean, cov)} of those that are awake, by what they
-    have a say.  The others are as the mixture of their kind: what has learned a wave, and what knows of none.
+    """The filters: the weights of MODELS, and {number: (mean, cov)} of those that are awake.  The others are
+    as the mixture of their kind: what has learned a wave, and what knows of none.
 
     Phases are relative to the last mark.
     """
@@ -432,13 +437,12 @@ class Bank:
 
     def changed(self, change):
         """With each (mean, cov) that is awake replaced by change(model, mean, cov)."""
-        return Bank(self.weights, {number: change(MODELS[number], *known) for number, known in self.awake.items()})
+        return Bank(self.weights, {number: change(MODELS[number], *known)
+                                   for number, known in self.awake.items()})
 
-    def learn(self, before, mark, excess_ns, excess_var, burst=0.0):
-        """Each filter's step from the mark before to this one -> (log evidence, Bank).
-
-        burst is wander in between in addition.
-        """
+    def learn(self, before, mark, excess_ns, excess_var, most=len(MODELS)):
+        """Each filter's step from the mark before to this one -> (log evidence, Bank with at most so many of
+        each kind awake)."""
         sec, ahead_ns = gained(before, mark)
         moves = reach(before.real_ns, sec)
         row = moves[:LEAN] + [excess_ns] + moves[COS:]
@@ -447,7 +451,7 @@ class Bank:
         for number, model in enumerate(MODELS):
             expected, var = (foreseen(*self.awake[number], row) if number in self.awake
                              else asleep[model.unknowns])
-            var += (model.wander_var + burst) * sec**3 / 3 + model.noise_var + excess_var
+            var += model.wander_var * sec**3 / 3 + model.noise_var + excess_var
             logs.append(math.log((1 - SWITCH) * self.weights[number] + SWITCH * model.share)
                         - 0.5 * (math.log(2 * math.pi * var) + (ahead_ns - expected)**2 / var))
         top = max(logs)
@@ -455,10 +459,10 @@ class Bank:
         total = sum(weights)
         weights = [weight / total for weight in weights]
         awake = {}
-        for number in loud(weights):
+        for number in likeliest(weights, most):
             model = MODELS[number]
             mean, cov = carried(*self.awake.get(number, self.kinds[model.unknowns]), moves,
-                                model.wander_var + burst, model.weather_var)
+                                model.wander_var, model.weather_var)
             mean, cov = updated(mean, cov, ahead_ns, excess_ns, model.noise_var + excess_var)
             awake[number] = [mean[PHASE] - ahead_ns] + mean[1:], cov
         return top + math.log(total), Bank(weights, awake)
@@ -483,12 +487,13 @@ class Bank:
         return self.changed(forget)
 
 
-def loud(weights):
-    """The numbers of those models that have a say among their kind."""
-    most = {kind: max([weight for weight, model in zip(weights, MODELS) if model.unknowns == kind])
-            for kind in (PLAIN, WAVE)}
-    return [number for number, (weight, model) in enumerate(zip(weights, MODELS))
-            if weight >= SILENT * most[model.unknowns]]
+def likeliest(weights, most):
+    """The numbers of the models that are to be kept, at most so many of each kind."""
+    numbers = sorted(range(len(MODELS)), key=lambda number: -weights[number])
+    for kind in (PLAIN, WAVE):
+        best, *others = [number for number in numbers if MODELS[number].unknowns == kind][:most]
+        yield best
+        yield from [number for number in others if weights[number] >= ASLEEP * weights[best]]
 
 
 # So many spreads are remembered: with more the floor is known better, slow changes are noticed later.  The
@@ -496,6 +501,16 @@ def loud(weights):
 # by more than twice what they differ among themselves.
 PATH_MARKS, FAR = 200, 4.0
 FIRST_EXCESS, FIRST_MARKS = 1 / 8, 4  # typical before there are some marks, as a share of the first spread
+
+
+def least_of(count):
+    """The least of so many excesses beside the typical one, of exponential queueing alike both ways."""
+    return 0.75 / math.sqrt(count) + 0.4 / count
+
+
+def scale_of(lean):
+    """The variance of a mark's error given an excess of 1, if queueing leans so."""
+    return max(1 - lean**2, 1e-3) / 3
 
 
 class Path(collections.namedtuple("Path", "spreads counts first_ns")):
@@ -513,7 +528,7 @@ class Path(collections.namedtuple("Path", "spreads counts first_ns")):
     def gap(self, lean):
         """By how much the least spread is likely to be over the floor."""
         one_way, count = min(lean**2, 1.0), max(len(self.spreads), 1)
-        return self.typical() * ((1 - one_way) * least_of(count) + one_way * ONE_WAY / count)
+        return self.typical() * ((1 - one_way) * least_of(count) + one_way / count)
 
     def after(self, spread_ns, exchanges):
         """The path with one more mark."""
@@ -546,19 +561,6 @@ class Path(collections.namedtuple("Path", "spreads counts first_ns")):
         worths = [1 / (rest_var + scale * ((spread_ns - floor_ns) * count / exchanges) ** 2)
                   for spread_ns, count in zip(self.spreads, self.counts)]
         return len(worths) / sum(worths)
-
-
-ONE_WAY = 1.0
-
-
-def least_of(count):
-    """The least of so many excesses beside the typical one, if queueing is exponential and alike both ways."""
-    return 0.75 / math.sqrt(count) + 0.4 / count
-
-
-def scale_of(lean):
-    """The variance of a mark's error given an excess of 1, if queueing leans so."""
-    return max(1 - lean**2, 1e-3) / 3
 
 
 # Shapes of plain data: {key: shape}, [shape] for any number of it, [shape, shape ...] for just these, or
@@ -636,7 +638,7 @@ class Estimator:
             return "used"
         if tick_ns <= (self.held or [self.last])[-1].tick_ns:
             return "refused"
-        evidence, bank = self._learn(self.bank, self.last, mark)
+        evidence, bank = self._learn(self.bank, self.last, mark, len(MODELS))
         if evidence > self._any_size(mark, WILD) and is_possible(bank.mean):
             self._use(bank, [mark])
             return "used"
@@ -650,8 +652,8 @@ class Estimator:
     def _excess(self, mark):
         return self.path.excess(mark.spread_ns, self.bank.mean[LEAN])
 
-    def _learn(self, bank, before, mark, burst=0.0):
-        return bank.learn(before, mark, *self._excess(mark), burst)
+    def _learn(self, bank, before, mark, most=FEW):
+        return bank.learn(before, mark, *self._excess(mark), most)
 
     def _anchored(self, mark, sec, rate_var):
         return self.bank.anchored(sec, *self._excess(mark), rate_var)
@@ -694,15 +696,11 @@ class Estimator:
     def _explain(self, need, how):
         """(log odds against wild, need, bank) if the last marks held are right, and how it came."""
         first, *later = self.held[-need:]
-        sec, ahead_ns = gained(self.last, first)
+        sec, _ = gained(self.last, first)
         if how == "step":       # of real time: phase from the mark, rate as it was
             odds, bank = self._any_size(first, STEP), self._anchored(first, sec, 0.0)
         elif how == "anew":     # counter or real time are not what they were
             odds, bank = self._any_size(first, ANEW), self._anchored(first, sec, 1e6 * UNKNOWN_PPM**2)
-        elif how == "bend":     # a jump of the rate at any moment since: as random as a burst of wander
-            jump = 2 * (ahead_ns - self._gain(sec)) / sec
-            odds = self._any_size(first, BEND)
-            _, bank = self._learn(self.bank, self.last, first, jump**2 / sec)
         else:                   # noise or wander grew: the unlikely models were right
             odds, bank = self._learn(self.bank, self.last, first)
         odds -= self._any_size(first, WILD)
