@@ -118,7 +118,8 @@ def resident_mb(pid):
 
 
 # ==== the estimator ===============================================================================
-Estimator, Bound = load("clockspeed").Estimator, load("clockspeed").Bound
+CLOCKSPEED = load("clockspeed")
+Estimator, Bound, REBOOT_PPM = CLOCKSPEED.Estimator, CLOCKSPEED.Bound, CLOCKSPEED.REBOOT_PPM
 DAY = 86400.0
 EPOCH_NS = 1800000000 * 10**9  # big enough that a float would lose 256 ns
 TICK0_NS = 7 * 10**14  # up for eight days
@@ -357,17 +358,17 @@ def world(days, noise, schedule, **counter):
 # name: (world, the most that is wanted of the figures named in Found)
 WAN, LAN, NEARER = Queues(), Queues(100e-6, exponential(50e-6)), Queues(out=exponential(2.8e-3))
 SPREADS = {
-    "w 1e-9, 1 a mark, 896 s": (world(2, WAN, every(896)), dict(ms=0.61, informed=1.15)),
-    "w 1e-9, 4 a mark, 3600 s": (world(2, WAN, every(3600, 4)), dict(ms=0.54, informed=1.15)),
-    "w 1e-9, 8 a mark, 1024 s": (world(2, WAN, every(1024, 8)), dict(ms=0.20, informed=1.15)),
-    "1 ppm daily, 4 a mark": (world(2, WAN, every(3600, 4), daily_ppm=1.0), dict(ms=0.63)),
-    "w 1e-9, 30 days, 4 a mark": (world(30, WAN, every(4094, 4)), dict(ms=0.6, informed=1.15)),
+    "w 1e-9, 1 a mark, 896 s": (world(2, WAN, every(896)), dict(informed=1.15)),
+    "w 1e-9, 4 a mark, 3600 s": (world(2, WAN, every(3600, 4)), dict(informed=1.15)),
+    "w 1e-9, 8 a mark, 1024 s": (world(2, WAN, every(1024, 8)), dict(informed=1.15)),
+    "1 ppm daily, 4 a mark": (world(2, WAN, every(3600, 4), daily_ppm=1.0), dict(ms=0.7)),
+    "w 1e-9, 30 days, 4 a mark": (world(30, WAN, every(4094, 4)), dict(informed=1.15)),
     "w 1e-11, 30 days, 4 a mark": (world(30, WAN, every(4094, 4), wander=1e-11),
-                                   dict(ms=0.13, informed=1.15)),
+                                   dict(informed=1.15)),
     "w 1e-11, 2 dark days, 1": (world(2, WAN, every(495), wander=1e-11, dark_days=2), dict(informed=1.4)),
     "w 1e-11, 2 dark days, 4": (world(2, WAN, every(1980, 4), wander=1e-11, dark_days=2),
                                 dict(informed=1.15)),
-    "LAN, 576 s": (world(2, LAN, every(576)), dict(ms=0.026, informed=1.15)),
+    "LAN, 576 s": (world(2, LAN, every(576)), dict(informed=1.15)),
     "LAN, 8 a mark, 1024 s": (world(2, LAN, every(1024, 8)), dict(informed=1.15)),
     "bursts": (world(4, Queues(out=bursts(5e-3)), every(1024)), dict(informed=1.4)),
     "bursts, 4 a mark": (world(4, Queues(out=bursts(5e-3)), every(1024, 4)), dict(informed=1.4)),
@@ -518,6 +519,7 @@ def bench_estimator(seeds=range(10), words=()):
 MARK_LINE = re.compile(
     r"mark: tick (?P<tick>\d+) ns, real (?P<real>\d+) ns, spread (?P<spread>\d+|-) ns, "
     r"distance (?P<distance>\d+|-) ns, offset \S+ s, (?P<found>error .*)$")
+RATE = re.compile(r"rate (\S+) ppm, rate error (\S+) ppm")
 
 
 def replay(log):
@@ -525,15 +527,17 @@ def replay(log):
     estimator, bound, marks, differing = Estimator(), Bound(), 0, []
     for line in log:
         line = re.sub(r"^@[0-9a-f]{24} ", "", line.rstrip("\n"))
-        if line.startswith("start:"):
-            if "phase and rate of etc/state" not in line:
-                bound = Bound()
-                if "rate of etc/state" in line:
-                    estimator.forget_phase(1.0)
-                else:
-                    estimator = Estimator()
+        if line.startswith("start:") and not line.endswith(", phase and rate of etc/state"):
+            rate = list(map(float, RATE.search(line).groups()))
+            bound = Bound()
+            if line.endswith(", rate of etc/state"):
+                estimator.forget_phase(REBOOT_PPM)
+            elif line.endswith(", the rest of etc/state"):
+                estimator.assume_rate(*rate)
+            else:
+                estimator = Estimator(*rate)
         elif line.startswith(("suspend:", "counter:")):
-            estimator.forget_phase(0.0)
+            estimator.forget_phase(REBOOT_PPM if line.startswith("counter:") else 0.0)
             bound = Bound()
         match = MARK_LINE.match(line)
         if match:

@@ -440,7 +440,7 @@ class Bank:
         return Bank(self.weights, {number: change(MODELS[number], *known)
                                    for number, known in self.awake.items()})
 
-    def learn(self, before, mark, excess_ns, excess_var, most=len(MODELS)):
+    def learn(self, before, mark, excess_ns, excess_var, most):
         """Each filter's step from the mark before to this one -> (log evidence, Bank with at most so many of
         each kind awake)."""
         sec, ahead_ns = gained(before, mark)
@@ -1594,7 +1594,7 @@ class Clockspeed:
             self.estimator.assume_rate(atto_ppm, ATTO_PPM)
             self.bound.forget()
             self.begin_phase()
-            return "rate of etc/atto"
+            return "rate of etc/atto, the rest of etc/state"
         return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
 
     def go_on(self, state):
