@@ -291,8 +291,8 @@ def step_kernel(adjtimex, delta_ns):
 # WAVE    Temperature makes the rate rise and fall by the day.  Some of the grid's models have two more
 #         unknowns, the amplitudes of cosine and sine of real time's day.
 # DOUBT   A mark that a wild one explains better than all models is held.  Later marks decide what explains
-#         the held ones best: they are wild, or real time stepped, or noise or wander grew, or nothing that
-#         was known holds.
+#         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander
+#         grew, or nothing that was known holds.
 # LIMITS  A floor that is longer one way shifts the clock, unseen.  A wave's harmonics are followed as wander.
 #
 # Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.  NOTES.md has the sources.
@@ -315,20 +315,20 @@ USUAL_LEAN, LEAN_DRIFT = 0.25, 0.01   # (1: queueing is one way only), and its c
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
 SILENT = 1e-2         # a model so much less likely than the best has no say: a hundred of them would shout
 ASLEEP = 1e-3         # and one so much less likely follows the mixture, as its own memory is worth nothing
-FEW = 10              # models of each kind for what may be: what takes time
+FEW = 8               # models of each kind for what may be: what takes time
 NEVER = -200.0        # logarithm of the least likelihood beside the best, that nothing underflows
 DIGITS = 1e-12        # the least share of a variance that a float's 16 digits can subtract well
 # What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
 # same in each decade; 1 us to 10 s and both signs make 2 ln(10^7) = 32, and its logarithm hardly matters.
-WILD, STEP, ANEW = 0.03, 1e-3, 1e-4
+WILD, STEP, BEND, ANEW = 0.03, 1e-3, 1e-3, 1e-4
 SIZES = 32.0
-# (marks needed, what happened before them): as many as unknowns (the step; phase and rate; noise and wander)
-# and one more to confirm.  Fewer can't be believed, but make a rival explanation wait.
-EXPLANATIONS = (2, "step"), (3, "anew"), (3, "noisy")
+# (marks needed, what happened before them): as many as unknowns (the step; size and moment; phase and rate;
+# noise and wander) and one more to confirm.  Fewer can't be believed, but make a rival explanation wait.
+EXPLANATIONS = (2, "step"), (3, "bend"), (3, "anew"), (3, "noisy")
 HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
 FAR_SEC = 1e8         # next_mark's longest answer
 LEAST_WAIT_SEC = 64   # what time servers ask for
-EXCHANGES, LOOKAHEAD = (1, 2, 3, 4, 6, 8), 12  # next_mark_plan compares these, over so many marks
+EXCHANGES, LOOKAHEAD = (1, 2, 4, 8), 12  # next_mark_plan compares these, over so many marks
 
 Model = collections.namedtuple("Model", "wander_var noise_var share unknowns weather_var")
 Mark = collections.namedtuple("Mark", "tick_ns real_ns spread_ns")
@@ -440,9 +440,9 @@ class Bank:
         return Bank(self.weights, {number: change(MODELS[number], *known)
                                    for number, known in self.awake.items()})
 
-    def learn(self, before, mark, excess_ns, excess_var, most):
+    def learn(self, before, mark, excess_ns, excess_var, most, burst=0.0):
         """Each filter's step from the mark before to this one -> (log evidence, Bank with at most so many of
-        each kind awake)."""
+        each kind awake).  burst is wander in between in addition."""
         sec, ahead_ns = gained(before, mark)
         moves = reach(before.real_ns, sec)
         row = moves[:LEAN] + [excess_ns] + moves[COS:]
@@ -451,7 +451,7 @@ class Bank:
         for number, model in enumerate(MODELS):
             expected, var = (foreseen(*self.awake[number], row) if number in self.awake
                              else asleep[model.unknowns])
-            var += model.wander_var * sec**3 / 3 + model.noise_var + excess_var
+            var += (model.wander_var + burst) * sec**3 / 3 + model.noise_var + excess_var
             logs.append(math.log((1 - SWITCH) * self.weights[number] + SWITCH * model.share)
                         - 0.5 * (math.log(2 * math.pi * var) + (ahead_ns - expected)**2 / var))
         top = max(logs)
@@ -462,7 +462,7 @@ class Bank:
         for number in likeliest(weights, most):
             model = MODELS[number]
             mean, cov = carried(*self.awake.get(number, self.kinds[model.unknowns]), moves,
-                                model.wander_var, model.weather_var)
+                                model.wander_var + burst, model.weather_var)
             mean, cov = updated(mean, cov, ahead_ns, excess_ns, model.noise_var + excess_var)
             awake[number] = [mean[PHASE] - ahead_ns] + mean[1:], cov
         return top + math.log(total), Bank(weights, awake)
@@ -530,14 +530,14 @@ class Path(collections.namedtuple("Path", "spreads counts first_ns")):
         one_way, count = min(lean**2, 1.0), max(len(self.spreads), 1)
         return self.typical() * ((1 - one_way) * least_of(count) + one_way / count)
 
-    def after(self, spread_ns, exchanges):
+    def after(self, spread_ns, exchanges, may_rise):
         """The path with one more mark."""
         spreads, keep, first_ns = self.spreads + [spread_ns], PATH_MARKS, self.first_ns
         if not self.spreads:
             first_ns = spread_ns * FIRST_EXCESS
         elif min(self.spreads) - spread_ns > FAR * self.typical():
             keep, first_ns = 1, self.typical()
-        elif len(spreads) > 3:
+        elif len(spreads) > 3 and may_rise:
             before = self._replace(spreads=spreads[:-3])
             over, among = min(spreads[-3:]) - min(spreads[:-3]), max(spreads[-3:]) - min(spreads[-3:])
             if over > max(FAR * before.typical(), 2 * among):
@@ -545,11 +545,11 @@ class Path(collections.namedtuple("Path", "spreads counts first_ns")):
         counts = self.counts + [exchanges]
         return Path(spreads[-keep:], counts[-keep:], first_ns)
 
-    def excess(self, spread_ns, lean):
+    def excess(self, spread_ns, lean, may_rise=True):
         """-> (ns, the variance that it adds to a mark's noise); typical for a mark that doesn't tell."""
         excess_ns = self.typical()
         if spread_ns is not None:
-            path = self.after(spread_ns, 1)
+            path = self.after(spread_ns, 1, may_rise)
             excess_ns = spread_ns - min(path.spreads) + path.gap(lean)
         return excess_ns, scale_of(lean) * excess_ns**2
 
@@ -638,10 +638,13 @@ class Estimator:
             return "used"
         if tick_ns <= (self.held or [self.last])[-1].tick_ns:
             return "refused"
-        evidence, bank = self._learn(self.bank, self.last, mark, len(MODELS))
-        if evidence > self._any_size(mark, WILD) and is_possible(bank.mean):
-            self._use(bank, [mark])
-            return "used"
+        for may_rise in (True, False):   # no floor is to rise only to find a mark of a burst wild
+            evidence, bank = self.bank.learn(self.last, mark, *self._excess(mark, may_rise), len(MODELS))
+            if evidence > self._any_size(mark, WILD) and is_possible(bank.mean):
+                self._use(bank, [mark], may_rise)
+                return "used"
+            if self._excess(mark, False) == self._excess(mark):
+                break
         self.held.append(mark)
         explained = self._explained()
         if explained is None:
@@ -649,19 +652,19 @@ class Estimator:
         self._use(*explained)
         return "used"
 
-    def _excess(self, mark):
-        return self.path.excess(mark.spread_ns, self.bank.mean[LEAN])
+    def _excess(self, mark, may_rise=True):
+        return self.path.excess(mark.spread_ns, self.bank.mean[LEAN], may_rise)
 
-    def _learn(self, bank, before, mark, most=FEW):
-        return bank.learn(before, mark, *self._excess(mark), most)
+    def _learn(self, bank, before, mark, burst=0.0):
+        return bank.learn(before, mark, *self._excess(mark), FEW, burst)
 
     def _anchored(self, mark, sec, rate_var):
         return self.bank.anchored(sec, *self._excess(mark), rate_var)
 
-    def _use(self, bank, marks):
+    def _use(self, bank, marks, may_rise=True):
         for mark in marks:
             if mark.spread_ns is not None:
-                self.path = self.path.after(mark.spread_ns, self.exchanges)
+                self.path = self.path.after(mark.spread_ns, self.exchanges, may_rise)
         self.last, self.held = marks[-1], []
         self._believe(bank)
 
@@ -696,11 +699,15 @@ class Estimator:
     def _explain(self, need, how):
         """(log odds against wild, need, bank) if the last marks held are right, and how it came."""
         first, *later = self.held[-need:]
-        sec, _ = gained(self.last, first)
+        sec, ahead_ns = gained(self.last, first)
         if how == "step":       # of real time: phase from the mark, rate as it was
             odds, bank = self._any_size(first, STEP), self._anchored(first, sec, 0.0)
         elif how == "anew":     # counter or real time are not what they were
             odds, bank = self._any_size(first, ANEW), self._anchored(first, sec, 1e6 * UNKNOWN_PPM**2)
+        elif how == "bend":     # a jump of the rate at any moment since: as random as a burst of wander
+            jump = 2 * (ahead_ns - self._gain(sec)) / sec
+            odds = self._any_size(first, BEND)
+            _, bank = self._learn(self.bank, self.last, first, jump**2 / sec)
         else:                   # noise or wander grew: the unlikely models were right
             odds, bank = self._learn(self.bank, self.last, first)
         odds -= self._any_size(first, WILD)
@@ -778,18 +785,17 @@ class Estimator:
 
     def _worth(self, exchanges, target_ns):
         """Seconds that a packet buys in the marks to come: a Kalman filter of (phase, rate) looks ahead."""
-        cov, q = self.bank.cov, self.wander_var
         noise_var = self.path.noise_var(self.noise_var, exchanges, self.bank.mean[LEAN])
-        pp, pv, vv, total = cov[PHASE][PHASE], cov[PHASE][RATE], cov[RATE][RATE], 0.0
+        mean, cov, total_sec = self.bank.mean[:PLAIN], [row[:PLAIN] for row in self.bank.cov[:PLAIN]], 0.0
         for _ in range(LOOKAHEAD):
-            sec = max(LEAST_WAIT_SEC, wait_for(
-                lambda t: math.sqrt(max(pp + 2 * t * pv + t**2 * vv + q * t**3 / 3, 0.0)), target_ns))
-            pp, pv, vv = (pp + 2 * sec * pv + sec**2 * vv + q * sec**3 / 3, pv + sec * vv + q * sec**2 / 2,
-                          vv + q * sec)
-            var = pp + max(noise_var, DIGITS * pp)
-            pp, pv, vv = pp - pp * pp / var, pv - pv * pp / var, vv - pv * pv / var
-            total += sec
-        return total / exchanges
+            def error_after(sec):
+                _, known_var = foreseen(mean, cov, [1.0, sec])
+                return math.sqrt(max(known_var, 0.0) + self.wander_var * sec**3 / 3)
+            sec = max(LEAST_WAIT_SEC, wait_for(error_after, target_ns))
+            mean, cov = carried(mean, cov, [1.0, sec, 0.0], self.wander_var, 0.0)
+            mean, cov = updated(mean, cov, 0.0, 0.0, noise_var)
+            total_sec += sec
+        return total_sec / exchanges
 
     def forget_phase(self, rate_error_ppm):
         """The counter started anew (a boot) or stood still: keep the rate, less certain by this much."""
@@ -808,7 +814,7 @@ class Estimator:
                 "path": list(self.path), "exchanges": self.exchanges, "weights": self.bank.weights,
                 "awake": [[number, *known] for number, known in self.bank.awake.items()]}
 
-    SHAPE = {"marks": [MARK], "path": [[SPREAD], [(1, EXCHANGES[-1])], (0.0, 1.0 * LIMIT_NS)],
+    SHAPE = {"marks": [MARK], "path": [[SPREAD], [(1, EXCHANGES[-1])], (0.0, 1e20)],
              "exchanges": (1, EXCHANGES[-1]), "weights": [(1e-99, 1.0)] * len(MODELS),
              "awake": [[(0, len(MODELS) - 1), [NUMBER], [[NUMBER]]]]}
 
@@ -866,19 +872,19 @@ class Bound:
         if not (all(fits(value, TIME) for value in (tick_ns, real_ns, spread_ns, distance_ns))
                 and min(spread_ns, distance_ns) >= 0 and (self.last is None or tick_ns > self.last.tick_ns)):
             return "refused"
-        proven = Range(tick_ns, real_ns - spread_ns - distance_ns, real_ns + spread_ns + distance_ns)
-        if self.last is None:
-            self.last, self.anchors = proven, [proven]
-            return "used"
-        earliest_ns, latest_ns = self.at(tick_ns)
-        both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
-        if both.earliest_ns <= both.latest_ns:
-            self._measure(both)
-            return "used"
-        allowed_ppm = min(2 * self.allowed_ppm, LIMIT_PPM)
-        self.forget()
-        self.last, self.anchors, self.allowed_ppm = proven, [proven], allowed_ppm
-        return "restarted"
+        most_ns, outcome = spread_ns + distance_ns, "used"
+        proven = Range(tick_ns, real_ns - most_ns, real_ns + most_ns)
+        if self.last is not None:
+            earliest_ns, latest_ns = self.at(tick_ns)
+            both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
+            if both.earliest_ns <= both.latest_ns:
+                self._measure(both)
+                return "used"
+            allowed_ppm, outcome = min(2 * self.allowed_ppm, LIMIT_PPM), "restarted"
+            self.forget()
+            self.allowed_ppm = allowed_ppm
+        self.last, self.anchors = proven, [proven]
+        return outcome
 
     def _measure(self, last):
         """The rates that the counter can have had since the oldest anchor."""

@@ -2172,11 +2172,13 @@ def test_states_go_on_to_the_last_bit():
 def damage(state, rng):
     """Change or drop something at a random place."""
     here = state
-    while True:
+    while here:
         key = rng.choice(list(here) if isinstance(here, dict) else range(len(here)))
         if not (isinstance(here[key], (dict, list)) and here[key]) or rng.random() < 0.15:
             break
         here = here[key]
+    if not here:
+        return
     if rng.random() < 0.2:
         del here[key]
     else:
@@ -2251,7 +2253,7 @@ def test_a_mark_that_contradicts_the_bound_begins_it_anew_and_wider():
 
 
 def test_replay_makes_each_estimate_of_a_log_again():
-    estimator, bound, lines = bench_all.Estimator(), bench_all.Bound(), ["start: steering, no rate known"]
+    estimator, bound, lines = bench_all.Estimator(), bench_all.Bound(), ["start: steering, rate +0.0000 ppm, rate error 500.0000 ppm, no rate known"]
     rng = random.Random(SEED)
     for index in range(1, 20):
         tick_ns, spread_ns = index * 10**12, rng.randrange(2 * 10**7, 3 * 10**7)
