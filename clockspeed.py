@@ -314,8 +314,8 @@ WAVE_CHANCE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-1
 USUAL_LEAN, LEAN_DRIFT = 0.25, 0.01   # (1: queueing is one way only), and its change from mark to mark
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
 SILENT = 1e-2         # a model so much less likely than the best has no say: a hundred of them would shout
-ASLEEP = 1e-3         # and one so much less likely follows the mixture, as its own memory is worth nothing
-FEW = 8               # models of each kind for what may be: what takes time
+ASLEEP = 1e-3         # one so much less likely follows the mixture; a hundredth kept costs honesty in the dark
+FEW = 8               # models of each kind are kept while explanations are tried, so that a mark costs little
 NEVER = -200.0        # logarithm of the least likelihood beside the best, that nothing underflows
 DIGITS = 1e-12        # the least share of a variance that a float's 16 digits can subtract well
 # What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
@@ -531,7 +531,7 @@ class Path(collections.namedtuple("Path", "spreads counts first_ns")):
         return self.typical() * ((1 - one_way) * least_of(count) + one_way / count)
 
     def after(self, spread_ns, exchanges, may_rise):
-        """The path with one more mark."""
+        """The path with one more mark; where its floor has moved, without those before."""
         spreads, keep, first_ns = self.spreads + [spread_ns], PATH_MARKS, self.first_ns
         if not self.spreads:
             first_ns = spread_ns * FIRST_EXCESS
@@ -644,7 +644,7 @@ class Estimator:
                 self._use(bank, [mark], may_rise)
                 return "used"
             if self._excess(mark, False) == self._excess(mark):
-                break
+                break   # it does not rise
         self.held.append(mark)
         explained = self._explained()
         if explained is None:

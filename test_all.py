@@ -143,8 +143,8 @@ if __name__ == "__main__":
 # ==== what the tests share =========================================================================
 import contextlib
 import errno
-import getpass
 import functools
+import getpass
 import importlib.machinery
 import importlib.util
 import io
