@@ -142,6 +142,7 @@ if __name__ == "__main__":
 
 # ==== what the tests share =========================================================================
 import contextlib
+import datetime
 import errno
 import functools
 import getpass
@@ -934,7 +935,7 @@ class Chronyd:
         conf = self.home / "chrony.conf"
         conf.write_text("port %d\ncmdport 0\nbindcmdaddress /\nuser %s\nallow\npidfile %s\n%s\n" % (
             self.port, getpass.getuser(), self.home / "chronyd.pid", "\n".join(self.lines)))
-        self.process = subprocess.Popen(without_the_right(["chronyd", "-x", "-d", "-f", str(conf)]),
+        self.process = subprocess.Popen(without_the_right(["chronyd", "-U", "-x", "-d", "-f", str(conf)]),
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.settimeout(0.1)
@@ -1254,7 +1255,8 @@ class Authority:
 
     def host(self, since_sec=-DAY_SEC, until_sec=YEAR_SEC, names="DNS:localhost,IP:127.0.0.1"):
         """-> (certificate, key) of a host, valid between those times from now."""
-        since, until_ = [time.strftime("%Y%m%d%H%M%SZ", time.gmtime(time.time() + sec))
+        now = datetime.datetime.now(datetime.timezone.utc)  # which goes beyond 2038 on 32 bits too
+        since, until_ = [(now + datetime.timedelta(seconds=sec)).strftime("%Y%m%d%H%M%SZ")
                          for sec in (since_sec, until_sec)]
         (self.home / "ext").write_text(
             "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
