@@ -2024,11 +2024,6 @@ def test_a_spread_that_tells_nothing_is_no_worse_than_none():
     assert errors[1] < 1.1 * errors[0]
 
 
-def test_estimator_learns_the_wave_of_the_day():
-    found = bench_all.compare(bench_all.WITHOUT["2 ms, 1 ppm, asked 10 ms"][0], [SEED])
-    assert found.ms < 10 and found.packets < 60, "without a wave it takes over 200"
-
-
 @pytest.mark.parametrize("index", (0, 1, 2))
 def test_estimator_recovers_from_a_wild_beginning(index):
     noise = bench_all.normal(20e-6)
@@ -2270,19 +2265,25 @@ def test_a_mark_that_contradicts_the_bound_begins_it_anew_and_wider():
 
 
 def test_replay_makes_each_estimate_of_a_log_again():
-    estimator, bound, lines = bench_all.Estimator(), bench_all.Bound(), ["start: steering, rate +0.0000 ppm, rate error 500.0000 ppm, no rate known"]
-    rng = random.Random(SEED)
+    estimator, bound, lines, rng = bench_all.Estimator(), bench_all.Bound(), [], random.Random(SEED)
+    start = "start: observing, CLOCK_MONOTONIC_RAW, scale utc, rate +5.0000 ppm, rate error 10.0000 ppm, "
+    events = {4: ("suspend: 100 s", lambda: estimator.forget_phase(0.0)),
+              8: ("counter: it went back by 3 s", lambda: estimator.forget_phase(1.0)),
+              12: (start + "rate of etc/state", lambda: estimator.forget_phase(1.0)),
+              16: (start + "rate of etc/atto, the rest of etc/state",
+                   lambda: estimator.assume_rate(5.0, 10.0))}
     for index in range(1, 20):
         tick_ns, spread_ns = index * 10**12, rng.randrange(2 * 10**7, 3 * 10**7)
         mark = tick_ns, 18 * 10**17 + tick_ns + rng.randrange(10**6), spread_ns if index % 5 else None, 10**6
-        if index == 10:
-            lines.append("suspend: 100 s")
-            estimator.forget_phase(0.0)
+        if index in events:
+            lines.append(events[index][0])
+            events[index][1]()
             bound.forget()
         found = bench_all.replayed(estimator, bound, *mark)
         lines.append("@4000000068dcd2a5075bcd15 mark: tick %d ns, real %d ns, spread %s ns, distance %s ns,"
                      " offset +0.000123456 s, %s" % (*mark[:2], *(mark[2:] if mark[2] else "--"), found))
     assert bench_all.replay(lines) == (19, [])
+    assert bench_all.replay(lines + [start + "phase and rate of etc/state", lines[-1]])[0] == 20
     assert len(bench_all.replay(lines[:5] + lines[6:])[1]) > 5, "each mark counts"
 
 
