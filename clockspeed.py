@@ -279,6 +279,8 @@ def step_kernel(adjtimex, delta_ns):
 # LIMITS  A floor that is longer one way shifts the clock, unseen.  A wave's harmonics are followed as wander.
 #
 # Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.  NOTES.md has the sources.
+PHASE, RATE, LEAN, COS, SIN = range(5)   # the unknowns
+PLAIN, WAVE = 3, 5    # the kinds of models: without a wave, of the first three unknowns, and with one
 LIMIT_PPM = 1000.0    # no crystal and no virtual machine's counter is off by more: never believed
 LIMIT_NS = 1 << 64    # no counter or real time is beyond (year 2554)
 DAY_NS, DAY_SEC = 86400 * 10**9, 86400
@@ -292,10 +294,11 @@ USUAL_NOISE = 1e-3
 # shows in some days), its usual amplitudes (some degrees at 0.1 ppm each), how they change with the weather
 # in a day, and the wanders that show it: 0.3 ppm in a day at most, decades are enough.
 WAVE_CHANCE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
-WAVE_SECS = 3600, 10800, 21600, 43200   # from now: moments to bound a wave's error at
-LEAN, LEAN_DRIFT = 0.25, 0.01   # usual lean (1: queueing is one way only), and its change from mark to mark
+USUAL_LEAN, LEAN_DRIFT = 0.25, 0.01   # (1: queueing is one way only), and its change from mark to mark
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
 SILENT = 1e-2         # a model so much less likely than the best has no say: a hundred of them would shout
+ASLEEP = 1e-3         # one so much less likely follows the mixture; with more of these the dark is misjudged
+FEW = 8               # models of each kind are kept while explanations are tried, so that a mark costs little
 NEVER = -200.0        # logarithm of the least likelihood beside the best, that nothing underflows
 DIGITS = 1e-12        # the least share of a variance that a float's 16 digits can subtract well
 # What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
@@ -308,13 +311,11 @@ EXPLANATIONS = (2, "step"), (3, "bend"), (3, "anew"), (3, "noisy")
 HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
 FAR_SEC = 1e8         # next_mark's longest answer
 LEAST_WAIT_SEC = 64   # what time servers ask for
-EXCHANGES, LOOKAHEAD = (1, 2, 3, 4, 6, 8), 12  # next_mark_plan compares these, over so many marks
+EXCHANGES, LOOKAHEAD = (1, 2, 4, 8), 12  # next_mark_plan compares these, over so many marks
 
 Model = collections.namedtuple("Model", "wander_var noise_var share unknowns weather_var")
-Belief = collections.namedtuple("Belief", "model weight mean cov")  # model: its place in MODELS
 Mark = collections.namedtuple("Mark", "tick_ns real_ns spread_ns")
 Plan = collections.namedtuple("Plan", "wait_sec exchanges")
-PHASE, RATE, LEANING, COS, SIN = range(5)   # the unknowns; a model without a wave has the first three
 
 
 def grid(wanders, noises, chance, unknowns, weather_ppm):
@@ -324,11 +325,12 @@ def grid(wanders, noises, chance, unknowns, weather_ppm):
                   (weather_ppm * 1e3) ** 2 / DAY_SEC) for w, n, share in pairs]
 
 
-PLAIN = grid(WANDERS, NOISES, 1 - WAVE_CHANCE, 3, 0.0)
-MODELS = PLAIN + grid(WAVE_WANDERS, NOISES[::2], WAVE_CHANCE, 5, WEATHER_PPM)
+MODELS = (grid(WANDERS, NOISES, 1 - WAVE_CHANCE, PLAIN, 0.0)
+          + grid(WAVE_WANDERS, NOISES[::2], WAVE_CHANCE, WAVE, WEATHER_PPM))
 
 
 def dot(a, b):
+    """Of the unknowns that both have."""
     return sum([x * y for x, y in zip(a, b)])
 
 
@@ -336,61 +338,53 @@ def reach(real_ns, sec):
     """What each unknown, if it is 1, adds to the phase in sec from real_ns on: row 1 of the transition."""
     start = real_ns % DAY_NS * 1e-9 * OMEGA
     end = start + OMEGA * sec
-    return 1.0, sec, 0.0, (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA
+    cos, sin = (math.sin(end) - math.sin(start)) / OMEGA, (math.cos(start) - math.cos(end)) / OMEGA
+    return [1.0, sec, 0.0, cos, sin]
+
+
+def foreseen(mean, cov, row):
+    """-> (mean, variance) of the sum of the unknowns, each times its number in row."""
+    return dot(mean, row), dot([dot(each, row) for each in cov], row)
 
 
 def carried(mean, cov, moves, wander_var, weather_var):
     """Kalman's prediction: the phase moves by reach(), the others stay; wander's covariance is Allan's."""
     sec = moves[RATE]
     phase_row = [dot(row, moves) for row in cov]
-    phase_var = dot(phase_row, moves)
     cov = [[p] + row[1:] for p, row in zip(phase_row, cov)]
-    cov[PHASE] = [phase_var + wander_var * sec**3 / 3] + phase_row[1:]
+    cov[PHASE] = [dot(phase_row, moves) + wander_var * sec**3 / 3] + phase_row[1:]
     cov[PHASE][RATE] += wander_var * sec**2 / 2
     cov[RATE][PHASE] = cov[PHASE][RATE]
     cov[RATE][RATE] += wander_var * sec
-    cov[LEANING][LEANING] += LEAN_DRIFT**2
+    cov[LEAN][LEAN] += LEAN_DRIFT**2
     for i in range(COS, len(mean)):
         cov[i][i] += weather_var * sec
     return [dot(mean, moves)] + mean[1:], cov
 
 
 def updated(mean, cov, ahead_ns, excess_ns, noise_var):
-    """Kalman's update by a mark: phase + excess * lean + noise -> (log likelihood, mean, cov)."""
-    off = ahead_ns - mean[PHASE] - excess_ns * mean[LEANING]
-    with_mark = [row[PHASE] + excess_ns * row[LEANING] for row in cov]
-    var = with_mark[PHASE] + excess_ns * with_mark[LEANING]
+    """Kalman's update by a mark: phase + excess * lean + noise."""
+    off = ahead_ns - mean[PHASE] - excess_ns * mean[LEAN]
+    with_mark = [row[PHASE] + excess_ns * row[LEAN] for row in cov]
+    var = with_mark[PHASE] + excess_ns * with_mark[LEAN]
     noise_var = max(noise_var, DIGITS * var)
     var += noise_var
     gain = [p / var for p in with_mark]
     after = [[p - k * m for p, m in zip(row, with_mark)] for row, k in zip(cov, gain)]
     for i, row in enumerate(after):   # Cauchy and Schwarz know a least variance, rounding does not
         row[i] = max(row[i], cov[i][i] * noise_var / var)
-    return (-0.5 * (math.log(2 * math.pi * var) + off * off / var),
-            [x + k * off for x, k in zip(mean, gain)], after)
+    return [x + k * off for x, k in zip(mean, gain)], after
 
 
-def learn(beliefs, before, mark, excess_ns, excess_var, burst=0.0):
-    """Each filter's step from the mark before to this one -> (log evidence, beliefs).
-
-    Phases are relative to the mark before, then to this one.  burst is wander in between in addition.
-    """
-    sec, ahead_ns = gained(before, mark)
-    moves = reach(before.real_ns, sec)
-    logs, known = [], []
-    for belief in beliefs:
-        model = MODELS[belief.model]
-        mean, cov = carried(belief.mean, belief.cov, moves[:model.unknowns], model.wander_var + burst,
-                            model.weather_var)
-        log, mean, cov = updated(mean, cov, ahead_ns, excess_ns, model.noise_var + excess_var)
-        mean[PHASE] -= ahead_ns
-        logs.append(math.log(belief.weight) + log)
-        known.append((mean, cov))
-    top = max(logs)
-    weights = [math.exp(max(log - top, NEVER)) for log in logs]
-    total = sum(weights)
-    return top + math.log(total), [Belief(belief.model, weight / total, mean, cov)
-                                   for belief, weight, (mean, cov) in zip(beliefs, weights, known)]
+def mixture(parts):
+    """[(weight, mean, cov)] -> (mean, cov) of those that have a say, what they differ by included."""
+    most, size = max([weight for weight, _, _ in parts]), range(len(parts[0][1]))
+    parts = [part for part in parts if part[0] >= SILENT * most]
+    total = sum([weight for weight, _, _ in parts])
+    mean = [sum([weight * its[i] for weight, its, _ in parts]) / total for i in size]
+    offs = [(weight / total, [x - x0 for x, x0 in zip(its, mean)], cov) for weight, its, cov in parts]
+    return mean, [[sum([share * (cov[i][j] + off[i] * off[j]) for share, off, cov in offs]) for j in size]
+                  for i in size]
 
 
 def gained(before, mark):
@@ -399,72 +393,90 @@ def gained(before, mark):
     return ticks * 1e-9, float(mark.real_ns - before.real_ns - ticks)
 
 
-def anchored(beliefs, sec, excess_ns, excess_var, rate_var):
-    """Beliefs that take their phase from a mark sec after the last; the rate is less certain by rate_var."""
-    anchor = []
-    for number, weight, mean, cov in beliefs:
-        row = [-excess_ns * p for p in cov[LEANING]]
-        row[PHASE] = -excess_ns * row[LEANING] + MODELS[number].noise_var + excess_var
-        cov = [row] + [[p] + old[1:] for p, old in zip(row[1:], cov[1:])]
-        cov[RATE][RATE] += MODELS[number].wander_var * sec + rate_var
-        anchor.append(Belief(number, weight, [-excess_ns * mean[LEANING]] + mean[1:], cov))
-    return anchor
+class Bank:
+    """The filters: the weights of MODELS, and {number: (mean, cov)} of those that are awake.  The others are
+    as the mixture of their kind: what has learned a wave, and what knows of none.
+
+    Phases are relative to the last mark.
+    """
+
+    def __init__(self, weights, awake):
+        self.weights, self.awake = weights, awake
+        self.kinds, both = {}, []
+        for kind in (PLAIN, WAVE):
+            mean, cov = mixture([(weights[number], mean, cov) for number, (mean, cov) in awake.items()
+                                 if len(mean) == kind])
+            self.kinds[kind] = mean, cov
+            more = [0.0] * (WAVE - kind)   # no wave is amplitudes of 0
+            both.append((sum([weight for weight, model in zip(weights, MODELS) if model.unknowns == kind]),
+                         mean + more, [row + more for row in cov] + [[0.0] * WAVE for _ in more]))
+        self.mean, self.cov = mixture(both)
+
+    def typical(self, what):
+        """The geometric mean of a model's variance, as the grid is one of factors."""
+        total = sum([self.weights[number] for number in self.awake])
+        return math.exp(sum([self.weights[number] * math.log(getattr(MODELS[number], what))
+                             for number in self.awake]) / total)
+
+    def changed(self, change):
+        """With each (mean, cov) that is awake replaced by change(model, mean, cov)."""
+        return Bank(self.weights, {number: change(MODELS[number], *known)
+                                   for number, known in self.awake.items()})
+
+    def learn(self, before, mark, excess_ns, excess_var, most, burst=0.0):
+        """Each filter's step from the mark before to this one -> (log evidence, Bank with at most so many of
+        each kind awake).  burst is wander in between in addition."""
+        sec, ahead_ns = gained(before, mark)
+        moves = reach(before.real_ns, sec)
+        row = moves[:LEAN] + [excess_ns] + moves[COS:]
+        asleep = {kind: foreseen(*known, row) for kind, known in self.kinds.items()}
+        logs = []
+        for number, model in enumerate(MODELS):
+            expected, var = (foreseen(*self.awake[number], row) if number in self.awake
+                             else asleep[model.unknowns])
+            var += (model.wander_var + burst) * sec**3 / 3 + model.noise_var + excess_var
+            logs.append(math.log((1 - SWITCH) * self.weights[number] + SWITCH * model.share)
+                        - 0.5 * (math.log(2 * math.pi * var) + (ahead_ns - expected)**2 / var))
+        top = max(logs)
+        weights = [math.exp(max(log - top, NEVER)) for log in logs]
+        total = sum(weights)
+        weights = [weight / total for weight in weights]
+        awake = {}
+        for number in likeliest(weights, most):
+            model = MODELS[number]
+            mean, cov = carried(*self.awake.get(number, self.kinds[model.unknowns]), moves,
+                                model.wander_var + burst, model.weather_var)
+            mean, cov = updated(mean, cov, ahead_ns, excess_ns, model.noise_var + excess_var)
+            awake[number] = [mean[PHASE] - ahead_ns] + mean[1:], cov
+        return top + math.log(total), Bank(weights, awake)
+
+    def anchored(self, sec, excess_ns, excess_var, rate_var):
+        """With the phase of a mark sec after the last; the rate is less certain by rate_var."""
+        def anchor(model, mean, cov):
+            row = [-excess_ns * p for p in cov[LEAN]]
+            row[PHASE] = -excess_ns * row[LEAN] + model.noise_var + excess_var
+            cov = [row] + [[p] + old[1:] for p, old in zip(row[1:], cov[1:])]
+            cov[RATE][RATE] += model.wander_var * sec + rate_var
+            return [-excess_ns * mean[LEAN]] + mean[1:], cov
+        return self.changed(anchor)
+
+    def without(self, unknowns, rate_var):
+        """With some unknowns at 0, and the rate less certain by rate_var."""
+        def forget(model, mean, cov):
+            cov = [[0.0 if i in unknowns or j in unknowns else value for j, value in enumerate(row)]
+                   for i, row in enumerate(cov)]
+            cov[RATE][RATE] += rate_var
+            return [0.0 if i in unknowns else value for i, value in enumerate(mean)], cov
+        return self.changed(forget)
 
 
-def by_kind(beliefs):
-    """What has learned a wave and what knows of none mix among themselves only, or neither would stay so."""
-    return [[belief for belief in beliefs if len(belief.mean) == size] for size in (3, 5)]
-
-
-def loud(beliefs):
-    """Those that have a say among their kind."""
-    return [belief for kind in by_kind(beliefs) if kind
-            for least in [SILENT * max([belief.weight for belief in kind])]
-            for belief in kind if belief.weight >= least]
-
-
-def mixture(beliefs):
-    """-> (mean, cov) of those that have a say, what they differ by included."""
-    heard = loud(beliefs)
-    total = sum([belief.weight for belief in heard])
-    size = range(len(heard[0].mean))
-    mean = [sum([belief.weight * belief.mean[i] for belief in heard]) / total for i in size]
-    cov = [[0.0 for _ in size] for _ in size]
-    for _, weight, its_mean, its_cov in heard:
-        share = weight / total
-        off = [x - x0 for x, x0 in zip(its_mean, mean)]
-        for row, its_row, d in zip(cov, its_cov, off):
-            for j in size:
-                row[j] += share * (its_row[j] + d * off[j])
-    return mean, cov
-
-
-def summed_up(beliefs):
-    """-> ([(mean, cov) of each kind], mean, cov of both); no wave is amplitudes of 0."""
-    kinds, both = [], []
-    for kind in by_kind(beliefs):
-        mean, cov = mixture(kind)
-        kinds.append((mean, cov))
-        more = [0.0] * (5 - len(mean))
-        both.append(Belief(None, sum([belief.weight for belief in kind]), mean + more,
-                           [row + more for row in cov] + [[0.0] * 5 for _ in more]))
-    return (kinds, *mixture(both))
-
-
-def sleepers(kinds):
-    """What a model is of which the data said nothing: the mixture of its kind, with a newcomer's weight."""
-    return [Belief(number, SWITCH * model.share, *kinds[number >= len(PLAIN)])
-            for number, model in enumerate(MODELS)]
-
-
-def awake(beliefs, kinds):
-    """All models after some of them may have become others: one that is less than a newcomer sleeps."""
-    models = sleepers(kinds)
-    for belief in beliefs:
-        stay, come = (1 - SWITCH) * belief.weight, models[belief.model].weight
-        if stay >= come:
-            models[belief.model] = belief._replace(weight=stay + come)
-    return models
+def likeliest(weights, most):
+    """The numbers of the models that are to be kept, at most so many of each kind."""
+    numbers = sorted(range(len(MODELS)), key=lambda number: -weights[number])
+    for kind in (PLAIN, WAVE):
+        best, *others = [number for number in numbers if MODELS[number].unknowns == kind][:most]
+        yield best
+        yield from [number for number in others if weights[number] >= ASLEEP * weights[best]]
 
 
 # So many spreads are remembered: with more the floor is known better, slow changes are noticed later.  The
@@ -472,99 +484,91 @@ def awake(beliefs, kinds):
 # by more than twice what they differ among themselves.
 PATH_MARKS, FAR = 200, 4.0
 FIRST_EXCESS, FIRST_MARKS = 1 / 8, 4  # typical before there are some marks, as a share of the first spread
-TWO_WAYS, ONE_WAY = 0.8, 1.0  # least of n excesses / typical: * n^-0.5, as both queues must be empty; * n^-1
-# A mark's variance / excess^2: heavy tails, exponential ... none.
-SCALES = 1.0, 1 / 3, 0.1, 0.03, 0.003, 0.0003
-SCALE_SHARES = [0.1, 0.7, 0.1, 0.05, 0.03, 0.02]
-SCALE_SWITCH = 0.01   # chance that it changes between two marks
 
 
-class Path(collections.namedtuple("Path", "spreads counts first_ns lean scales")):
+def least_of(count):
+    """The least of so many excesses beside the typical one, of exponential queueing alike both ways."""
+    return 0.75 / math.sqrt(count) + 0.4 / count
+
+
+def scale_of(lean):
+    """The variance of a mark's error given an excess of 1, if queueing leans so."""
+    return max(1 - lean**2, 1e-3) / 3
+
+
+class Path(collections.namedtuple("Path", "spreads counts first_ns")):
     """The way to the server, as marks show it: their spreads since its floor moved, of how many exchanges,
-    the excess that was typical before, the lean and the chances of SCALES."""
+    and the excess that was typical before."""
 
     def typical(self):
         """The median excess."""
         count = len(self.spreads)
         if not count:
             return self.first_ns
-        seen = (sorted(self.spreads)[count // 2] - min(self.spreads)) / (1 - TWO_WAYS / math.sqrt(count + 1))
+        seen = (sorted(self.spreads)[count // 2] - min(self.spreads)) / (1 - least_of(count + 1))
         return self.first_ns + (seen - self.first_ns) * count**2 / (count**2 + FIRST_MARKS**2)
 
-    def gap(self):
+    def gap(self, lean):
         """By how much the least spread is likely to be over the floor."""
-        one_way, count = min(self.lean**2, 1.0), max(len(self.spreads), 1)
-        return self.typical() * ((1 - one_way) * TWO_WAYS / math.sqrt(count) + one_way * ONE_WAY / count)
+        one_way, count = min(lean**2, 1.0), max(len(self.spreads), 1)
+        return self.typical() * ((1 - one_way) * least_of(count) + one_way / count)
 
-    def after(self, spread_ns, exchanges):
-        """The path with one more mark."""
+    def after(self, spread_ns, exchanges, may_rise):
+        """The path with one more mark; where its floor has moved, without those before."""
         spreads, keep, first_ns = self.spreads + [spread_ns], PATH_MARKS, self.first_ns
         if not self.spreads:
             first_ns = spread_ns * FIRST_EXCESS
         elif min(self.spreads) - spread_ns > FAR * self.typical():
             keep, first_ns = 1, self.typical()
-        elif len(spreads) > 3:
+        elif len(spreads) > 3 and may_rise:
             before = self._replace(spreads=spreads[:-3])
             over, among = min(spreads[-3:]) - min(spreads[:-3]), max(spreads[-3:]) - min(spreads[-3:])
             if over > max(FAR * before.typical(), 2 * among):
                 keep, first_ns = 3, before.typical()
         counts = self.counts + [exchanges]
-        return self._replace(spreads=spreads[-keep:], counts=counts[-keep:], first_ns=first_ns)
+        return Path(spreads[-keep:], counts[-keep:], first_ns)
 
-    def excess(self, spread_ns):
+    def excess(self, spread_ns, lean, may_rise=True):
         """-> (ns, the variance that it adds to a mark's noise); typical for a mark that doesn't tell."""
         excess_ns = self.typical()
         if spread_ns is not None:
-            path = self.after(spread_ns, 1)
-            excess_ns = spread_ns - min(path.spreads) + path.gap()
-        return excess_ns, dot(self.scales, SCALES) * excess_ns**2
+            path = self.after(spread_ns, 1, may_rise)
+            excess_ns = spread_ns - min(path.spreads) + path.gap(lean)
+        return excess_ns, scale_of(lean) * excess_ns**2
 
-    def weighed(self, excess_ns, off_ns, var):
-        """The path after a mark that was off by off_ns, of which other things explain the variance var."""
-        variances = [var + scale * excess_ns**2 for scale in SCALES]
-        logs = [-0.5 * (math.log(v) + off_ns**2 / v) for v in variances]
-        likely = [share * math.exp(max(log - max(logs), NEVER)) for share, log in zip(self.scales, logs)]
-        return self._replace(scales=[(1 - SCALE_SWITCH) * share / sum(likely) + SCALE_SWITCH * share0
-                                     for share, share0 in zip(likely, SCALE_SHARES)])
-
-    def noise_var(self, rest_var, exchanges):
+    def noise_var(self, rest_var, exchanges, lean):
         """What a mark of so many exchanges is worth: of k, the least queue each way is about one k-th."""
         if not self.spreads:
             return rest_var / exchanges
-        floor_ns, scale = min(self.spreads) - self.gap(), dot(self.scales, SCALES)
+        floor_ns, scale = min(self.spreads) - self.gap(lean), scale_of(lean)
         worths = [1 / (rest_var + scale * ((spread_ns - floor_ns) * count / exchanges) ** 2)
                   for spread_ns, count in zip(self.spreads, self.counts)]
         return len(worths) / sum(worths)
 
-    def is_sound(self):
-        """Whether a state can have it."""
-        return (len(self.spreads) == len(self.counts) <= PATH_MARKS and len(self.scales) == len(SCALES)
-                and all(is_int(spread_ns) and spread_ns >= 0 for spread_ns in self.spreads)
-                and all(is_int(count) and count in EXCHANGES for count in self.counts)
-                and is_float(self.first_ns, 0, LIMIT_NS) and is_float(self.lean, -1e9, 1e9)
-                and all(is_float(share, 1e-9, 1) for share in self.scales))
+
+# Shapes of plain data: {key: shape}, [shape] for any number of it, [shape, shape ...] for just these, or
+# (least, most), of integers if these are; a third one may stand there instead.
+TIME, SPREAD, NUMBER, PPM = (-LIMIT_NS, LIMIT_NS), (0, LIMIT_NS), (-1e40, 1e40), (-LIMIT_PPM, LIMIT_PPM)
+MARK = [TIME, TIME, (*SPREAD, None)]
 
 
-def is_int(value):
-    return type(value) is int and abs(value) < LIMIT_NS
-
-
-def is_float(value, least, most):
-    return type(value) in (int, float) and least <= value <= most   # NaN fails
-
-
-def is_mark(mark):
-    return (is_int(mark.tick_ns) and is_int(mark.real_ns)
-            and (mark.spread_ns is None or is_int(mark.spread_ns) and mark.spread_ns >= 0))
+def fits(value, shape):
+    """Whether a value from outside has that shape; NaN has none."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], shape[key]) for key in shape)
+    if isinstance(shape, list):
+        each = shape * len(value) if isinstance(value, list) and len(shape) == 1 else shape
+        return isinstance(value, list) and len(value) == len(each) and all(map(fits, value, each))
+    least, most, *others = shape
+    return value in others or (type(value) in ((int,) if type(least) is int else (int, float))
+                               and least <= value <= most)
 
 
 def is_known(mean, cov, unknowns):
-    """Bounded so that no arithmetic overflows, and a covariance indeed."""
+    """A covariance indeed."""
     every = range(unknowns)
     return ([len(row) for row in [mean] + cov] == [unknowns] * (unknowns + 1)
-            and all(is_float(value, -1e40, 1e40) for row in [mean] + cov for value in row)
-            and all(cov[i][i] >= 0 for i in every)
-            and all(cov[i][j] ** 2 <= cov[i][i] * cov[j][j] * 1.000001
+            and all(cov[i][i] >= 0 and cov[i][j] ** 2 <= cov[i][i] * cov[j][j] * 1.000001
                     and abs(cov[i][j] - cov[j][i]) <= 1e-6 * math.sqrt(cov[i][i] * cov[j][j])
                     for i in every for j in every))
 
@@ -598,31 +602,32 @@ class Estimator:
         if not abs(rate_ppm) <= LIMIT_PPM:
             raise ValueError("a rate of %s ppm" % rate_ppm)
         mean = [0.0, rate_ppm * 1e3, 0.0, 0.0, 0.0]
-        deviations = [0.0, rate_error_ppm * 1e3, LEAN, WAVE_PPM * 1e3, WAVE_PPM * 1e3]
-        cov = [[sd**2 if i == j else 0.0 for j in range(5)] for i, sd in enumerate(deviations)]
+        deviations = [0.0, rate_error_ppm * 1e3, USUAL_LEAN, WAVE_PPM * 1e3, WAVE_PPM * 1e3]
+        cov = [[sd**2 if i == j else 0.0 for j in range(WAVE)] for i, sd in enumerate(deviations)]
+        known = {kind: (mean[:kind], [row[:kind] for row in cov[:kind]]) for kind in (PLAIN, WAVE)}
         self.last = None        # the last mark used: phases are relative to it
         self.held = []          # marks doubted since
-        self.path, self.exchanges = Path([], [], 0.0, 0.0, SCALE_SHARES), 1
-        self._sum_up([Belief(number, model.share, mean[:model.unknowns],
-                             [row[:model.unknowns] for row in cov[:model.unknowns]])
-                      for number, model in enumerate(MODELS)])
+        self.path, self.exchanges = Path([], [], 0.0), 1
+        self._believe(Bank([model.share for model in MODELS],
+                           {number: known[model.unknowns] for number, model in enumerate(MODELS)}))
 
     def mark(self, tick_ns, real_ns, spread_ns=None):
         """At counter value tick_ns real time was real_ns -> "used", "doubted" (held), "refused" (none)."""
         mark = Mark(tick_ns, real_ns, spread_ns)
-        if not is_mark(mark):
+        if not fits(list(mark), MARK):
             return "refused"
         if self.last is None:
-            self._use(anchored(self.beliefs, 0.0, *self.path.excess(spread_ns), 0.0), [mark])
+            self._use(self._anchored(mark, 0.0, 0.0), [mark])
             return "used"
         if tick_ns <= (self.held or [self.last])[-1].tick_ns:
             return "refused"
-        evidence, beliefs = self._learn(self.beliefs, self.last, mark)
-        if evidence > self._any_size(mark, WILD) and is_possible(summed_up(beliefs)[1]):
-            if spread_ns is not None:
-                self._weigh_path(mark)
-            self._use(beliefs, [mark])
-            return "used"
+        for may_rise in (True, False):   # no floor is to rise only to find a mark of a burst wild
+            evidence, bank = self.bank.learn(self.last, mark, *self._excess(mark, may_rise), len(MODELS))
+            if evidence > self._any_size(mark, WILD) and is_possible(bank.mean):
+                self._use(bank, [mark], may_rise)
+                return "used"
+            if self._excess(mark, False) == self._excess(mark):
+                break   # it does not rise
         self.held.append(mark)
         explained = self._explained()
         if explained is None:
@@ -630,39 +635,29 @@ class Estimator:
         self._use(*explained)
         return "used"
 
-    def _learn(self, beliefs, before, mark, burst=0.0):
-        return learn(beliefs, before, mark, *self.path.excess(mark.spread_ns), burst)
+    def _excess(self, mark, may_rise=True):
+        return self.path.excess(mark.spread_ns, self.bank.mean[LEAN], may_rise)
 
-    def _use(self, beliefs, marks):
+    def _learn(self, bank, before, mark, burst=0.0):
+        return bank.learn(before, mark, *self._excess(mark), FEW, burst)
+
+    def _anchored(self, mark, sec, rate_var):
+        return self.bank.anchored(sec, *self._excess(mark), rate_var)
+
+    def _use(self, bank, marks, may_rise=True):
         for mark in marks:
             if mark.spread_ns is not None:
-                self.path = self.path.after(mark.spread_ns, self.exchanges)
+                self.path = self.path.after(mark.spread_ns, self.exchanges, may_rise)
         self.last, self.held = marks[-1], []
-        self._sum_up(beliefs)
+        self._believe(bank)
 
-    def _sum_up(self, beliefs):
-        """The mixture of each kind and of both; wander and noise are geometric means, as their models are."""
-        self.kinds, self.mean, self.cov = summed_up(beliefs)
-        heard = loud(beliefs)
-        total = sum([belief.weight for belief in heard])
-        self.wander_var, self.noise_var = [
-            math.exp(sum([belief.weight * math.log(MODELS[belief.model][what]) for belief in heard]) / total)
-            for what in (0, 1)]
-        self.path = self.path._replace(lean=self.mean[LEANING])
-        self.beliefs = awake(beliefs, self.kinds)
-
-    def _weigh_path(self, mark):
-        """Let the path learn from how far the mark is off the prediction."""
-        sec, ahead_ns = gained(self.last, mark)
-        mean, cov = carried(self.mean, self.cov, reach(self.last.real_ns, sec), self.wander_var, 0.0)
-        excess_ns, _ = self.path.excess(mark.spread_ns)
-        lean = [1.0, 0.0, excess_ns, 0.0, 0.0]
-        self.path = self.path.weighed(excess_ns, ahead_ns - dot(mean, lean),
-                                      dot(lean, [dot(row, lean) for row in cov]) + self.noise_var)
+    def _believe(self, bank):
+        self.bank = bank
+        self.wander_var, self.noise_var = bank.typical("wander_var"), bank.typical("noise_var")
 
     def _gain(self, sec):
         """ns that real time is expected to gain on the counter, sec after (or before) the last mark used."""
-        return dot(self.mean, reach(self.last.real_ns, sec))
+        return dot(self.bank.mean, reach(self.last.real_ns, sec))
 
     def _any_size(self, mark, chance):
         """Log density of a mark off by any size from the predicted error up: a lucky one is not wild."""
@@ -671,47 +666,45 @@ class Estimator:
         return math.log(chance / (SIZES * size))
 
     def _explained(self):
-        """(beliefs, marks) of what explains the held marks better than that they are wild, or None."""
+        """(bank, marks) of what explains the held marks better than that they are wild, or None."""
         found = [self._explain(need, how) for need, how in EXPLANATIONS]
-        odds, need, beliefs = max(found, key=lambda explanation: explanation[0])
+        odds, need, bank = max(found, key=lambda explanation: explanation[0])
         desperate = len(self.held) >= HELD_MAX
         if not (desperate or odds > 0 and len(self.held) >= need):
             return None
-        if is_possible(summed_up(beliefs)[1]):
-            return beliefs, self.held[-need:]
+        if is_possible(bank.mean):
+            return bank, self.held[-need:]
         if not desperate:
             return None
         sec, _ = gained(self.last, self.held[-1])   # the time is that of the last mark, the rate as it was
-        return anchored(self.beliefs, sec, *self.path.excess(self.held[-1].spread_ns), 0.0), self.held[-1:]
+        return self._anchored(self.held[-1], sec, 0.0), self.held[-1:]
 
     def _explain(self, need, how):
-        """(log odds against wild, need, beliefs) if the last marks held are right, and how it came."""
+        """(log odds against wild, need, bank) if the last marks held are right, and how it came."""
         first, *later = self.held[-need:]
         sec, ahead_ns = gained(self.last, first)
-        excess = self.path.excess(first.spread_ns)
-        heard = loud(self.beliefs)
         if how == "step":       # of real time: phase from the mark, rate as it was
-            odds, beliefs = self._any_size(first, STEP), anchored(heard, sec, *excess, 0.0)
+            odds, bank = self._any_size(first, STEP), self._anchored(first, sec, 0.0)
         elif how == "anew":     # counter or real time are not what they were
-            odds, beliefs = self._any_size(first, ANEW), anchored(heard, sec, *excess, 1e6 * UNKNOWN_PPM**2)
+            odds, bank = self._any_size(first, ANEW), self._anchored(first, sec, 1e6 * UNKNOWN_PPM**2)
         elif how == "bend":     # a jump of the rate at any moment since: as random as a burst of wander
             jump = 2 * (ahead_ns - self._gain(sec)) / sec
             odds = self._any_size(first, BEND)
-            _, beliefs = self._learn(heard, self.last, first, jump**2 / sec)
+            _, bank = self._learn(self.bank, self.last, first, jump**2 / sec)
         else:                   # noise or wander grew: the unlikely models were right
-            odds, beliefs = self._learn(self.beliefs, self.last, first)
+            odds, bank = self._learn(self.bank, self.last, first)
         odds -= self._any_size(first, WILD)
         for before, mark in zip([first] + later, later):
-            evidence, beliefs = self._learn(loud(beliefs), before, mark)
+            evidence, bank = self._learn(bank, before, mark)
             odds += evidence - self._any_size(mark, WILD)
-        return odds, need, beliefs
+        return odds, need, bank
 
     def _var(self, sec):
         """Square of the expected error of real time in ns^2, sec after (or before) the last mark used."""
-        moves = reach(self.last.real_ns, sec)
-        known_var = max(dot(moves, [dot(row, moves) for row in self.cov]), 0.0)
-        floor_var = (self.mean[LEANING] * self.path.gap())**2 / 2   # if queueing leans, a wrong floor shifts
-        return known_var + self.wander_var * abs(sec)**3 / 3 + floor_var
+        _, known_var = foreseen(self.bank.mean, self.bank.cov, reach(self.last.real_ns, sec))
+        lean = self.bank.mean[LEAN]
+        floor_var = (lean * self.path.gap(lean))**2 / 2   # if queueing leans, a wrong floor shifts
+        return max(known_var, 0.0) + self.wander_var * abs(sec)**3 / 3 + floor_var
 
     def _error(self, sec):
         return math.sqrt(self._var(sec))
@@ -737,27 +730,26 @@ class Estimator:
     def variance(self, tick_ns):
         """real()'s error squared t seconds from tick_ns on: the factors of 1, t, t^2 and t^3, in ns^2.
 
-        Exact without a wave.  A wave's error rises and falls by the day: the factor of t is large enough
-        for half a day, after which it grows no more.
+        Exact without a wave, whose error counts as one of the rate here: too much after a day.
         """
-        sec, q = self._sec(tick_ns), self.wander_var
-        now, square = self._var(sec), self.cov[RATE][RATE] + q * sec
-        return [now, max([(self._var(sec + t) - now) / t - t * (square + q * t / 3) for t in WAVE_SECS]),
-                square, q / 3]
+        sec = self._sec(tick_ns)
+        _, cov = carried(self.bank.mean, self.bank.cov, reach(self.last.real_ns, sec), self.wander_var, 0.0)
+        return [self._var(sec), 2 * cov[PHASE][RATE], cov[RATE][RATE] + cov[COS][COS] + cov[SIN][SIN],
+                self.wander_var / 3]
 
     def rate(self):
         """-> (ppm, standard deviation in ppm) over whole days, as of the last mark used."""
-        return self.mean[RATE] * 1e-3, math.sqrt(self.cov[RATE][RATE]) * 1e-3
+        return self.bank.mean[RATE] * 1e-3, math.sqrt(self.bank.cov[RATE][RATE]) * 1e-3
 
     def rate_at(self, tick_ns):
         """-> ppm at one moment of the day."""
         angle = 0.0 if self.last is None else self.real(tick_ns)[0] % DAY_NS * 1e-9 * OMEGA
-        return (self.mean[RATE] + self.mean[COS] * math.cos(angle) + self.mean[SIN] * math.sin(angle)) * 1e-3
+        return dot(self.bank.mean, [0.0, 1.0, 0.0, math.cos(angle), math.sin(angle)]) * 1e-3
 
     def learned(self):
         """-> (wander per sqrt(s), noise of a usual mark in ns, queueing included)."""
-        return (math.sqrt(self.wander_var) * 1e-9,
-                math.sqrt(self.noise_var + self.path.excess(None)[1]))
+        _, excess_var = self.path.excess(None, self.bank.mean[LEAN])
+        return math.sqrt(self.wander_var) * 1e-9, math.sqrt(self.noise_var + excess_var)
 
     def next_mark(self, tick_ns, target_ns):
         """Seconds from tick_ns until the predicted error reaches target_ns; 0 if it has, or in doubt."""
@@ -776,75 +768,56 @@ class Estimator:
 
     def _worth(self, exchanges, target_ns):
         """Seconds that a packet buys in the marks to come: a Kalman filter of (phase, rate) looks ahead."""
-        noise_var, q = self.path.noise_var(self.noise_var, exchanges), self.wander_var
-        pp, pv, vv, total = self.cov[PHASE][PHASE], self.cov[PHASE][RATE], self.cov[RATE][RATE], 0.0
+        noise_var = self.path.noise_var(self.noise_var, exchanges, self.bank.mean[LEAN])
+        mean, cov, total_sec = self.bank.mean[:PLAIN], [row[:PLAIN] for row in self.bank.cov[:PLAIN]], 0.0
         for _ in range(LOOKAHEAD):
-            sec = max(LEAST_WAIT_SEC, wait_for(
-                lambda t: math.sqrt(max(pp + 2 * t * pv + t**2 * vv + q * t**3 / 3, 0.0)), target_ns))
-            pp, pv, vv = (pp + 2 * sec * pv + sec**2 * vv + q * sec**3 / 3, pv + sec * vv + q * sec**2 / 2,
-                          vv + q * sec)
-            var = pp + max(noise_var, DIGITS * pp)
-            pp, pv, vv = pp - pp * pp / var, pv - pv * pp / var, vv - pv * pv / var
-            total += sec
-        return total / exchanges
+            def error_after(sec):
+                _, known_var = foreseen(mean, cov, [1.0, sec])
+                return math.sqrt(max(known_var, 0.0) + self.wander_var * sec**3 / 3)
+            sec = max(LEAST_WAIT_SEC, wait_for(error_after, target_ns))
+            mean, cov = carried(mean, cov, [1.0, sec, 0.0], self.wander_var, 0.0)
+            mean, cov = updated(mean, cov, 0.0, 0.0, noise_var)
+            total_sec += sec
+        return total_sec / exchanges
 
     def forget_phase(self, rate_error_ppm):
         """The counter started anew (a boot) or stood still: keep the rate, less certain by this much."""
-        beliefs = []
-        for number, weight, mean, cov in self.beliefs:
-            cov = [[0.0] * len(mean)] + [[0.0] + row[1:] for row in cov[1:]]
-            cov[RATE][RATE] += (rate_error_ppm * 1e3) ** 2
-            beliefs.append(Belief(number, weight, [0.0] + mean[1:], cov))
         self.last, self.held = None, []
-        self._sum_up(beliefs)
+        self._believe(self.bank.without([PHASE], (rate_error_ppm * 1e3) ** 2))
 
     def assume_rate(self, rate_ppm, rate_error_ppm):
         """Another program has measured the rate: what is known of wander, noise and path stays."""
-        self.forget_phase(0.0)
-        beliefs = []
-        for number, weight, mean, cov in self.beliefs:
-            cov = [[0.0 if RATE in (i, j) else value for j, value in enumerate(row)]
-                   for i, row in enumerate(cov)]
-            cov[RATE][RATE] = (rate_error_ppm * 1e3) ** 2
-            beliefs.append(Belief(number, weight, [0.0, rate_ppm * 1e3] + mean[2:], cov))
-        self._sum_up(beliefs)
+        self.last, self.held = None, []
+        bank = self.bank.without([PHASE, RATE], (rate_error_ppm * 1e3) ** 2)
+        self._believe(bank.changed(lambda model, mean, cov: ([0.0, rate_ppm * 1e3] + mean[2:], cov)))
 
     def state(self):
-        """Plain data for JSON, the sleeping models left out.  from_state(state()) goes on to the last bit."""
-        asleep, marks = sleepers(self.kinds), ([self.last] if self.last else []) + self.held
-        return {"grid": len(MODELS), "marks": [list(mark) for mark in marks],
-                "kinds": [list(kind) for kind in self.kinds], "mean": self.mean, "cov": self.cov,
-                "wander_var": self.wander_var, "noise_var": self.noise_var, "exchanges": self.exchanges,
-                "path": list(self.path),
-                "models": [list(belief) for belief in self.beliefs if belief != asleep[belief.model]]}
+        """Plain data for JSON.  from_state(state()) goes on to the last bit."""
+        return {"marks": [list(mark) for mark in ([self.last] if self.last else []) + self.held],
+                "path": list(self.path), "exchanges": self.exchanges, "weights": self.bank.weights,
+                "awake": [[number, *known] for number, known in self.bank.awake.items()]}
+
+    SHAPE = {"marks": [MARK], "path": [[SPREAD], [(1, EXCHANGES[-1])], (0.0, 1e20)],
+             "exchanges": (1, EXCHANGES[-1]), "weights": [(1e-99, 1.0)] * len(MODELS),
+             "awake": [[(0, len(MODELS) - 1), [NUMBER], [[NUMBER]]]]}
 
     @classmethod
     def from_state(cls, state):
         """ValueError for what state() can't have given."""
         self = cls()
-        try:
-            marks = [Mark(*mark) for mark in state["marks"]]
-            self.last, self.held = (marks + [None])[0], marks[1:]
-            (plain, wave), self.mean, self.cov = state["kinds"], state["mean"], state["cov"]
-            self.kinds, self.path = [tuple(plain), tuple(wave)], Path(*state["path"])
-            self.wander_var, self.noise_var = state["wander_var"], state["noise_var"]
-            self.exchanges, self.beliefs = state["exchanges"], sleepers(self.kinds)
-            known = [(*plain, 3), (*wave, 5), (self.mean, self.cov, 5)]
-            for belief in [Belief(*belief) for belief in state["models"]]:
-                known.append((belief.mean, belief.cov, MODELS[belief.model].unknowns))
-                self.beliefs[belief.model] = belief
-            sound = (state["grid"] == len(MODELS) and all(is_mark(mark) for mark in marks)
-                     and len(marks) <= HELD_MAX
-                     and all(a.tick_ns < b.tick_ns for a, b in zip(marks, marks[1:]))
-                     and all(is_known(*each) for each in known) and is_possible(self.mean)
-                     and all(belief.model == i and is_float(belief.weight, 1e-99, 2)
-                             for i, belief in enumerate(self.beliefs))
-                     and is_float(self.wander_var, 1e-12, 1e12) and is_float(self.noise_var, 1, 1e20)
-                     and self.exchanges in EXCHANGES and self.path.is_sound())
-        except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
-            raise ValueError("damaged state: %s" % err)
-        if not sound:
+        if not fits(state, self.SHAPE):
             raise ValueError("damaged state, or of another release")
+        marks = [Mark(*mark) for mark in state["marks"]]
+        if not (len(marks) <= HELD_MAX and all(a.tick_ns < b.tick_ns for a, b in zip(marks, marks[1:]))
+                and len(state["path"][0]) == len(state["path"][1]) <= PATH_MARKS
+                and all(is_known(mean, cov, MODELS[number].unknowns) for number, mean, cov in state["awake"])
+                and {len(mean) for _, mean, _ in state["awake"]} == {PLAIN, WAVE}):
+            raise ValueError("damaged state, or of another release")
+        self.last, self.held = (marks + [None])[0], marks[1:]
+        self.path, self.exchanges = Path(*state["path"]), state["exchanges"]
+        self._believe(Bank(state["weights"], {number: (mean, cov) for number, mean, cov in state["awake"]}))
+        if not is_possible(self.bank.mean):
+            raise ValueError("a state with a rate of %s ppm" % self.rate()[0])
         return self
 
 
@@ -879,22 +852,22 @@ class Bound:
     def mark(self, tick_ns, real_ns, spread_ns, distance_ns):
         """Real time was within spread and distance of real_ns -> "used", "refused" (it proves nothing), or
         "restarted": it contradicts the bound."""
-        if not (all(is_int(value) for value in (tick_ns, real_ns, spread_ns, distance_ns))
+        if not (all(fits(value, TIME) for value in (tick_ns, real_ns, spread_ns, distance_ns))
                 and min(spread_ns, distance_ns) >= 0 and (self.last is None or tick_ns > self.last.tick_ns)):
             return "refused"
-        proven = Range(tick_ns, real_ns - spread_ns - distance_ns, real_ns + spread_ns + distance_ns)
-        if self.last is None:
-            self.last, self.anchors = proven, [proven]
-            return "used"
-        earliest_ns, latest_ns = self.at(tick_ns)
-        both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
-        if both.earliest_ns <= both.latest_ns:
-            self._measure(both)
-            return "used"
-        allowed_ppm = min(2 * self.allowed_ppm, LIMIT_PPM)
-        self.forget()
-        self.last, self.anchors, self.allowed_ppm = proven, [proven], allowed_ppm
-        return "restarted"
+        most_ns, outcome = spread_ns + distance_ns, "used"
+        proven = Range(tick_ns, real_ns - most_ns, real_ns + most_ns)
+        if self.last is not None:
+            earliest_ns, latest_ns = self.at(tick_ns)
+            both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
+            if both.earliest_ns <= both.latest_ns:
+                self._measure(both)
+                return "used"
+            allowed_ppm, outcome = min(2 * self.allowed_ppm, LIMIT_PPM), "restarted"
+            self.forget()
+            self.allowed_ppm = allowed_ppm
+        self.last, self.anchors = proven, [proven]
+        return outcome
 
     def _measure(self, last):
         """The rates that the counter can have had since the oldest anchor."""
@@ -941,23 +914,16 @@ class Bound:
     def from_state(cls, state):
         """ValueError for what state() can't have given."""
         self = cls()
-        try:
-            ranges = [Range(*each) for each in state["ranges"]]
-            slow_ppm, fast_ppm, change_ppm, allowed_ppm = state["ppm"]
-            sound = (len(ranges) != 1 and len(ranges) <= ANCHORS + 3
-                     and all(is_int(value) for each in ranges for value in each)
-                     and all(each.earliest_ns <= each.latest_ns for each in ranges)
-                     and all(a.tick_ns < b.tick_ns for a, b in zip(ranges, ranges[1:-1]))
-                     and (not ranges or ranges[-2].tick_ns <= ranges[-1].tick_ns)
-                     and -LIMIT_PPM <= slow_ppm <= fast_ppm <= LIMIT_PPM
-                     and is_float(change_ppm, 0, 1e9) and is_float(allowed_ppm, CHANGE_PPM, LIMIT_PPM))
-        except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
-            raise ValueError("damaged bound: %s" % err)
-        if not sound:
+        if not fits(state, {"ranges": [[TIME] * 3], "ppm": [PPM, PPM, (0.0, 1e9), (CHANGE_PPM, LIMIT_PPM)]}):
             raise ValueError("damaged bound")
-        if ranges:
-            self.anchors, self.last = ranges[:-1], ranges[-1]
+        ranges = [Range(*each) for each in state["ranges"]]
+        self.anchors, self.last = ranges[:-1], (ranges or [None])[-1]
         self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm = state["ppm"]
+        if not (len(ranges) != 1 and len(ranges) <= ANCHORS + 3 and self.slow_ppm <= self.fast_ppm
+                and all(each.earliest_ns <= each.latest_ns for each in ranges)
+                and all(a.tick_ns < b.tick_ns for a, b in zip(self.anchors, self.anchors[1:]))
+                and (not ranges or self.anchors[-1].tick_ns <= self.last.tick_ns)):
+            raise ValueError("damaged bound")
         return self
 
 
@@ -1525,7 +1491,7 @@ class Clockspeed:
             self.estimator.assume_rate(atto_ppm, ATTO_PPM)
             self.bound.forget()
             self.begin_phase()
-            return "rate of etc/atto"
+            return "rate of etc/atto, the rest of etc/state"
         return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
 
     def go_on(self, state):
