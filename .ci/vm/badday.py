@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """badday.py - bad days on a real kernel: a clock set by hand, a read-only etc, a FIFO that is deleted
 
-A guest runs the services as svc/install sets them up, with a server of its own that is 100 s ahead of its clock
-and 50 ppm faster.  Its hardware clock is read all the time from outside of the services.
+A guest runs the services as svc/install sets them up, with a server of its own that is 100 s ahead of its
+clock and 50 ppm faster.  Its hardware clock is read all the time from outside of the services.
 """
 import os
 import random
@@ -16,7 +16,7 @@ from rig import HOME, PROJECT, SERVER, ask, check, finish, raw_ns, say, serve_co
 
 LOG = "/var/multilog/clockspeed/current"
 HOUR_SEC = 3600
-COPIED_SEC = 2.5  # the kernel writes the hardware clock in the middle of a second, the next one or the one after
+COPIED_SEC = 2.5  # the kernel writes the hardware clock in the middle of the next second or the one after
 LONG_SEC = 300  # for what takes seconds on an idle host
 RTC_SEC = 2  # the hardware clock has seconds, and is read a little later
 
