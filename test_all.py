@@ -358,7 +358,8 @@ def test_clockadd_steps_unless_that_is_over_its_limit(options, ns, stepped, monk
     monkeypatch.setattr(ADD, "read_packet", lambda: ADD.pack(ns, 720133918))
     steps = []
     assert ADD.main(["clockadd"] + options, steps.append) == (0 if stepped else 111)
-    assert steps == [ns] * stepped and ("over the limit" in capfd.readouterr().err) is not stepped
+    assert steps == [ns] * stepped
+    assert ("a step of -0.500 s is over the limit" in capfd.readouterr().err) is not stepped
 
 
 @pytest.mark.parametrize("args", (["-e", "x"], ["here"]))
