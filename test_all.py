@@ -1948,7 +1948,7 @@ def test_nothing_hangs_for_ever_on_an_old_belief_and_each_mark_costs_little():
         start = time.process_time()
         outcomes.add(estimator.mark(tick_ns + index * 10**12, rng.randrange(10**18, 2 * 10**18), 10**6))
         used.append(time.process_time() - start)
-    assert "used" in outcomes and sorted(used)[-3] < 0.1, "a slow core; 20 ms on a usual one"
+    assert "used" in outcomes and sorted(used)[-3] < 0.1, "a slow core; 10 ms on a usual one"
 
 
 def test_estimator_refuses_what_is_no_mark():
@@ -1994,7 +1994,7 @@ def test_variance_foretells_the_error(world):
     for sec in (0, 60, 3600, 21600, 43200, 86400, 10**6, 10**7):
         foretold = sum(factor * sec**power for power, factor in enumerate(factors))**0.5
         error_ns = estimator.real(tick_ns + sec * 10**9)[1]
-        assert error_ns * 0.95 < foretold < error_ns * 3
+        assert error_ns * 0.95 < foretold < error_ns * (3 if world else 1.5)
     assert factors[0]**0.5 == pytest.approx(estimator.real(tick_ns)[1])
 
 
