@@ -3608,6 +3608,10 @@ def test_every_command_has_its_part_of_the_manual_and_unknown_words_are_named(ca
         assert said(name, "-h") == said(name, "--help") == (0, text, "")
         assert said(name, "--bad") == (100, "", "clockctl: usage: %s\n" % text.partition("\n")[0])
     assert said("version") == said("--version") and said("help") == said("--help")
+    for words in (["status", "x"], ["until"], ["wait", "1"], ["wait", "1", "2", "3"], ["try", "a", "b"],
+                  ["run"]):
+        usage = said("help", words[0])[1].partition("\n")[0]
+        assert said(*words) == (100, "", "clockctl: usage: %s\n" % usage)
     for words in (["statsu"], ["help", "statsu"]):
         assert said(*words)[2].endswith("; statsu is not one; the nearest known one is status\n")
 
