@@ -3839,6 +3839,8 @@ def viewed(words, stderr=""):
      "fail", "^unable to ask x: no usable answer; correct"),
     ("space", disk(10**6), "ok", "3906 MB at /"), ("space", disk(10**6, files=0), "fail", "full"),
     ("space", disk(200), "fail", "full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail", "read-only"),
+    ("counter", ("tsc",), "ok", "tsc"), ("counter", ("hpet",), "warn", "slow"),
+    ("counter", ("jiffies",), "fail", "milliseconds"),
     ("rivals", ([], "", 0), "ok", ""),
     ("rivals", ([("ntpd", "7")], "", 0), "fail", "ntpd sets .* process 7; stop"),
     ("rivals", ([], "@4000000000000e1a00000000 foreign: x\n", 10000), "fail", "another program steers"),
@@ -3926,7 +3928,7 @@ def test_check_looks_at_every_topic_where_nothing_is_installed(tmp_path):
         "CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n" % (tmp_path, HERE))
     lines = run("clockctl-check", CLOCKSPEED_CONF=tmp_path / "conf").stdout.decode().splitlines()
     found = {topic: level for level, topic in (line.partition(":")[0].split() for line in lines[:-1])}
-    assert " ".join(topic for topic in found if topic != "users") == (
+    assert " ".join(topic for topic in found if topic not in ("users", "counter")) == (
         "configuration programs owners services clockspeed marks server rivals scale")
     assert [found[topic] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
     assert "unable to look" not in str(lines)
@@ -4013,8 +4015,11 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     assert re.fullmatch(r" +01-15 08:00 +01-15 19:\d\d +01-16 06:\d\d +01-16 17:10", dates)
     assert all(glyph in "".join(picture) for glyph in "*.=") and "+1 ms +" in "".join(picture)
     assert {len(line) for line in [axis, dates]} == {79} and len(picture) == 17
-    assert shown("error")[0].startswith("standard deviation") and shown("rate", "--svg")[0].startswith("<svg")
-    elements = xml.etree.ElementTree.fromstring("\n".join(shown("--svg"))).iter()
+    assert shown("error")[0].startswith("standard deviation")
+    picture = tmp_path / "graph.svg"
+    picture.write_text("what was there before")
+    assert shown("--svg", picture) == []
+    elements = xml.etree.ElementTree.fromstring(picture.read_text()).iter()
     classes = [each.get("class") for each in elements if each.get("points", "").count(",") == 200]
     assert sorted(classes) == ["bound", "bound", "deviation", "deviation", "value"]
     assert len(shown("--csv")) == 201 and shown("--csv")[1] == (
@@ -4072,7 +4077,7 @@ def test_a_curve_has_no_gaps_and_ends_at_the_edges():
     assert set(GRAPH.strokes([(0, 0), (1, 1)], 9, 9)) == {(each, each) for each in range(9)}
 
 
-@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--svg"], ["--svg", "file"]))
+@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"], ["--svg"]))
 def test_graph_words_that_make_no_sense_are_usage(words):
     assert run("clockctl-graph", *words).returncode == 100
 
