@@ -1951,6 +1951,13 @@ def test_nothing_hangs_for_ever_on_an_old_belief_and_each_mark_costs_little():
     assert "used" in outcomes and sorted(used)[-3] < 0.1, "a slow core; 10 ms on a usual one"
 
 
+def test_a_new_estimator_knows_what_it_is_told():
+    estimator, models = bench_all.Estimator(50.0, 10.0), bench_all.CLOCKSPEED.MODELS
+    assert estimator.rate() == pytest.approx((50, 10))
+    assert estimator.bank.cov[3][3]**0.5 == estimator.bank.cov[4][4]**0.5 < 300, "alike"
+    assert sum(model.share for model in models) == pytest.approx(1)
+
+
 def test_estimator_refuses_what_is_no_mark():
     estimator, tick_ns, real_ns = settled()
     state = estimator.state()
