@@ -92,8 +92,10 @@ print((time.perf_counter() - start) * 1e3, usage.ru_maxrss * 1024 / 1e6)
 def cost(command, runs=15):
     """-> [ms from start to end, MB at most] of a command."""
     meter = ["python3", "-IS", "-c", METER, *command]
-    return medians(map(float, subprocess.run(meter, stdout=subprocess.PIPE, env=ENV, check=True).stdout.split())
-                   for _ in range(runs))
+
+    def measured():
+        return subprocess.run(meter, stdout=subprocess.PIPE, env=ENV, check=True).stdout.split()
+    return medians(map(float, measured()) for _ in range(runs))
 
 
 @contextlib.contextmanager
@@ -863,7 +865,7 @@ def spent(command, offset_of, home):
 
 
 def bench_nts():
-    """|error|, CPU and memory of a mark of four exchanges by NTS, beside sntpclock and chronyd -Q with nts."""
+    """|error|, CPU and memory of a mark of four exchanges by NTS, sntpclock, and chronyd -Q with nts."""
     if not shutil.which("chronyd") or not shutil.which("openssl"):
         print("needs chronyd and openssl")
         return
@@ -873,7 +875,7 @@ def bench_nts():
     asks = ["-r", "4", "-c", "host.crt", "-p", str(port), "127.0.0.1"]
     chronyd = ["chronyd", "-Q", "-x", "-t", "20", "cmdport 0", "user root", "ntstrustedcerts host.crt",
                "pidfile query.pid", "server 127.0.0.1 iburst nts ntsport %d" % port]
-    rows = [("sntpclock.py", installed("sntpclock.py", "-r", "4", "-p", str(port), "127.0.0.2"), packet_offset),
+    rows = [("sntpclock.py", installed("sntpclock.py", "-r4", "-p", str(port), "127.0.0.2"), packet_offset),
             ("ntsclock.py, stored keys", installed("ntsclock.py", "-s", ".", *asks), packet_offset),
             ("ntsclock.py, new keys", installed("ntsclock.py", *asks), packet_offset),
             ("chronyd -Q with nts", chronyd, number_after(rb"wrong by ")),
@@ -894,7 +896,7 @@ def bench_nts():
                     if turn < NTS_SLOW_RUNS or not name.startswith("chronyd"):
                         found[name] += filter(None, [spent(command, offset_of, home)])
     print("a relay keeps each packet %.1f ms + %.1f ms of jitter\n%-24s %9s %11s %7s %6s %6s" % (
-        RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3, "", "error us", "x sntpclock", "CPU ms", "MB", "marks"))
+        RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3, "", "error us", "x sntpclock", "CPU ms", "MB", "seen"))
     first_us = None
     for name, marks in found.items():
         if not marks:

@@ -1508,13 +1508,16 @@ class Clockspeed:
             return parse(self.etc.read(name))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as err:
+        except (ImportError, OSError, ValueError) as err:
             self.trouble("use etc/" + name, err)
             return None
 
     def save_json(self, name, content, **style):
-        import json
-        self.save(name, json.dumps(content, **style).encode() + b"\n")
+        try:
+            import json  # python3-minimal has none
+            self.save(name, json.dumps(content, **style).encode() + b"\n")
+        except ImportError as err:
+            self.trouble("write etc/" + name, err)
 
     def save(self, name, data):
         try:
@@ -1604,6 +1607,14 @@ def find_user(name):
         raise ValueError("there is no such user") from None
 
 
+def give(what, name, user):
+    """Give etc or adjust to a user.  On a read-only file system it stays whose it is; ValueError."""
+    try:
+        what.give(user.pw_uid)
+    except OSError as err:
+        complain("warning", "unable to give %s to %s: %s" % (name, user.pw_name, reason(err)))
+
+
 def become(user, capabilities):
     """Become that user and keep those capabilities alone; OSError."""
     if os.getuid() == user.pw_uid != 0:
@@ -1684,7 +1695,6 @@ def main(argv):
         home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or HOME
         user_name, writer_name = options.get("-u"), options.get("-w", options.get("-u"))
         doing = "start"
-        import json  # before this is a user who can't read it
         scale, target_ns = clock_scale(), clock_error_ns()
         doing = "become %s" % user_name
         user = find_user(user_name)
@@ -1709,11 +1719,10 @@ def main(argv):
         open_adjust(daemon, fifo)
         settle()
         if writer:
-            doing = "give adjust to " + writer_name
-            fifo.give(writer.pw_uid)
+            give(fifo, "adjust", writer)
         if user:
             doing = "give %s/etc to %s" % (home, user_name)
-            etc.give(user.pw_uid)
+            give(etc, "etc", user)
             doing = "become " + user_name
             become(user, 1 << CAP_SYS_TIME if clock.steers else 0)
         doing = "run"

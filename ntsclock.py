@@ -65,6 +65,7 @@ try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 except KeyboardInterrupt:
     raise SystemExit(130)
+import array
 import collections
 import contextlib
 import getopt
@@ -161,7 +162,8 @@ def scale_offset_sec():
 # A query leaves at t0 and its answer comes at t1 by the system clock; between them the server's clock showed
 # T2 <= T3.  That proves T3 - t1 <= offset <= T2 - t0, and the offset is real time minus system clock.
 #
-# A script sets KIND and SERVER_WAKES.  It gives measure() two functions: make_query(server) -> bytes, and
+# A script sets KIND, SERVER_WAKES, and ECHO: where an answer has 8 bytes that it repeats, and where the query
+# has them.  It gives measure() two functions: make_query(server) -> bytes, and
 # decode(server, query, packet) -> Answer, or None when that does not answer the query; ValueError, Dismissed.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
@@ -170,8 +172,12 @@ READING_NS = 1000  # clock and counter are read this close to each other, unless
 MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
 DAY_NS = 86400 * 10**9
 NO_MAJORITY = "no majority of the servers agrees"
-SO_TIMESTAMPNS = 35  # Linux: stamp what arrives; Python's socket module has no name for it
+# Linux's, for which Python's socket module has no names: stamp what arrives, filter it.
+SO_TIMESTAMPNS, SO_ATTACH_FILTER = 35, 26
 TIMESPEC = struct.Struct("@ll")
+FILTER_STEP = struct.Struct("=HBBI")  # code, steps to skip if so and if not, number
+LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
+UDP_HEADER_BYTES = 8
 
 # T2 rounded up and T3 rounded down, as a right clock on our scale shows them, and what else the server said.
 Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns stratum reference")
@@ -243,10 +249,10 @@ def in_parallel(function, arguments, end_ns):
     return list(results)
 
 
-def look_up(host, port):
+def look_up(host, port, family=socket.AF_UNSPEC):
     """-> the socket addresses of that name; OSError."""
     # In bytes, since for a str Python loads its megabyte of international names.
-    found = socket.getaddrinfo(os.fsencode(host), port, type=socket.SOCK_DGRAM)
+    found = socket.getaddrinfo(os.fsencode(host), port, family, socket.SOCK_DGRAM)
     return [address for _, _, _, _, address in found[:MOST_ADDRESSES]]
 
 
@@ -285,8 +291,25 @@ def arrival(ancillary, sent, woke):
     return woke
 
 
+def admit_only_answers(sock, query):
+    """Have Linux drop what does not repeat 8 bytes of the query's cookie, so that a flood of forged answers
+    can't fill the socket's queue."""
+    answer_at, query_at = ECHO
+    steps = []
+    for at in (0, 4):  # go on if the word is right, else drop the packet
+        word, = struct.unpack_from(">I", query, query_at + at)
+        steps += [(LOAD_WORD, 0, 0, UDP_HEADER_BYTES + answer_at + at), (JUMP_IF_EQUAL, 1, 0, word),
+                  (PASS_BYTES, 0, 0, 0)]
+    steps.append((PASS_BYTES, 0, 0, 0xffff))
+    program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
+    with contextlib.suppress(OSError):  # not Linux: decode() tells them apart
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
+                        struct.pack("@HP", len(steps), program.buffer_info()[0]))
+
+
 def exchange(sock, server, query, decode, end_ns):
     """Send the query and wait for its answer -> Sample; OSError, ValueError, Dismissed."""
+    admit_only_answers(sock, query)
     sent = read_clocks()
     sock.send(query)
     while True:
@@ -478,6 +501,7 @@ def measure(servers, settings, make_query, decode):
 NTP = struct.Struct(">BBbbII4sQQQQ")
 NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
 MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
+ECHO = 24, 40  # the answer's originate stamp is the query's transmit stamp
 KISSES = {"RATE": True, "DENY": False, "RSTR": False}  # may what came before be used?
 
 

@@ -31,6 +31,7 @@ OPTIONS
     -l days  largest offset accepted (2; 0 is any)
     -f       output even if -e or -l is exceeded
     -p port  (123)
+    -4, -6   use IPv4 only, IPv6 only
     -k file  chrony's key file, which others must not be able to read
     -K id    accept only answers authenticated with that key of it: MD5, SHA1, SHA256,
              SHA384 or SHA512, of 16 bytes or more
@@ -65,6 +66,7 @@ try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 except KeyboardInterrupt:
     raise SystemExit(130)
+import array
 import collections
 import contextlib
 import getopt
@@ -77,7 +79,7 @@ import threading
 import time
 
 PROGRAM = "sntpclock"
-USAGE = "sntpclock [-f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] " \
+USAGE = "sntpclock [-46f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] " \
         "[-k file -K id] [-s dir] host... | clockview"
 KIND = "ntp"  # in dir/sources
 SERVER_WAKES = False  # servers have the kernel's stamps of queries too
@@ -160,7 +162,8 @@ def scale_offset_sec():
 # A query leaves at t0 and its answer comes at t1 by the system clock; between them the server's clock showed
 # T2 <= T3.  That proves T3 - t1 <= offset <= T2 - t0, and the offset is real time minus system clock.
 #
-# A script sets KIND and SERVER_WAKES.  It gives measure() two functions: make_query(server) -> bytes, and
+# A script sets KIND, SERVER_WAKES, and ECHO: where an answer has 8 bytes that it repeats, and where the query
+# has them.  It gives measure() two functions: make_query(server) -> bytes, and
 # decode(server, query, packet) -> Answer, or None when that does not answer the query; ValueError, Dismissed.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
@@ -169,8 +172,12 @@ READING_NS = 1000  # clock and counter are read this close to each other, unless
 MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
 DAY_NS = 86400 * 10**9
 NO_MAJORITY = "no majority of the servers agrees"
-SO_TIMESTAMPNS = 35  # Linux: stamp what arrives; Python's socket module has no name for it
+# Linux's, for which Python's socket module has no names: stamp what arrives, filter it.
+SO_TIMESTAMPNS, SO_ATTACH_FILTER = 35, 26
 TIMESPEC = struct.Struct("@ll")
+FILTER_STEP = struct.Struct("=HBBI")  # code, steps to skip if so and if not, number
+LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
+UDP_HEADER_BYTES = 8
 
 # T2 rounded up and T3 rounded down, as a right clock on our scale shows them, and what else the server said.
 Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns stratum reference")
@@ -242,10 +249,10 @@ def in_parallel(function, arguments, end_ns):
     return list(results)
 
 
-def look_up(host, port):
+def look_up(host, port, family=socket.AF_UNSPEC):
     """-> the socket addresses of that name; OSError."""
     # In bytes, since for a str Python loads its megabyte of international names.
-    found = socket.getaddrinfo(os.fsencode(host), port, type=socket.SOCK_DGRAM)
+    found = socket.getaddrinfo(os.fsencode(host), port, family, socket.SOCK_DGRAM)
     return [address for _, _, _, _, address in found[:MOST_ADDRESSES]]
 
 
@@ -284,8 +291,25 @@ def arrival(ancillary, sent, woke):
     return woke
 
 
+def admit_only_answers(sock, query):
+    """Have Linux drop what does not repeat 8 bytes of the query's cookie, so that a flood of forged answers
+    can't fill the socket's queue."""
+    answer_at, query_at = ECHO
+    steps = []
+    for at in (0, 4):  # go on if the word is right, else drop the packet
+        word, = struct.unpack_from(">I", query, query_at + at)
+        steps += [(LOAD_WORD, 0, 0, UDP_HEADER_BYTES + answer_at + at), (JUMP_IF_EQUAL, 1, 0, word),
+                  (PASS_BYTES, 0, 0, 0)]
+    steps.append((PASS_BYTES, 0, 0, 0xffff))
+    program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
+    with contextlib.suppress(OSError):  # not Linux: decode() tells them apart
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
+                        struct.pack("@HP", len(steps), program.buffer_info()[0]))
+
+
 def exchange(sock, server, query, decode, end_ns):
     """Send the query and wait for its answer -> Sample; OSError, ValueError, Dismissed."""
+    admit_only_answers(sock, query)
     sent = read_clocks()
     sock.send(query)
     while True:
@@ -474,10 +498,15 @@ def measure(servers, settings, make_query, decode):
 # ==== shared by some: servers by name ====
 def find_servers(settings):
     """The Servers that the command line names."""
-    servers = []
+    servers, letters = [], settings.letters
+    family = (socket.AF_INET if "-4" in letters else socket.AF_INET6 if "-6" in letters
+              else socket.AF_UNSPEC)
+
+    def find(host):
+        return look_up(host, settings.port, family)
     for_others_ns = min(settings.wait_ns, settings.total_ns // 2)  # when the name of one is never found
-    for host, found in zip(settings.hosts, in_parallel(
-            lambda host: look_up(host, settings.port), settings.hosts, settings.end_ns - for_others_ns)):
+    for host, found in zip(settings.hosts,
+                           in_parallel(find, settings.hosts, settings.end_ns - for_others_ns)):
         if isinstance(found, Exception):
             servers.append(Server(host))
             servers[-1].failures[reason(found)] = 1
@@ -496,6 +525,7 @@ def find_servers(settings):
 NTP = struct.Struct(">BBbbII4sQQQQ")
 NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
 MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
+ECHO = 24, 40  # the answer's originate stamp is the query's transmit stamp
 KISSES = {"RATE": True, "DENY": False, "RSTR": False}  # may what came before be used?
 
 
@@ -594,7 +624,7 @@ def main(argv):
         doing = "write output"
         if begin(argv):
             return 0
-        settings = Settings(argv[1:], 123, "k:K:")
+        settings = Settings(argv[1:], 123, "46k:K:")
         ident = settings.letters.get("-K", "")
         if ("-k" in settings.letters) is not (ident.isdecimal() and 0 < int(ident) < 2**32):
             raise getopt.GetoptError("")

@@ -19,7 +19,7 @@ DESCRIPTION
     here, and for real in a virtual machine (.ci/run).
 
 OPTIONS
-    --long   run the tests that take long too: millions of inputs, a flood, twelve years
+    --long   run the tests that take long too: millions of inputs, a flood, a year
     --sync   copy each shared block of the first script that has it over its other copies
 
 EXIT STATUS
@@ -611,8 +611,9 @@ def test_answers_that_are_late_doubled_forged_or_from_elsewhere_do_not_count(nam
 
     def forged(query, n):
         elsewhere.sendto(answer(query, lie_ns), server.client)
-        return [answer(os.urandom(len(query)), lie_ns), query, b"", b"x", answer(query)[:31],
-                answer(query), answer(query, lie_ns)]
+        flood = 2000 if sys.platform == "linux" else 1  # more than the queue of a socket holds
+        return flood * [answer(os.urandom(len(query)), lie_ns)] + [
+            query, b"", b"x", answer(query)[:31], answer(query), answer(query, lie_ns)]
     with Rogue(late) as server:
         refused(ask(name, server.port, "-r", 3, "-t", 100), r"timed out \(3 times\)")
     with Rogue(forged) as server, elsewhere:
@@ -784,7 +785,7 @@ def test_public_addresses_are_spared(near, addresses, monkeypatch):
     for address in addresses.split():
         assert SNTP.is_near(address) is near
     server = SNTP.Server("a", (address, 1))
-    SNTP.ask(server, SNTP.Settings(["a"], 1), lambda server: b"", None)  # nothing can be sent
+    SNTP.ask(server, SNTP.Settings(["a"], 1), lambda server: bytes(48), None)  # nothing can be sent
     assert (sum(server.failures.values()), paused) == ((10, 9 * [0]) if near else (4, 3 * [2]))
 
 
@@ -3058,7 +3059,8 @@ def test_clockspeed_takes_little_memory(daemon):
     process = daemon("-n")
     for count in (1, 2, 3):
         process.mark(count)
-    assert int(re.search(r"VmHWM:\s+(\d+) kB", process.proc("status")).group(1)) < 16 * 1024, "15 with Python 3.11"
+    most_kb = int(re.search(r"VmHWM:\s+(\d+) kB", process.proc("status")).group(1))
+    assert most_kb < 16 * 1024, "15 with Python 3.11"
 
 
 # ==== bad days ======================================================================================
@@ -3180,6 +3182,33 @@ def test_clockspeed_across_the_turns_of_32_bits(simulate, turn_sec):
     assert simulation.daemon.marks["used"] == 6
     assert kernel.clock_ns() > turn_sec * 10**9 and abs(kernel.clock) < 1e5
     assert simulate(kernel).source == "phase and rate of etc/state"
+
+
+@pytest.mark.long
+def test_a_year_of_restarts_reboots_lost_and_wild_marks(simulate, monkeypatch):
+    """The error is what was told, and nothing grows."""
+    monkeypatch.setattr(CS, "SETTLED_SEC", 3600)  # else it wakes half a million times
+    rng, kernel = random.Random(SEED), FakeKernel(ppm=20, behind_ns=10**9)
+    simulation, errors_sec, wait_sec, left_sec = simulate(kernel, target_ns=10**7), [], 600, 365 * 86400
+    while left_sec > 0:
+        simulation.run(wait_sec)
+        left_sec -= wait_sec
+        kernel.ppm += rng.gauss(0, 3e-4 * wait_sec**0.5)
+        if simulation.daemon.estimator.has_phase():
+            errors_sec.append(abs(kernel.clock) / 1e9)
+        what = rng.random()
+        if what < 0.01:
+            kernel.boot += "'"
+            kernel.clock += rng.gauss(0, 3e8)
+            kernel.fields.update(freq=0, tick=10000, status=0x40, maxerror=16 * 10**6)
+        if what < 0.06:
+            simulation = simulate(kernel, target_ns=10**7)
+        if what > 0.1:
+            wild_sec = rng.choice((-1, 1)) * 10.0 ** rng.randrange(-1, 3) if what > 0.98 else 0
+            simulation.mark(rng.gauss(0, 2e-4) + wild_sec)
+        wait_sec = min(86400, max(600, simulation.status()["next"]["wait_sec"]))
+    assert sorted(errors_sec)[int(len(errors_sec) * 0.9)] < 0.02
+    assert max(path.stat().st_size for path in (simulation.home / "etc").iterdir()) < 65536
 
 
 # ==== clockctl ======================================================================================
