@@ -1599,6 +1599,14 @@ def choose_clock(observe):
         return Clock()
 
 
+def load_json():
+    """Before this is a user who can't read Python's files; python3-minimal has none."""
+    try:
+        import json
+    except ImportError:
+        pass
+
+
 def find_user(name):
     """Its line of the passwd file, None for no name; ValueError when there is none."""
     try:
@@ -1695,6 +1703,7 @@ def main(argv):
         home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or HOME
         user_name, writer_name = options.get("-u"), options.get("-w", options.get("-u"))
         doing = "start"
+        load_json()
         scale, target_ns = clock_scale(), clock_error_ns()
         doing = "become %s" % user_name
         user = find_user(user_name)

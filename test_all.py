@@ -2722,6 +2722,13 @@ def test_32_bits_of_time_are_enough_until_2038(simulate, monkeypatch):
     assert warning.startswith("clockspeed: warning: unable to step the clock: ")
 
 
+def test_a_python_without_json_keeps_etc_atto_and_says_what_it_can_not_keep(simulate, monkeypatch):
+    monkeypatch.setitem(sys.modules, "json", None)
+    simulation = simulate(FakeKernel(ppm=3)).settle()
+    assert [line.partition(":")[0] for line in simulation.lines if "unable" in line] == 2 * ["clockspeed"]
+    assert os.listdir(str(simulation.home / "etc")) == ["atto"]
+
+
 # ==== clockspeed: the process =======================================================================
 ROOT = os.getuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="needs root")
@@ -2970,14 +2977,15 @@ def test_a_deleted_fifo_that_only_root_can_make_again_ends_it(daemon, public_tmp
 
 
 @needs_root
-def test_a_read_only_file_system_is_said_and_no_reason_to_stop(daemon, public_tmp):
+@pytest.mark.parametrize("owner", ("nobody", "root"))
+def test_a_read_only_file_system_is_said_and_no_reason_to_stop(daemon, public_tmp, owner):
     if subprocess.run(["unshare", "-m", "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("no mount namespaces")
     home = public_tmp / "home"
     os.mkfifo(str(home / "adjust"))
     (home / "etc").mkdir()
     for path in (home / "adjust", home / "etc"):
-        os.chown(str(path), pwd.getpwnam("nobody").pw_uid, -1)  # as svc/install does
+        os.chown(str(path), pwd.getpwnam(owner).pw_uid, -1)
     mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
     process = daemon("-u", "nobody", before=["unshare", "-m", "sh", "-c", mount, str(home)])
     process.mark()
@@ -3667,7 +3675,7 @@ def test_check_and_graph_are_run_from_beside_it(host):
 
 @pytest.mark.skipif(os.path.exists("/usr/local/etc/clockspeed.conf"), reason="there is a configuration here")
 def test_without_modules_that_python3_minimal_lacks_it_does_what_it_can(host):
-    code = ("import sys, runpy; sys.modules.update(dict.fromkeys(('json', 'ctypes', 'difflib', 'shlex'))); "
+    code = ("import sys, runpy; sys.modules.update(dict.fromkeys(('json', 'ctypes', 'difflib', 'shutil'))); "
             "sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
     env = dict(UTC_ENV, CLOCKSPEED_HOME=host.home, CLOCKSPEED_BIN=host.bin, CLOCK_IP="192.0.2.1")
     host.status()
