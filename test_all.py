@@ -1956,6 +1956,7 @@ def test_nothing_hangs_for_ever_on_an_old_belief_and_each_mark_costs_little():
 def test_a_new_estimator_knows_what_it_is_told():
     estimator, models = bench_all.Estimator(50.0, 10.0), bench_all.CLOCKSPEED.MODELS
     assert estimator.rate() == pytest.approx((50, 10))
+    assert list(estimator.bank.mean) == pytest.approx([0, 50e3, 0, 0, 0]), "the rest may be more as well as less"
     assert estimator.bank.cov[3][3]**0.5 == estimator.bank.cov[4][4]**0.5 < 300, "alike"
     assert sum(model.share for model in models) == pytest.approx(1)
 
@@ -2730,6 +2731,13 @@ def test_a_python_without_json_keeps_etc_atto_and_says_what_it_can_not_keep(simu
     assert os.listdir(str(simulation.home / "etc")) == ["atto"]
 
 
+@pytest.mark.parametrize("sec, words", [
+    (0.5, "0.5 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (172800, "2 d"),
+    (8e6, "92.6 d")])
+def test_durations_are_said_in_the_unit_that_suits(sec, words):
+    assert CS.duration(sec) == words
+
+
 # ==== clockspeed: the process =======================================================================
 ROOT = os.getuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="needs root")
@@ -2941,6 +2949,7 @@ def test_clockspeed_becomes_its_user_and_keeps_no_more_than_it_needs(daemon):
         process = daemon("-u", "nobody", "-w", "daemon")
         status = dict(line.split(":\t", 1) for line in process.proc("status").splitlines() if ":\t" in line)
         assert status["Uid"].split() == [str(nobody)] * 4 and status["NoNewPrivs"] == "1"
+        assert status["Gid"].split() == [str(pwd.getpwnam("nobody").pw_gid)] * 4
         assert not status["Groups"].strip() and int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
         assert process.proc("comm") == "clockspeed\n"
         assert "unable to steer the clock: Operation not permitted; observing only\n" in process.text()
