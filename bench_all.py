@@ -623,9 +623,11 @@ def number_after(pattern):
 
 def without_kernel_stamps(script):
     """A command that runs a client of ours without the kernel's stamps."""
+    path, asked_for, not_asked_for = os.path.join(HERE, script), "SO_TIMESTAMPNS = 35", "SO_TIMESTAMPNS = -1"
+    with open(path) as file:
+        assert asked_for in file.read(), "it asks for stamps in another way"
     source = "import sys; sys.argv = sys.argv[1:]; exec(open(sys.argv[0]).read().replace(%r, %r))"
-    return ["python3", "-IS", "-c", source % ("SO_TIMESTAMPNS = 35", "SO_TIMESTAMPNS = -1"),
-            os.path.join(HERE, script), "ADDRESS"]
+    return ["python3", "-IS", "-c", source % (asked_for, not_asked_for), path, "ADDRESS"]
 
 
 def rivals(home):

@@ -37,8 +37,8 @@ DESCRIPTION
 OPTIONS
     -n       observe only: learn and tell, never touch the clock; needs no privilege
     -S       never step
-    -u user  after the start as root give etc to that user, become it, and keep the right to
-             set the clock alone (Linux: CAP_SYS_TIME)
+    -u user  after the start as root give etc to that user, become it, and keep only the
+             right to set the clock (Linux: CAP_SYS_TIME)
     -w user  give adjust to that user, who writes the marks and can do no more; without it,
              to that of -u
     home     the directory below, instead of $CLOCKSPEED_HOME or /usr/local/clockspeed
@@ -52,12 +52,13 @@ FILES (in home)
     etc/status  the same for people and programs: at each mark and every 10 minutes
     etc/lock    so that no second clockspeed runs on this home
 
-    etc/status is JSON.  At tick_ns, a reading of the counter, the system clock read written_ns,
-    and real time was offset_ns more.  When the counter reads TICK, t = (TICK - tick_ns) / 10^9
-    seconds later, real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm), with a variance
-    of c0 + c1 t + c2 t^2 + c3 t^3 ns^2: these are in `variance`.  Between the following it is for
-    certain, if servers tell the truth; with what is in `bound` and its tick_ns in t, and
-    C = change_ppm sqrt(max(1, t / 86400)):
+    etc/status is JSON.  When the counter read tick_ns, the system clock read written_ns, and
+    real time was offset_ns more.  When the counter reads TICK, t = (TICK - tick_ns) / 10^9
+    seconds have passed.  Real time is then written_ns + offset_ns + t (10^9 + 1000 rate_ppm).
+    Its variance is c0 + c1 t + c2 t^2 + c3 t^3 ns^2, with the factors in `variance`.
+
+    `bound` tells where real time certainly is, if the servers tell the truth.  With the tick_ns
+    in `bound` taken for t, and with C = change_ppm sqrt(max(1, t / 86400)), real time is
         from  earliest_ns + t (10^9 + 1000 max(slow_ppm - C, -1000))
         to    latest_ns   + t (10^9 + 1000 min(fast_ppm + C, 1000))
 
@@ -89,8 +90,8 @@ ENVIRONMENT
                   next mark is wanted, and of how many exchanges
 
 EXIT STATUS
-    0 after TERM or INT; 100 wrong usage; 111 what only another start can mend, as of a FIFO
-    that was deleted, which root makes again
+    0 after TERM or INT; 100 wrong usage; 111 unable to start, or to go on: when adjust was
+    deleted under -u, only a start as root can make it again
 
 SEE ALSO
     clockctl
@@ -117,7 +118,6 @@ PROGRAM = "clockspeed"
 USAGE = "clockspeed [-n] [-S] [-u user] [-w user] [home]"
 HOME = "/usr/local/clockspeed"
 ERA_SEC = 2**32  # NTP's 136 years: no mark from beyond can be meant
-TAI_MINUS_CLOCK_SEC = {"utc": 37, "tai": 10}  # for good: there are no more leap seconds
 ATTO_LIMIT_PPM = 500  # an etc/atto further off than that was made with a counter of other ticks
 UNKNOWN_PPM = 500.0  # what a rate may be off by before any mark: a crystal 50, a virtual machine some 100
 REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
@@ -135,7 +135,7 @@ MOVED_PPM = 2000  # ...unless slews and rates, which never reach this, had the t
 SUSPENDED_NS = 10**8  # CLOCK_BOOTTIME gains as much on CLOCK_MONOTONIC only in a suspend
 STATUS_SEC = 600  # etc/status is never older
 STATE_SEC = 3600  # nor is etc/state, which wears out flash memory and changes with marks only
-BATCH = 4  # marks taken at once, of 10 ms each or more; after so many, the FIFO rests for a second
+BATCH = 4  # marks taken at once, of up to 10 ms each; after so many, the FIFO rests for a second
 STATE_BYTES = 1 << 18  # a state has at most 50 KiB
 ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TAI, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x80, 0x4000
 ADJ_OFFSET_SINGLESHOT = 0x8001
@@ -261,6 +261,22 @@ def step_kernel(adjtimex, delta_ns):
 # ==== end shared ====
 
 
+# ==== shared by some: clock scale ====
+TAI_MINUS_CLOCK_SEC = {"utc": 37, "tai": 10}  # since 2017; there are no leap seconds any more
+
+
+def clock_scale():
+    """What the system clock counts, utc or tai (TAI - 10 s); ValueError.
+
+    CLOCK_SCALE tells which it is, else the time zone: a right/ one shows the 23:59:60 of June 1972.
+    """
+    scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
+    if scale not in TAI_MINUS_CLOCK_SEC:
+        raise ValueError("CLOCK_SCALE is neither utc nor tai")
+    return scale
+# ==== end shared ====
+
+
 # ==== the estimator ====
 #
 # MODEL   A counter's rate wanders as a random walk.  A mark is real time plus noise.  With wander and noise
@@ -330,7 +346,7 @@ MODELS = (grid(WANDERS, NOISES, 1 - WAVE_CHANCE, PLAIN, 0.0)
 
 
 def dot(a, b):
-    """Of the unknowns that both have."""
+    """The scalar product, of the unknowns that both have."""
     return sum([x * y for x, y in zip(a, b)])
 
 
@@ -388,7 +404,7 @@ def mixture(parts):
 
 
 def gained(before, mark):
-    """(s on the counter, ns that real time gained on it) from one mark to another; exact until a float."""
+    """(s on the counter, ns that real time gained on it) from one mark to another."""
     ticks = mark.tick_ns - before.tick_ns
     return ticks * 1e-9, float(mark.real_ns - before.real_ns - ticks)
 
@@ -565,7 +581,7 @@ def fits(value, shape):
 
 
 def is_known(mean, cov, unknowns):
-    """A covariance indeed."""
+    """Whether mean and cov are of so many unknowns, and cov can be a covariance."""
     every = range(unknowns)
     return ([len(row) for row in [mean] + cov] == [unknowns] * (unknowns + 1)
             and all(cov[i][i] >= 0 and cov[i][j] ** 2 <= cov[i][i] * cov[j][j] * 1.000001
@@ -1513,6 +1529,7 @@ class Clockspeed:
             return None
 
     def save_json(self, name, content, **style):
+        self.done_ns[name] = self.tick_ns
         try:
             import json  # python3-minimal has none
             self.save(name, json.dumps(content, **style).encode() + b"\n")
@@ -1525,7 +1542,6 @@ class Clockspeed:
             self.resolved("write etc/" + name)
         except OSError as err:
             self.trouble("write etc/" + name, err)
-        self.done_ns[name] = self.tick_ns
 
     def save_state(self):
         """etc/atto and etc/state."""
@@ -1562,16 +1578,6 @@ class Clockspeed:
 
 
 # ==== main ====
-
-def clock_scale():
-    """utc or tai; ValueError."""
-    # localtime(78796800) is the first second of July 1972: in a right/ zone, where it is the leap second
-    # before, it shows 60
-    scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
-    if scale not in TAI_MINUS_CLOCK_SEC:
-        raise ValueError("CLOCK_SCALE is neither utc nor tai")
-    return scale
-
 
 def clock_error_ns():
     """The error that is to be kept, or None; ValueError."""

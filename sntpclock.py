@@ -143,18 +143,18 @@ def unpack(packet):
 
 
 # ==== shared by some: clock scale ====
-TAI_MINUS_UTC_SEC = 37  # since 2017; there are no leap seconds any more
+TAI_MINUS_CLOCK_SEC = {"utc": 37, "tai": 10}  # since 2017; there are no leap seconds any more
 
 
-def scale_offset_sec():
-    """TAI minus system clock: 37 s on the utc scale, 10 s on the tai scale; ValueError.
+def clock_scale():
+    """What the system clock counts, utc or tai (TAI - 10 s); ValueError.
 
     CLOCK_SCALE tells which it is, else the time zone: a right/ one shows the 23:59:60 of June 1972.
     """
     scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
-    if scale not in ("utc", "tai"):
+    if scale not in TAI_MINUS_CLOCK_SEC:
         raise ValueError("CLOCK_SCALE is neither utc nor tai")
-    return TAI_MINUS_UTC_SEC if scale == "utc" else 10
+    return scale
 # ==== end shared ====
 
 
@@ -172,8 +172,9 @@ READING_NS = 1000  # clock and counter are read this close to each other, unless
 MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
 DAY_NS = 86400 * 10**9
 NO_MAJORITY = "no majority of the servers agrees"
-# Linux's, for which Python's socket module has no names: stamp what arrives, filter it.
-SO_TIMESTAMPNS, SO_ATTACH_FILTER = 35, 26
+# Linux's, for which Python's socket module has no names:
+SO_TIMESTAMPNS = 35  # stamp what arrives
+SO_ATTACH_FILTER = 26
 TIMESPEC = struct.Struct("@ll")
 FILTER_STEP = struct.Struct("=HBBI")  # code, steps to skip if so and if not, number
 LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
@@ -385,7 +386,7 @@ def vote(ranges):
 def weigh(samples, end):
     """-> the Result of a server's samples.  Where they contradict each other, the most of them count."""
     (least_ns, most_ns), _ = vote([sample_range(sample, end) for sample in samples])
-    if SERVER_WAKES:  # its stamp is late by its own waking up; allowing for ours, too, the two cancel out
+    if SERVER_WAKES:  # it stamps a query late, when it has woken up; counting our waking up too balances that
         least_ns -= min(sample.woke.clock_ns - sample.came.clock_ns for sample in samples)
     delay_ns = min(sample.came.clock_ns - sample.sent.clock_ns
                    - (sample.answer.sent_ns - sample.answer.received_ns) for sample in samples)
@@ -632,7 +633,7 @@ def main(argv):
             complain("usage", "the result is 16 raw bytes: " + USAGE)
             return 100
         doing = "tell this clock's scale"
-        ahead_ns = (TAI_MINUS_UTC_SEC - scale_offset_sec()) * 10**9
+        ahead_ns = (TAI_MINUS_CLOCK_SEC["utc"] - TAI_MINUS_CLOCK_SEC[clock_scale()]) * 10**9
         key = None
         if ident:
             doing = "take key %s from %s" % (ident, settings.letters["-k"])

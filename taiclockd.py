@@ -123,18 +123,18 @@ def unpack(packet):
 
 
 # ==== shared by some: clock scale ====
-TAI_MINUS_UTC_SEC = 37  # since 2017; there are no leap seconds any more
+TAI_MINUS_CLOCK_SEC = {"utc": 37, "tai": 10}  # since 2017; there are no leap seconds any more
 
 
-def scale_offset_sec():
-    """TAI minus system clock: 37 s on the utc scale, 10 s on the tai scale; ValueError.
+def clock_scale():
+    """What the system clock counts, utc or tai (TAI - 10 s); ValueError.
 
     CLOCK_SCALE tells which it is, else the time zone: a right/ one shows the 23:59:60 of June 1972.
     """
     scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
-    if scale not in ("utc", "tai"):
+    if scale not in TAI_MINUS_CLOCK_SEC:
         raise ValueError("CLOCK_SCALE is neither utc nor tai")
-    return TAI_MINUS_UTC_SEC if scale == "utc" else 10
+    return scale
 # ==== end shared ====
 
 
@@ -405,7 +405,7 @@ def main(argv):
         if os.environ.get("CLOCK_SERVE", "") not in ("", "synced"):
             raise ValueError("it is neither synced nor empty")
         doing = "tell the clock's scale"
-        clock = Clock(os.environ.get("CLOCK_SERVE") == "synced", scale_offset_sec())
+        clock = Clock(os.environ.get("CLOCK_SERVE") == "synced", TAI_MINUS_CLOCK_SEC[clock_scale()])
         doing = "take the sockets of LISTEN_FDS"
         sockets = inherited_sockets()
         others = "" if sockets else holders(port)

@@ -497,7 +497,7 @@ def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
         with monkeypatch.context() as patch:
             june = time.struct_time((1972, 6, 30, 23, 59, second, 4, 182, 0))
             patch.setattr(TAI.time, "localtime", lambda _: june)
-            assert TAI.scale_offset_sec() == offset_sec
+            assert TAI.TAI_MINUS_CLOCK_SEC[TAI.clock_scale()] == offset_sec
     refused(ask("taiclock", 1, CLOCK_SCALE="gps"), "this clock's scale: CLOCK_SCALE is neither utc nor tai")
 
 
@@ -1063,8 +1063,8 @@ def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
 def test_taiclock_asks_taiclockd(address):
     port = free_port(address)
     with process(command_of("taiclockd", "-i", address, "-p", port), env=UTC_ENV, stdout=subprocess.DEVNULL):
-        done = until(lambda: [done for done in [ask("taiclock", port, hosts=[address])]
-                              if done.returncode == 0])[0]
+        until(lambda: ask("taiclock", port, hosts=[address]).returncode == 0)
+        done = ask("taiclock", port, hosts=[address])  # it has started now, and answers at once
     value_ns, spread_ns, _ = result_of(done)
     assert abs(value_ns) <= spread_ns < 10**6
 
@@ -1805,7 +1805,8 @@ def test_taiclockd_obeys_clock_serve_and_clock_scale(monkeypatch):
         assert (done.returncode, done.stderr) == (111, "taiclockd: fatal: unable to %s\n" % said)
     for scale, label in (("utc", "400000006b0d07a5"), ("tai", "400000006b0d078a")):
         monkeypatch.setenv("CLOCK_SCALE", scale)
-        clock = SERVER.Clock(False, SERVER.scale_offset_sec(), lambda: 1796016000 * 10**9 + 5)
+        offset_sec = SERVER.TAI_MINUS_CLOCK_SEC[SERVER.clock_scale()]
+        clock = SERVER.Clock(False, offset_sec, lambda: 1796016000 * 10**9 + 5)
         assert clock.head().hex() == b"stai".hex() + label + "00000005" + "00000000"
 
 
@@ -1956,7 +1957,7 @@ def test_nothing_hangs_for_ever_on_an_old_belief_and_each_mark_costs_little():
 def test_a_new_estimator_knows_what_it_is_told():
     estimator, models = bench_all.Estimator(50.0, 10.0), bench_all.CLOCKSPEED.MODELS
     assert estimator.rate() == pytest.approx((50, 10))
-    assert list(estimator.bank.mean) == pytest.approx([0, 50e3, 0, 0, 0]), "the rest may be more as well as less"
+    assert list(estimator.bank.mean) == pytest.approx([0, 50e3, 0, 0, 0]), "the rest: more or less alike"
     assert estimator.bank.cov[3][3]**0.5 == estimator.bank.cov[4][4]**0.5 < 300, "alike"
     assert sum(model.share for model in models) == pytest.approx(1)
 
@@ -3448,6 +3449,15 @@ def test_nobody_is_asked_for_a_mark_that_nobody_would_take(host, make, said):
     assert host.refuses("mark") == "write HOME/adjust: " + said and host.lines() == []
 
 
+def test_a_fifo_that_is_full_is_said(host):
+    host.stand_in("sntpclock", ADD.pack(1))
+    fifo = os.open(host.adjust, os.O_RDWR | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(fifo, bytes(4096))
+    assert host.refuses("mark") == "write HOME/adjust: Resource temporarily unavailable"
+    os.close(fifo)
+
 
 @pytest.mark.parametrize("ns, last, words", [
     (3200000, 720133918, "3.2 ms behind ntp 192.0.2.1, give or take 20.7 ms"),
@@ -3561,7 +3571,7 @@ def test_status_begins_with_how_far_the_clock_is_off_now(host, off_sec, said):
 
 @pytest.mark.parametrize("changes, due, said", [
     ({}, None, r"wanted in (10|9\.\d+) min"), ({}, 125, r"in 2\.\d+ min"), ({}, -5, "now"),
-    ({"next": NO_PLAN}, None, "as clockspeed_adjust has it, settling: 13 marks so far")])
+    ({"next": NO_PLAN}, None, "as clockspeed_adjust has it, settling, marks so far: 13")])
 def test_status_knows_the_next_mark_from_the_loop_itself(host, changes, due, said):
     host.status(**changes)
     due_sec = time.clock_gettime(time.CLOCK_BOOTTIME) + (due or 0)
@@ -3724,7 +3734,7 @@ def trying(host, monkeypatch):
 def test_try_shows_what_clockspeed_makes_of_the_answers(trying, capfd):
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 0
     said = capfd.readouterr().out.splitlines()
-    assert said[0].endswith("13 marks: rate +10.00 ppm, give or take 0.01")
+    assert said[0].endswith("mark 13: rate +10.00 ppm, give or take 0.01")
     assert said[1].endswith("By ntp 192.0.2.9 this machine's counter is off by 864 ms a day.")
     assert trying.lines()[1:] == ["sntpclock:-r 2 192.0.2.9"]
     shutil.copy("/bin/true", trying.bin + "/clockspeed")
