@@ -825,6 +825,10 @@ def bench_server():
             if shutil.which(name):
                 servers[name] = stack.enter_context(serving([name, *args], port))
         time.sleep(0.5)  # for those that don't say when they are ready
+        for name, (process, port) in list(servers.items()):
+            if process.poll() is not None:
+                print("  %s does not run; something else may have port %d" % (name, port))
+                del servers[name]
         for size, outstanding in itertools.product((32, 28), (1, 8, 64, 256)):
             compare_servers(servers, size, outstanding)
         print("  taiclockd.py, resident after that: %.1f MB" % resident_mb(servers["taiclockd.py"][0].pid))
