@@ -434,6 +434,11 @@ class Bank:
         return math.exp(sum([self.weights[number] * math.log(getattr(MODELS[number], what))
                              for number in self.awake]) / total)
 
+    def feared_wander_var(self):
+        """The arithmetic mean: a great wander that is all but ruled out counts by what it would do in a long
+        wait.  Some marks may agree by luck."""
+        return sum([weight * model.wander_var for weight, model in zip(self.weights, MODELS)])
+
     def changed(self, change):
         """With each (mean, cov) that is awake replaced by change(model, mean, cov)."""
         return Bank(self.weights, {number: change(MODELS[number], *known)
@@ -499,7 +504,7 @@ def likeliest(weights, most):
 # floor has moved if a mark is under it by FAR typical excesses, or if the last three are as much over it, and
 # by more than twice what they differ among themselves.
 PATH_MARKS, FAR = 200, 4.0
-FIRST_EXCESS, FIRST_MARKS = 1 / 8, 4  # typical before there are some marks, as a share of the first spread
+FIRST_EXCESS, FIRST_MARKS = 1 / 8, 8  # typical of a new path, as a share of its first spread, for some marks
 
 
 def least_of(count):
@@ -715,15 +720,15 @@ class Estimator:
             odds += evidence - self._any_size(mark, WILD)
         return odds, need, bank
 
-    def _var(self, sec):
+    def _var(self, sec, wander_var):
         """Square of the expected error of real time in ns^2, sec after (or before) the last mark used."""
         _, known_var = foreseen(self.bank.mean, self.bank.cov, reach(self.last.real_ns, sec))
         lean = self.bank.mean[LEAN]
         floor_var = (lean * self.path.gap(lean))**2 / 2   # if queueing leans, a wrong floor shifts
-        return max(known_var, 0.0) + self.wander_var * abs(sec)**3 / 3 + floor_var
+        return max(known_var, 0.0) + wander_var * abs(sec)**3 / 3 + floor_var
 
     def _error(self, sec):
-        return math.sqrt(self._var(sec))
+        return math.sqrt(self._var(sec, self.wander_var))
 
     def _sec(self, tick_ns):
         return (tick_ns - self.last.tick_ns) * 1e-9
@@ -750,8 +755,8 @@ class Estimator:
         """
         sec = self._sec(tick_ns)
         _, cov = carried(self.bank.mean, self.bank.cov, reach(self.last.real_ns, sec), self.wander_var, 0.0)
-        return [self._var(sec), 2 * cov[PHASE][RATE], cov[RATE][RATE] + cov[COS][COS] + cov[SIN][SIN],
-                self.wander_var / 3]
+        return [self._var(sec, self.wander_var), 2 * cov[PHASE][RATE],
+                cov[RATE][RATE] + cov[COS][COS] + cov[SIN][SIN], self.wander_var / 3]
 
     def rate(self):
         """-> (ppm, standard deviation in ppm) over whole days, as of the last mark used."""
@@ -769,10 +774,13 @@ class Estimator:
 
     def next_mark(self, tick_ns, target_ns):
         """Seconds from tick_ns until the predicted error reaches target_ns; 0 if it has, or in doubt."""
+        return self._wait(tick_ns, target_ns, self.wander_var)
+
+    def _wait(self, tick_ns, target_ns, wander_var):
         if self.last is None or self.held:
             return 0.0
         start = self._sec(tick_ns)
-        return wait_for(lambda sec: self._error(start + sec), target_ns)
+        return wait_for(lambda sec: math.sqrt(self._var(start + sec, wander_var)), target_ns)
 
     def next_mark_plan(self, tick_ns, target_ns, most=EXCHANGES[-1]):
         """-> Plan(wait_sec, exchanges): when to take the next mark, and of how many exchanges up to most, for
@@ -780,7 +788,8 @@ class Estimator:
         counts = [count for count in EXCHANGES if count <= max(most, 1)]
         if self.last is not None:
             self.exchanges = max(counts, key=lambda count: self._worth(count, target_ns))
-        return Plan(max(LEAST_WAIT_SEC, self.next_mark(tick_ns, target_ns)), self.exchanges)
+        wait_sec = self._wait(tick_ns, target_ns, self.bank.feared_wander_var())
+        return Plan(max(LEAST_WAIT_SEC, wait_sec), self.exchanges)
 
     def _worth(self, exchanges, target_ns):
         """Seconds that a packet buys in the marks to come: a Kalman filter of (phase, rate) looks ahead."""

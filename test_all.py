@@ -1997,6 +1997,12 @@ def test_a_plan_takes_many_exchanges_where_queueing_is_the_noise_and_one_where_w
     assert bench_all.Estimator().next_mark_plan(0, 10**6) == (64, 1)
 
 
+@pytest.mark.parametrize("seed", (121, 138))
+def test_no_plan_waits_for_a_week_because_the_first_marks_agreed_by_luck(seed):
+    run = bench_all.simulate(seed, **bench_all.WITHOUT["w 1e-9, 2 ms, asked 10 ms"][0])
+    assert run.rms(7.5 * bench_all.DAY) < 10e-3, "or 110 ms and more"
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_variance_foretells_the_error(world):
     estimator, tick_ns, _ = settled(**world)
