@@ -2268,7 +2268,7 @@ class Simulation:
         self.etc, say = CS.Etc(home_fd), self.lines.append
         os.close(home_fd)
         self.daemon = CS.Clockspeed(self.clock, self.etc, say=say, warn=say, **options)
-        self.source = self.daemon.load()
+        self.source = self.daemon.source
         self.daemon.begin_clock()
         self.due = self.daemon.wake()
 
@@ -2922,7 +2922,7 @@ def test_what_is_no_fifo_is_named_and_let_alone(daemon, public_tmp, make):
     make(adjust)
     before = os.lstat(str(adjust))
     process = daemon("-n")
-    assert "unable to read adjust: it is not a FIFO; remove it: rm -r %s\n" % adjust in process.text()
+    process.wait_for("unable to read adjust: it is not a FIFO; remove it: rm -r %s\n" % adjust)
     assert process.end() == 0 and os.lstat(str(adjust)) == before
     assert not (process.home / "elsewhere").exists()
 
