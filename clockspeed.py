@@ -9,16 +9,16 @@ DESCRIPTION
     marks written into the FIFO `adjust` how fast the machine's counter really ticks, and
     keeps the system clock at that rate for as long as nobody asks a time server.
 
-    A mark is what is to be added to the system clock's reading, 16 bytes of TAI64NA in one
+    A mark is what is to be added to the system clock's reading: 16 bytes of TAI64NA in one
     write, as sntpclock and taiclock make them.  A positive offset means that the system clock
-    is behind; a positive rate, that the counter ticks too slowly: the rate is
-    (real seconds per counter second - 1) * 10^6 ppm.
+    is behind; a positive rate, (real seconds per counter second - 1) * 10^6 ppm, that the
+    counter ticks too slowly.  It is CLOCK_MONOTONIC_RAW, which nobody steers, or else
+    CLOCK_MONOTONIC.
 
-    The counter is CLOCK_MONOTONIC_RAW, which nobody steers, or else CLOCK_MONOTONIC.  On Linux
-    the rate goes into the kernel (adjtimex), so that the clock runs right between wake-ups and
-    also after clockspeed is killed.  What the clock is off by is slewed away by the kernel at
-    500 ppm: 1.8 s take an hour.  It could go faster only by a rate that would stay if clockspeed
-    were killed.  Elsewhere adjtime() nudges the clock every 3 seconds.
+    On Linux the rate goes into the kernel (adjtimex), so that the clock runs right between
+    wake-ups and also after clockspeed is killed.  What the clock is off by is slewed away by
+    the kernel at 500 ppm: 1.8 s take an hour.  More would need a rate that would stay if
+    clockspeed were killed.  Elsewhere adjtime() nudges the clock every 3 seconds.
 
     A clock that is over 0.5 s off is stepped in three cases, and never with -S:
     - by one of the first 3 marks used in a boot, so that a wrong first mark does not last;
@@ -30,9 +30,9 @@ DESCRIPTION
     deviation as esterror.  It is told that its clock is unsynchronised, and does not copy it
     to the hardware clock, while that is known to be over 0.5 s off or may be 16 s off.
 
-    Who can write marks can make the clock wrong, within limits: by any amount in the first
-    3 marks of a boot, later at 1500 ppm (130 s a day) at most.  No rate over 1000 ppm is
-    ever believed, and no real time before this release.
+    Who can write marks can make the clock wrong: by any amount in the first 3 marks of a boot,
+    later at 1500 ppm (130 s a day) at most.  No rate over 1000 ppm is ever believed, and no
+    real time before this release.
 
 OPTIONS
     -n       observe only: learn and tell, never touch the clock; needs no privilege
@@ -54,22 +54,22 @@ FILES (in home)
 
     etc/status is JSON.  When the counter read tick_ns, the system clock read written_ns, and
     real time was offset_ns more.  When the counter reads TICK, t = (TICK - tick_ns) / 10^9
-    seconds have passed.  Real time is then written_ns + offset_ns + t (10^9 + 1000 rate_ppm).
+    seconds have passed, and real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm).
     Its variance is c0 + c1 t + c2 t^2 + c3 t^3 ns^2, with the factors in `variance`.
 
-    `bound` tells where real time certainly is, if the servers tell the truth.  With the tick_ns
-    in `bound` taken for t, and with C = change_ppm sqrt(max(1, t / 86400)), real time is
+    `bound` tells where real time certainly is, if the servers tell the truth.  With its own
+    tick_ns taken for t, and with C = change_ppm sqrt(max(1, t / 86400)), real time is
         from  earliest_ns + t (10^9 + 1000 max(slow_ppm - C, -1000))
         to    latest_ns   + t (10^9 + 1000 min(fast_ppm + C, 1000))
 
 OUTPUT
-    One line for each event; multilog adds the time.
+    A line for each event; multilog adds the time.  Warnings on stderr tell what does not work,
+    once for as long as it fails for that reason.
 
     start:    how the clock is steered, by which counter, and which rate is known from where
-    mark:     counter and real time, the mark's spread and the server's root distance (- for
-              a mark that doesn't tell), then what is believed after it: real time minus the
-              clock, standard deviation, bound, rate; used, doubted (until other marks agree)
-              or refused
+    mark:     counter, real time, the mark's spread and the server's root distance (- for a mark
+              that doesn't tell), then what is believed after it: real time minus the clock,
+              standard deviation, bound, rate; used, doubted (until others agree) or refused
     refused:  what came was no mark, or of an impossible time; one line for all at once
     step:     the clock was stepped, and why
     slew:     what is slewed away takes over a minute; clockctl set steps at once
@@ -80,10 +80,7 @@ OUTPUT
     lost:     so many lines could not be written before this one
     stop:     TERM or INT came
 
-    Warnings on stderr: what does not work, once for as long as it fails for that reason.
-
 ENVIRONMENT
-    CLOCKSPEED_HOME
     CLOCK_SCALE   what the system clock counts: utc, or tai (the right/ time zones); without it
                   the time zone tells
     CLOCK_ERROR   the error that is to be kept (0.010, 10ms): etc/status then tells when the
@@ -116,8 +113,6 @@ import time
 
 PROGRAM = "clockspeed"
 USAGE = "clockspeed [-n] [-S] [-u user] [-w user] [home]"
-HOME = "/usr/local/clockspeed"
-ERA_SEC = 2**32  # NTP's 136 years: no mark from beyond can be meant
 ATTO_LIMIT_PPM = 500  # an etc/atto further off than that was made with a counter of other ticks
 UNKNOWN_PPM = 500.0  # what a rate may be off by before any mark: a crystal 50, a virtual machine some 100
 REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
@@ -125,13 +120,11 @@ ATTO_PPM = 10.0  # and of one from etc/atto, which tells nothing of its quality
 STEP_NS = 5 * 10**8  # over 0.5 s a clock is wrong and not just inexact; slewing that takes 17 minutes
 EARLY_MARKS = 3  # used ones of a boot: until then one may be wrong unnoticed, and the clock settles
 SLEW_PPM = 500  # what Linux and the BSDs slew at
-HOURLY_SEC = 3600  # how often etc/state is written without a mark, as flash memory wears, and a line is repeated
-SET_BACK_MOST_SEC = 86400  # the longest time that a clock is left alone after it was set back
+HOURLY_SEC = 3600  # how often etc/state is written without a mark, and a line that stays true is repeated
 STATUS_SEC = 600  # etc/status is never older
 SETTLED_NS = 5000  # below this the clock is looked at once a minute, above it every 3 seconds
 BUSY_SEC, SETTLED_SEC = 3, 60
-MOVED_NS = 10**7  # a clock that moved this much against the prediction was set by somebody else...
-MOVED_PPM = 2000  # ...unless slews and rates, which never reach this, had the time for it
+MOVED_NS, MOVED_PPM = 10**7, 2000  # a clock that moves by more, beyond any slew and rate, was set by others
 SUSPENDED_NS = 10**8  # CLOCK_BOOTTIME gains as much on CLOCK_MONOTONIC only in a suspend
 BATCH = 4  # marks taken at once, of up to 10 ms each; after so many, the FIFO rests for a second
 STATE_BYTES = 1 << 18  # a state has at most 50 KiB
@@ -837,13 +830,12 @@ class Estimator:
 # ---- the bound ----
 #
 # A mark proves that real time is within its spread and the server's root distance of it, however the path is.
-# ASSUMPTION  The counter's mean rate over the time to come differs from that over a stretch of two days
-#             before by at most 1.1 ppm for a day, then by that times the square root of the days: a wave of
-#             1 ppm a day, or four standard deviations of a rate that wanders by 1e-9 per sqrt(s).  A stretch
-#             x times as long or as short tells less: the square root of x times as much is allowed.
-# Both ends of the stretch are proven ranges, which bound its mean rate.  A mark that contradicts the bound
-# shows that some server did not tell the truth, or a counter less steady than assumed: what is proven begins
-# anew with it, and twice the change is allowed from then on.
+# Two proven ranges bound the counter's mean rate between them.
+# ASSUMPTION  The mean rate over the time to come differs from that over a stretch of two days before by at
+#             most 1.1 ppm for a day, then by that times the square root of the days.  A stretch x times as
+#             long or as short tells less: the square root of x times as much is allowed.
+# A mark that contradicts the bound shows that a server did not tell the truth, or that the counter is less
+# steady: what is proven begins anew with it, and twice the change is allowed from then on.
 
 CHANGE_PPM = 1.1
 STRETCH_NS, PARTS = 2 * DAY_NS, 8   # and how many proven ranges are kept within it to measure rates from
@@ -868,18 +860,16 @@ class Bound:
     def mark(self, tick_ns, real_ns, spread_ns, distance_ns):
         """Real time was within spread and distance of real_ns -> "used", "refused" (it proves nothing), or
         "restarted": it contradicts the bound."""
-        if not fits([tick_ns, real_ns, spread_ns, distance_ns], [TIME, TIME, SPREAD, SPREAD]):
+        if (not fits([tick_ns, real_ns, spread_ns, distance_ns], [TIME, TIME, SPREAD, SPREAD])
+                or self.ranges and tick_ns <= self.ranges[-1].tick_ns):
             return "refused"
         most_ns = spread_ns + distance_ns
-        proven = both = Range(tick_ns, real_ns - most_ns, real_ns + most_ns)
-        if self.ranges:
-            if tick_ns <= self.ranges[-1].tick_ns:
-                return "refused"
-            earliest_ns, latest_ns = self.at(tick_ns)
-            both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
+        proven = Range(tick_ns, real_ns - most_ns, real_ns + most_ns)
+        earliest_ns, latest_ns = self.at(tick_ns) or proven[1:]
+        both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
         if both.earliest_ns > both.latest_ns:
             self.forget(min(2 * self.allowed_ppm, LIMIT_PPM))
-            self.ranges = [proven]
+            self.ranges.append(proven)
             return "restarted"
         if len(self.ranges) > 1 and self.ranges[-1].tick_ns - self.ranges[-2].tick_ns < STRETCH_NS / PARTS:
             del self.ranges[-1]
@@ -893,12 +883,10 @@ class Bound:
         if not self.ranges:
             return None
         first, last = self.ranges[0], self.ranges[-1]
-        ticks = last.tick_ns - first.tick_ns
-        if not ticks:
-            return dict(last._asdict(), slow_ppm=-LIMIT_PPM, fast_ppm=LIMIT_PPM, change_ppm=0.0)
+        ticks = max(1, last.tick_ns - first.tick_ns)
         return dict(last._asdict(),
-                    slow_ppm=limited((last.earliest_ns - first.latest_ns - ticks) / ticks * 1e6, LIMIT_PPM),
-                    fast_ppm=limited((last.latest_ns - first.earliest_ns - ticks) / ticks * 1e6, LIMIT_PPM),
+                    slow_ppm=(last.earliest_ns - first.latest_ns - ticks) / ticks * 1e6,
+                    fast_ppm=(last.latest_ns - first.earliest_ns - ticks) / ticks * 1e6,
                     change_ppm=self.allowed_ppm * math.sqrt(max(ticks / STRETCH_NS, STRETCH_NS / ticks)))
 
     def at(self, tick_ns):
@@ -908,8 +896,8 @@ class Bound:
             return None
         ticks = tick_ns - known["tick_ns"]
         change_ppm = known["change_ppm"] * math.sqrt(max(1, ticks / DAY_NS))
-        slow_ppm = max(known["slow_ppm"] - change_ppm, -LIMIT_PPM)
-        fast_ppm = min(known["fast_ppm"] + change_ppm, LIMIT_PPM)
+        slow_ppm = limited(known["slow_ppm"] - change_ppm, LIMIT_PPM)
+        fast_ppm = limited(known["fast_ppm"] + change_ppm, LIMIT_PPM)
         return (known["earliest_ns"] + ticks + math.floor(ticks * 1e-6 * slow_ppm),
                 known["latest_ns"] + ticks + math.ceil(ticks * 1e-6 * fast_ppm))
 
@@ -920,14 +908,13 @@ class Bound:
     @classmethod
     def from_state(cls, state):
         """ValueError for what state() can't have given."""
-        self = cls()
         if not fits(state, {"ranges": [[TIME] * 3]}):
             raise ValueError("damaged bound")
-        self.ranges = [Range(*each) for each in state["ranges"]]
-        self.allowed_ppm = state.get("allowed_ppm", CHANGE_PPM)  # earlier releases have none
-        if not (len(self.ranges) <= PARTS + 3 and fits(self.allowed_ppm, (CHANGE_PPM, LIMIT_PPM))
-                and all(each.earliest_ns <= each.latest_ns for each in self.ranges)
-                and all(a.tick_ns <= b.tick_ns for a, b in zip(self.ranges, self.ranges[1:]))):
+        self, ranges = cls(), [Range(*each) for each in state["ranges"]]
+        self.ranges, self.allowed_ppm = ranges, state.get("allowed_ppm", CHANGE_PPM)  # earlier ones have none
+        if not (len(ranges) <= PARTS + 3 and fits(self.allowed_ppm, (CHANGE_PPM, LIMIT_PPM))
+                and all(each.earliest_ns <= each.latest_ns for each in ranges)
+                and all(a.tick_ns <= b.tick_ns for a, b in zip(ranges, ranges[1:]))):
             raise ValueError("damaged bound")
         return self
 
@@ -951,9 +938,8 @@ class Clock:
 
     def suspended_ns(self):
         """The time that this boot slept, during which the counter stood still."""
-        if not hasattr(time, "CLOCK_BOOTTIME"):
-            return 0
-        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
+        clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+        return time.clock_gettime_ns(clock) - time.monotonic_ns()
 
     def boot_id(self):
         """What tells this boot from every other; empty where the system doesn't say."""
@@ -965,10 +951,9 @@ class Clock:
 
     def steer(self, rate_ppm, offset_ns, tick_ns, news):
         """Told at each wake-up how the clock should run -> in how many seconds to be told again; OSError."""
-        return SETTLED_SEC
 
     def announce(self, sigma_ns, most_ns, offset_ns, ahead_ns, tai_minus_clock_sec):
-        """Tell the kernel how wrong the clock may be: see KernelClock."""
+        """Told how wrong the clock may be, see KernelClock; OSError."""
 
     def report(self):
         """The kernel's view for etc/status, or None."""
@@ -983,8 +968,8 @@ class AdjtimeClock(Clock):
 
     def steer(self, rate_ppm, offset_ns, tick_ns, news):
         import ctypes
-        # struct timeval: both of them long, on every system that comes this way; the slew before is replaced
-        libc_call("adjtime", (ctypes.c_long * 2)(*divmod(offset_ns // 1000, 10**6)), None)
+        timeval = (ctypes.c_long * 2)(*divmod(offset_ns // 1000, 10**6))  # where systems come this way
+        libc_call("adjtime", timeval, None)  # replaces the slew before
         return BUSY_SEC
 
     def step(self, delta_ns):
@@ -1023,12 +1008,7 @@ class KernelClock(Clock):
             if slew_us:
                 self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=slew_us)
                 self.busy_until_ns = tick_ns + -(-abs(slew_us) // SLEW_PPM) * 10**9 + self.SECOND_NS
-        self.set_rate(limited(rate_ppm, LIMIT_PPM) - self.bias_ppm)
-        if abs(offset_ns) <= SETTLED_NS:
-            return SETTLED_SEC
-        return min(SETTLED_SEC, max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9))
-
-    def set_rate(self, ppm):
+        ppm = limited(rate_ppm, LIMIT_PPM) - self.bias_ppm
         ppm_per_tick = 1e6 / self.nominal_tick
         ticks = round(ppm / ppm_per_tick) if abs(ppm) > SLEW_PPM else 0  # there ADJ_FREQUENCY ends
         wanted = round((ppm - ticks * ppm_per_tick) * 65536), self.nominal_tick + ticks
@@ -1038,19 +1018,19 @@ class KernelClock(Clock):
         if found != wanted:
             self.adjtimex(modes=ADJ_FREQUENCY | ADJ_TICK, freq=wanted[0], tick=wanted[1])
         self.set_to = wanted
+        if abs(offset_ns) > SETTLED_NS:
+            return max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9)
 
     def step(self, delta_ns):
         step_kernel(self.adjtimex, delta_ns)
         self.busy_until_ns, self.disturbed = 0, True  # the kernel drops its slews at a step
 
     def announce(self, sigma_ns, most_ns, offset_ns, ahead_ns, tai_minus_clock_sec):
-        """Tell the kernel the standard deviation, and what the clock can be off by: most_ns and what is still
-        to be slewed.
+        """Tell the kernel the standard deviation, and how far off the clock can be.
 
         The kernel copies a clock to the hardware clock unless STA_UNSYNC is set, which it does itself for
         whoever sets the clock.  So the flag is written only to change it, and is not cleared where somebody
-        has set the clock since the sample, when it was ahead_ns ahead of the counter: the next one tells to
-        what.
+        has set the clock since the sample, when it was ahead_ns ahead of the counter.
         """
         def has_moved():
             tick_ns, clock_ns = self.read()
@@ -1092,57 +1072,60 @@ def open_at(directory_fd, name, flags):
 
 
 class Etc:
-    """The directory `etc` in home."""
+    """The directory `etc` in home, made when missing."""
     OURS = {"atto", "state", "status", "lock", "leap", "kisses"}  # the last two: an earlier version's
 
-    def __init__(self, home_fd):
-        """OSError when it can't be made, or there is something that is no directory."""
-        try:
-            os.mkdir("etc", 0o755, dir_fd=home_fd)
-        except FileExistsError:
-            pass
-        self.fd = open_at(home_fd, "etc", os.O_RDONLY | os.O_DIRECTORY)
+    def __init__(self, home):
+        """OSError, also when there is something that is no directory."""
+        path = os.path.join(home, "etc")
+        if not os.path.lexists(path):
+            os.mkdir(path, 0o755)
+        self.fd = open_at(None, path, os.O_RDONLY | os.O_DIRECTORY)
 
     def lock(self):
-        """No two clockspeeds; only its user and root can open what is locked.  ValueError, OSError."""
+        """No two clockspeeds; only its user and root can open what is locked.  RuntimeError, OSError."""
+        self.lock_fd = open_at(self.fd, "lock", os.O_RDONLY | os.O_CREAT)
         try:
-            self.lock_fd = open_at(self.fd, "lock", os.O_RDONLY | os.O_CREAT)
             fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError("another clockspeed is running there") from None
+            raise RuntimeError("another clockspeed is running there") from None
 
     def give(self, uid):
-        """Let the user have it, unless it holds what is not ours; ValueError, OSError."""
+        """Let the user have it, unless it holds what is not ours; RuntimeError, OSError."""
         if os.fstat(self.fd).st_uid == uid:
             return
         others = {name.replace(".tmp", "") for name in os.listdir(self.fd)} - self.OURS
         if others:
-            raise ValueError("it holds %s, so it is not clockspeed's own" % ascii(min(others)))
+            raise RuntimeError("it holds %s, so it is not clockspeed's own" % ascii(min(others)))
         os.fchown(self.fd, uid, -1)
 
-    def read(self, name):
-        """The bytes of a file; OSError."""
-        fd = open_at(self.fd, name, os.O_RDONLY)
-        try:
-            return os.read(fd, min(os.fstat(fd).st_size, STATE_BYTES))
-        finally:
-            os.close(fd)
+    def open(self, name, flags):
+        return open_at(self.fd, name, flags)
 
-    def replace(self, name, data):
-        """Write a file whole: a temporary one, which is always new, fsync, rename, fsync of etc; OSError."""
+    def read(self, name, parse=bytes):
+        """What parse makes of the bytes of a file, None when it is missing; OSError and parse's errors."""
+        try:
+            with open(name, "rb", buffering=0, opener=self.open) as file:
+                return parse(file.read(STATE_BYTES) or b"")
+        except FileNotFoundError:
+            return None
+
+    def replace(self, name, content, indent=None):
+        """Write a file whole, bytes or JSON: a temporary one, which is always new, fsync, rename, fsync of
+        etc; OSError, ImportError."""
+        if not isinstance(content, bytes):
+            import json  # python3-minimal has none
+            content = json.dumps(content, indent=indent).encode() + b"\n"
         temporary = name + ".tmp"
         try:
             os.unlink(temporary, dir_fd=self.fd)
         except FileNotFoundError:
             pass
-        fd = open_at(self.fd, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            os.fchmod(fd, 0o644)
-            while data:
-                data = data[os.write(fd, data):]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with open(temporary, "xb", opener=self.open) as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         os.fsync(self.fd)
 
@@ -1150,37 +1133,35 @@ class Etc:
 class Fifo:
     """`adjust`: made when missing, kept when there, looked for again when it was deleted or replaced."""
 
-    def __init__(self, path):
-        self.path, self.fd = path, None
-
-    def has_reader(self):
-        """Whether a program reads it already, as a C clockspeed does."""
+    def __init__(self, home):
+        """RuntimeError where a program reads it already, as a C clockspeed does."""
+        self.path = os.path.join(home, "adjust")
+        self.fd, self.writer = os.pipe()  # until it can be opened: one that nobody writes to
         try:
             os.close(open_at(None, self.path, os.O_WRONLY))
         except OSError:
-            return False
-        return stat.S_ISFIFO(os.lstat(self.path).st_mode)
+            return
+        if stat.S_ISFIFO(os.lstat(self.path).st_mode):
+            raise RuntimeError("another program reads it; stop the other clockspeed first")
 
     def open(self):
-        """Make and open it where that isn't done yet; OSError, or ValueError if only root can."""
+        """Make and open it where that isn't done yet; OSError, or RuntimeError where only root can."""
         try:
             if not os.path.lexists(self.path):
                 os.mkfifo(self.path, 0o600)
             there = os.lstat(self.path)
-            if self.fd is not None:
-                if os.path.samestat(there, os.fstat(self.fd)):
-                    return
-                os.close(self.fd)
-                self.fd = None
             if not stat.S_ISFIFO(there.st_mode):
                 raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.path)
-            self.fd = open_at(None, self.path, os.O_RDWR)  # or each writer's end would be one to read
+            if not os.path.samestat(there, os.fstat(self.fd)):
+                fd = open_at(None, self.path, os.O_RDWR)  # or the end of each writer would be one to read
+                os.dup2(fd, self.fd, inheritable=False)
+                os.close(fd)
         except PermissionError:
-            raise ValueError("adjust is another user's, or gone where only root can make it") from None
+            raise RuntimeError("adjust is another user's, or gone where only root can make it") from None
 
     def give(self, uid):
         """Let the user have it, unless somebody has it already; OSError."""
-        if self.fd is not None and os.fstat(self.fd).st_uid == 0:
+        if os.fstat(self.fd).st_uid == 0:
             os.fchown(self.fd, uid, -1)
 
     def packets(self):
@@ -1214,10 +1195,29 @@ class Log:
         self.lost += 1
 
 
+class Attempts:
+    """Calls that may fail: why is said, once as long as it is for that reason.  RuntimeErrors go through."""
+
+    def __init__(self, warn=Log(2)):
+        self.warn, self.whys = warn, {}
+
+    def __call__(self, doing, function, *args):
+        """-> what the function returns, None when it fails"""
+        why = None
+        try:
+            return function(*args)
+        except (ImportError, OSError, OverflowError, ValueError, struct.error) as err:
+            why = reason(err)
+            if self.whys.get(doing) != why:
+                self.warn("%s: warning: unable to %s: %s" % (PROGRAM, doing, why))
+        finally:
+            self.whys[doing] = why
+
+
 # ==== what the files say ====
 
 OUTCOMES = "used", "doubted", "refused"
-REAL_NS = RELEASE_SEC * 10**9, (RELEASE_SEC + ERA_SEC) * 10**9  # what real time can be
+REAL_NS = RELEASE_SEC * 10**9, (RELEASE_SEC + 2**32) * 10**9  # real time can be in NTP's 136 years from then
 # Shapes of etc/state; what is only compared has none, Estimator and Bound look at their own.
 LAST_MARK = {"tick_ns": TIME, "offset_ns": TIME, "spread_ns": (*SPREAD, None), "distance_ns": (*SPREAD, None),
              "outcome": (1, 0, *OUTCOMES)}
@@ -1264,29 +1264,22 @@ class Clockspeed:
     target_ns is the error that is to be kept, or None.
     """
 
-    def __init__(self, clock, etc, scale="utc", target_ns=None, may_step=True, say=Log(1), warn=Log(2)):
-        self.clock, self.etc, self.say, self.warn = clock, etc, say, warn
+    def __init__(self, clock, etc, scale="utc", target_ns=None, may_step=True, say=Log(1), attempt=None):
+        self.clock, self.etc, self.say, self.attempt = clock, etc, say, attempt or Attempts()
         self.scale, self.target_ns, self.may_step = scale, target_ns, may_step and clock.steers
         self.marks, self.last_mark = dict.fromkeys(OUTCOMES, 0), None  # of this boot
-        kernel = clock.report()
+        kernel, self.boot_id = clock.report(), clock.boot_id()
         self.early_marks = 0 if kernel and kernel["synchronised"] else EARLY_MARKS  # set in this boot already
-        self.known_ns = REAL_NS[0]  # the real time last believed: no clock is right that shows less
-        self.troubles = {}  # what fails -> why, so that the same trouble is said once
         self.done_ns = {}  # what is done now and then -> tick when it was last done
         self.news = True  # there is what neither the kernel nor the files have been told
         self.set_back_wait_sec = 0
         self.tick_ns, self.clock_ns = clock.read()
-        self.begin_phase()
-        self.source = self.load()
-
-    def trouble(self, doing, err):
-        """Say that something fails, once as long as it fails for that reason."""
-        if self.troubles.get(doing) != reason(err):
-            self.troubles[doing] = reason(err)
-            self.warn("%s: warning: unable to %s: %s" % (PROGRAM, doing, reason(err)))
-
-    def resolved(self, doing):
-        self.troubles.pop(doing, None)
+        self.suspended_ns, self.offset_ns, self.set_by_others = clock.suspended_ns(), 0, False
+        source = self.load()
+        self.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
+                 % (clock.doing, clock.counter, scale, *self.estimator.rate(), source))
+        if not self.estimator.has_phase() and self.clock_ns < self.known_ns - STEP_NS:
+            self.step(self.known_ns - self.clock_ns, "which showed a time before the last one known")
 
     def due(self, name, sec=HOURLY_SEC):
         """Whether it is so many seconds ago that this was true, or never was."""
@@ -1294,20 +1287,6 @@ class Clockspeed:
             return False
         self.done_ns[name] = self.tick_ns
         return True
-
-    def begin_phase(self):
-        """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
-        self.suspended_ns = self.clock.suspended_ns()
-        self.offset_ns = 0
-        self.set_by_others = False
-
-    def lose_phase(self, rate_error_ppm):
-        """The counter is not what it was: it does not tell the time any more."""
-        self.done_ns.clear()
-        self.estimator.forget_phase(rate_error_ppm)
-        self.bound.forget()
-        self.news = True
-        self.begin_phase()
 
     def real_ns(self):
         """Real time at the last sample."""
@@ -1322,20 +1301,26 @@ class Clockspeed:
         """Read counter and clock, and see what happened to them since the last time."""
         before_tick_ns, before_offset_ns = self.tick_ns, self.offset_ns
         self.tick_ns, self.clock_ns = self.clock.read()
-        slept_ns, ticks_ns = self.clock.suspended_ns() - self.suspended_ns, self.tick_ns - before_tick_ns
+        ticks_ns, lost = self.tick_ns - before_tick_ns, None
+        slept_ns = self.clock.suspended_ns() - self.suspended_ns
         if ticks_ns < 0:
-            self.say("counter: it went back by %s, as in a machine that is restored from a snapshot; "
-                     "a mark is wanted" % duration(-ticks_ns / 1e9))
-            return self.lose_phase(REBOOT_PPM)
-        if abs(slept_ns) > SUSPENDED_NS:
-            self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
-            return self.lose_phase(0)
+            lost = "counter: it went back by %s, as in a machine that is restored from a snapshot" % duration(
+                -ticks_ns / 1e9)
+        elif abs(slept_ns) > SUSPENDED_NS:
+            lost = "suspend: the counter stood still for %s" % duration(slept_ns / 1e9)
+        if lost:  # the system clock is taken as it is
+            self.say(lost + "; a mark is wanted")
+            self.estimator.forget_phase(REBOOT_PPM if ticks_ns < 0 else 0)
+            self.bound.forget()
+            self.done_ns.clear()
+            self.suspended_ns, self.offset_ns, self.set_by_others = self.suspended_ns + slept_ns, 0, False
+            self.news = True
+            return
         self.offset_ns = self.real_ns() - self.clock_ns
         moved_ns = before_offset_ns - self.offset_ns
         if abs(moved_ns) > MOVED_NS + ticks_ns * MOVED_PPM // 10**6:
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             self.news = True  # a slew that was on its way is lost in a step
-            self.done_ns.pop("slew", None)
             self.set_by_others = self.set_by_others or abs(moved_ns) > STEP_NS
 
     def take(self, packets):
@@ -1380,21 +1365,15 @@ class Clockspeed:
             self.step(self.offset_ns, "by one of the first %d marks of this boot" % EARLY_MARKS)
 
     def step(self, delta_ns, why):
-        if not self.may_step:
-            return
-        try:
+        def step():
             self.clock.step(delta_ns)
             self.say("step: the system clock by %+.9f s, %s" % (delta_ns / 1e9, why))
-        except (OSError, OverflowError, struct.error) as err:  # the last where seconds have 32 bits
-            self.trouble("step the clock", err)
+
+        if not self.may_step:
+            return
+        self.attempt("step the clock", step)
         self.tick_ns, self.clock_ns = self.clock.read()
         self.offset_ns = self.real_ns() - self.clock_ns
-
-    def begin_clock(self):
-        """A clock from before what is known, as on a host without a hardware clock, goes forward to it at the
-        start; a mark tells the rest."""
-        if not self.estimator.has_phase() and self.clock_ns < self.known_ns - STEP_NS:
-            self.step(self.known_ns - self.clock_ns, "which showed a time before the last one known")
 
     def set_back(self):
         """Undo at once what others did to the clock, but not again and again.  While a mark is in doubt, who
@@ -1404,7 +1383,7 @@ class Clockspeed:
         elif self.set_by_others and self.may_step and not self.estimator.doubts():
             if not self.due("set back", self.set_back_wait_sec):
                 return self.say_foreign("system clock")
-            self.set_back_wait_sec = min(max(HOURLY_SEC, 2 * self.set_back_wait_sec), SET_BACK_MOST_SEC)
+            self.set_back_wait_sec = min(max(HOURLY_SEC, 2 * self.set_back_wait_sec), 86400)
             self.set_by_others = False
             self.step(self.offset_ns,
                       "back to the time of the marks; if it was meant, stop clockspeed (svc -d) first")
@@ -1414,23 +1393,18 @@ class Clockspeed:
             self.say("foreign: another program sets the %s; one of the two must go" % what)
 
     def steer(self):
-        """-> seconds until the next time"""
-        try:
-            wait_sec = self.clock.steer(self.estimator.rate_at(self.tick_ns), self.offset_ns, self.tick_ns,
-                                        self.news)
-            sigma_ns = most_ns = MAXERROR_NS  # where a suspend has made the last mark worthless
-            if self.estimator.has_phase():
-                sigma_ns = self.estimator.real(self.tick_ns)[1]
-                most_ns = self.most_ns() or 4 * sigma_ns  # no mark tells of itself, as the C clients' don't
-            if self.last_mark:
-                self.clock.announce(sigma_ns, most_ns, self.offset_ns, self.clock_ns - self.tick_ns,
-                                    TAI_MINUS_CLOCK_SEC[self.scale])
-            self.resolved("steer the clock")
-        except OSError as err:
-            self.trouble("steer the clock", err)
-            wait_sec = SETTLED_SEC
+        """-> seconds until the next time; OSError"""
+        rate_ppm = self.estimator.rate_at(self.tick_ns)
+        wait_sec = self.clock.steer(rate_ppm, self.offset_ns, self.tick_ns, self.news)
         if self.clock.foreign:
             self.say_foreign("clock's frequency")
+        sigma_ns = most_ns = MAXERROR_NS  # where a suspend has made the last mark worthless
+        if self.estimator.has_phase():
+            sigma_ns = self.estimator.real(self.tick_ns)[1]
+            most_ns = self.most_ns() or 4 * sigma_ns  # no mark tells of itself, as the C clients' don't
+        if self.last_mark:
+            self.clock.announce(sigma_ns, most_ns, self.offset_ns, self.clock_ns - self.tick_ns,
+                                TAI_MINUS_CLOCK_SEC[self.scale])
         return wait_sec
 
     def wake(self):
@@ -1441,28 +1415,24 @@ class Clockspeed:
         if self.news and slew_sec > 60 and self.clock.steers and self.due("slew"):
             self.say("slew: %+.3f s will take %s; clockctl set steps at once"
                      % (self.offset_ns / 1e9, duration(slew_sec)))
-        wait_sec = self.steer()
-        if self.due("state", 0 if self.news else HOURLY_SEC):
-            self.save_state()
-        if self.due("status", 0 if self.news else STATUS_SEC):
-            self.save_status()
-        self.news = False
+        wait_sec = self.attempt("steer the clock", self.steer) or SETTLED_SEC
+        self.save()
         return wait_sec
 
     def load(self):
         """Take up what an earlier run knew -> where it came from, for the start line."""
         self.estimator, self.bound = Estimator(), Bound()
-        atto, atto_ppm = self.read("atto", bytes.hex), self.read("atto", parse_atto)
-        state = self.read("state", parse_state) or {}
-        self.known_ns = state.get("known_ns", REAL_NS[0])
+        atto_ppm = self.attempt("use etc/atto", self.etc.read, "atto", parse_atto)
+        state = self.attempt("use etc/state", self.etc.read, "state", parse_state) or {}
+        self.known_ns = state.get("known_ns", REAL_NS[0])  # no clock is right that shows less
         if state.get("counter") != self.clock.counter:
             if atto_ppm is None:
                 return "no rate known"
             self.estimator = Estimator(atto_ppm, ATTO_PPM)
             return "rate of etc/atto"
         self.estimator = state["estimator"]
-        same_boot = (state.get("boot_id"), state.get("scale")) == (self.clock.boot_id() or None, self.scale)
-        c_was_here = atto_ppm is not None and atto != state.get("atto")  # the C clockspeed, since then
+        same_boot = (state.get("boot_id"), state.get("scale")) == (self.boot_id or None, self.scale)
+        c_was_here = atto_ppm is not None and self.kept_atto() != state.get("atto")
         if c_was_here:
             self.estimator.assume_rate(atto_ppm, ATTO_PPM)
         elif not same_boot:
@@ -1479,58 +1449,39 @@ class Clockspeed:
             return "rate of etc/atto, the rest of etc/state"
         return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
 
-    def read(self, name, parse):
-        """What parse makes of a file of etc; None when it is missing or no good."""
-        try:
-            return parse(self.etc.read(name))
-        except FileNotFoundError:
-            return None
-        except (ImportError, OSError, ValueError) as err:
-            self.trouble("use etc/" + name, err)
-            return None
+    def kept_atto(self):
+        return self.attempt("use etc/atto", self.etc.read, "atto", bytes.hex)
 
-    def save(self, name, content, indent=None):
-        """Write a file of etc: bytes as they are, the rest as JSON."""
-        try:
-            if not isinstance(content, bytes):
-                import json  # python3-minimal has none
-                content = json.dumps(content, indent=indent).encode() + b"\n"
-            self.etc.replace(name, content)
-            self.resolved("write etc/" + name)
-        except (ImportError, OSError) as err:
-            self.trouble("write etc/" + name, err)
-
-    def save_state(self):
-        """etc/atto and etc/state."""
-        if self.estimator.has_phase():
-            self.known_ns = max(REAL_NS[0], self.real_ns())
-        rate_ppm = self.estimator.rate()[0]
-        atto = pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
-        if self.marks["used"] > 1 and abs(rate_ppm) <= ATTO_LIMIT_PPM and atto != self.read("atto", bytes):
-            self.save("atto", atto)  # one mark would tell no rate
-        self.save("state", {
-            "version": 2, "boot_id": self.clock.boot_id(), "counter": self.clock.counter, "scale": self.scale,
-            "atto": self.read("atto", bytes.hex), "suspended_ns": self.suspended_ns, "known_ns": self.known_ns,
-            "bias_ppm": self.clock.bias_ppm, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns,
-            "marks": self.marks, "last_mark": self.last_mark,
-            "estimator": self.estimator.state(), "bound": self.bound.state()})
-
-    def save_status(self):
-        known = self.estimator.has_phase()
-        (rate_ppm, rate_error_ppm), (wander, noise_ns) = self.estimator.rate(), self.estimator.learned()
-        plan = self.estimator.next_mark_plan(self.tick_ns, self.target_ns) if self.target_ns else None
-        self.save("status", {
-            "version": 2, "pid": os.getpid(), "boot_id": self.clock.boot_id(), "doing": self.clock.doing,
-            "observe_only": not self.clock.steers, "counter": self.clock.counter, "scale": self.scale,
-            "tick_ns": self.tick_ns, "written_ns": self.clock_ns, "suspended_ns": self.suspended_ns,
-            "offset_ns": self.offset_ns if known else None,
-            "variance": self.estimator.variance(self.tick_ns) if known else None,
-            "bound": self.bound.coefficients(),
-            "rate_ppm": rate_ppm, "rate_error_ppm": rate_error_ppm, "noise_ns": noise_ns, "wander": wander,
-            "marks": self.marks, "last_mark": self.last_mark,
-            "next": {"wait_sec": plan and plan.wait_sec, "exchanges": plan and plan.exchanges,
-                     "settling": self.marks["used"] < EARLY_MARKS},
-            "kernel": self.clock.report()}, indent=1)
+    def save(self):
+        """etc/atto, etc/state and etc/status, when they are due."""
+        known, (rate_ppm, rate_error_ppm) = self.estimator.has_phase(), self.estimator.rate()
+        both = {"version": 2, "boot_id": self.boot_id, "counter": self.clock.counter, "scale": self.scale,
+                "tick_ns": self.tick_ns, "suspended_ns": self.suspended_ns,
+                "marks": self.marks, "last_mark": self.last_mark}
+        if self.due("state", 0 if self.news else HOURLY_SEC):
+            if known:
+                self.known_ns = max(REAL_NS[0], self.real_ns())
+            atto = pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
+            # one mark would tell no rate
+            if self.marks["used"] > 1 and abs(rate_ppm) <= ATTO_LIMIT_PPM and atto.hex() != self.kept_atto():
+                self.attempt("write etc/atto", self.etc.replace, "atto", atto)
+            self.attempt("write etc/state", self.etc.replace, "state", dict(
+                both, atto=self.kept_atto(), known_ns=self.known_ns, bias_ppm=self.clock.bias_ppm,
+                clock_ns=self.clock_ns, estimator=self.estimator.state(), bound=self.bound.state()))
+        if self.due("status", 0 if self.news else STATUS_SEC):
+            wander, noise_ns = self.estimator.learned()
+            wait_sec = exchanges = None
+            if self.target_ns:
+                wait_sec, exchanges = self.estimator.next_mark_plan(self.tick_ns, self.target_ns)
+            self.attempt("write etc/status", self.etc.replace, "status", dict(
+                both, pid=os.getpid(), doing=self.clock.doing, observe_only=not self.clock.steers,
+                written_ns=self.clock_ns, offset_ns=self.offset_ns if known else None,
+                variance=self.estimator.variance(self.tick_ns) if known else None,
+                bound=self.bound.coefficients(), rate_ppm=rate_ppm, rate_error_ppm=rate_error_ppm,
+                noise_ns=noise_ns, wander=wander, kernel=self.clock.report(),
+                next={"wait_sec": wait_sec, "exchanges": exchanges,
+                      "settling": self.marks["used"] < EARLY_MARKS}), 1)
+        self.news = False
 
 
 # ==== main ====
@@ -1550,31 +1501,12 @@ def clock_error_ns():
     return round(error_ns)
 
 
-def choose_clock(observe):
-    """The best way to steer the clock that there is; without a way or the privilege, only looking at it."""
-    if observe:
-        return Clock()
-    try:
-        return KernelClock() if sys.platform == "linux" else AdjtimeClock()
-    except (OSError, ImportError, AttributeError) as err:
-        complain("warning", "unable to steer the clock: %s; observing only" % reason(err))
-        return Clock()
-
-
 def find_user(name):
     """Its line of the passwd file, None for no name; ValueError when there is none."""
     try:
         return name and pwd.getpwnam(name)
     except LookupError:
         raise ValueError("there is no such user") from None
-
-
-def attempt(doing, function, *args):
-    """What a read-only file system may forbid is no reason to stop."""
-    try:
-        function(*args)
-    except OSError as err:
-        complain("warning", "unable to %s: %s" % (doing, reason(err)))
 
 
 def become(user, capabilities):
@@ -1607,29 +1539,15 @@ def settle():
 
 
 def serve(daemon, fifo, signal_fd):
-    """Marks as they come, the clock when it is time, until TERM or INT; ValueError as Fifo.open's."""
+    """Marks as they come, the clock when it is time, until TERM or INT; RuntimeError as Fifo.open's."""
     rest_sec = 0
     while not select.select([signal_fd], [], [], rest_sec)[0]:
-        try:
-            fifo.open()
-            daemon.resolved("read adjust")
-        except OSError as err:
-            daemon.trouble("read adjust", err)
+        daemon.attempt("read adjust", fifo.open)
         wait_sec, packets = daemon.wake(), []
-        if fifo.fd in select.select([signal_fd] + [fifo.fd] * (fifo.fd is not None), [], [], wait_sec)[0]:
+        if fifo.fd in select.select([signal_fd, fifo.fd], [], [], wait_sec)[0]:
             packets = fifo.packets()
             daemon.take(packets)
         rest_sec = 1 if len(packets) >= BATCH else 0  # a flood of marks keeps it from nothing
-
-
-def catch_signals():
-    """-> a descriptor that can be read from TERM or INT on, which ends serve()"""
-    signal_fd, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return signal_fd
 
 
 def main(argv):
@@ -1638,33 +1556,33 @@ def main(argv):
         doing = "write output"
         if begin(argv):
             return 0
-        signal_fd = catch_signals()
+        signal_fd, writer = os.pipe()  # one byte for TERM or INT
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
         options, operands = getopt.getopt(argv[1:], "nSu:w:")
         options = dict(options)
         if len(operands) > 1:
             raise getopt.GetoptError("")
-        home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or HOME
+        home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or "/usr/local/clockspeed"
         user_name, writer_name = options.get("-u"), options.get("-w", options.get("-u"))
-        doing = "start"
+        doing, attempt = "start", Attempts()
         scale, target_ns = clock_scale(), clock_error_ns()
         doing = "become %s" % user_name
         user = find_user(user_name)
         doing = "give adjust to %s" % writer_name
         writer = find_user(writer_name)
-        doing = "use %s (svc/install makes it, and so does mkdir -p)" % home
+        doing = "use %s/etc (svc/install makes it, and so does mkdir -p)" % home
         os.umask(0o022)
-        home_fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        doing = "use %s/etc" % home
-        etc, fifo = Etc(home_fd), Fifo(os.path.join(home, "adjust"))
-        attempt("lock %s/etc" % home, etc.lock)
+        etc = Etc(home)
+        doing = "lock %s/etc" % home
+        attempt(doing, etc.lock)
         doing = "read adjust"
-        if fifo.has_reader():
-            raise ValueError("another program reads it; stop the other clockspeed first")
-        try:
-            fifo.open()
-        except OSError:
-            pass  # serve() tells
-        clock = choose_clock("-n" in options)
+        fifo = Fifo(home)
+        attempt(doing, fifo.open)
+        kind = Clock if "-n" in options else KernelClock if sys.platform == "linux" else AdjtimeClock
+        clock = attempt("steer the clock", kind) or Clock()
         settle()
         if writer:
             attempt("give adjust to " + writer_name, fifo.give, writer.pw_uid)
@@ -1674,21 +1592,18 @@ def main(argv):
             doing = "become " + user_name
             become(user, 1 << CAP_SYS_TIME if clock.steers else 0)
         doing = "run"
-        daemon = Clockspeed(clock, etc, scale, target_ns, "-S" not in options)
-        daemon.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
-                   % (clock.doing, clock.counter, scale, *daemon.estimator.rate(), daemon.source))
-        daemon.begin_clock()
+        daemon = Clockspeed(clock, etc, scale, target_ns, "-S" not in options, attempt=attempt)
         try:
             serve(daemon, fifo, signal_fd)
         finally:
-            daemon.save_state()
-            daemon.save_status()
+            daemon.news = True
+            daemon.save()
         daemon.say("stop: the clock runs on at the rate it has")
         return 0
     except getopt.GetoptError:
         complain("usage", USAGE)
         return 100
-    except (OSError, ValueError, ImportError, AttributeError) as err:
+    except (AttributeError, ImportError, OSError, RuntimeError, ValueError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
 
