@@ -12,8 +12,7 @@ DESCRIPTION
     A mark is what is to be added to the system clock's reading: 16 bytes of TAI64NA in one
     write, as sntpclock and taiclock make them.  A positive offset means that the system clock
     is behind; a positive rate, (real seconds per counter second - 1) * 10^6 ppm, that the
-    counter ticks too slowly.  It is CLOCK_MONOTONIC_RAW, which nobody steers, or else
-    CLOCK_MONOTONIC.
+    counter ticks too slowly: CLOCK_MONOTONIC_RAW, which nobody steers, else CLOCK_MONOTONIC.
 
     On Linux the rate goes into the kernel (adjtimex), so that the clock runs right between
     wake-ups and also after clockspeed is killed.  What the clock is off by is slewed away by
@@ -127,7 +126,6 @@ BUSY_SEC, SETTLED_SEC = 3, 60
 MOVED_NS, MOVED_PPM = 10**7, 2000  # a clock that moves by more, beyond any slew and rate, was set by others
 SUSPENDED_NS = 10**8  # CLOCK_BOOTTIME gains as much on CLOCK_MONOTONIC only in a suspend
 BATCH = 4  # marks taken at once, of up to 10 ms each; after so many, the FIFO rests for a second
-STATE_BYTES = 1 << 18  # a state has at most 50 KiB
 ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TAI, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x80, 0x4000
 ADJ_OFFSET_SINGLESHOT, STA_UNSYNC = 0x8001, 0x40
 MAXERROR_NS = 16 * 10**9  # where the kernel itself takes a clock for unsynchronised
@@ -908,14 +906,14 @@ class Bound:
     @classmethod
     def from_state(cls, state):
         """ValueError for what state() can't have given."""
-        if not fits(state, {"ranges": [[TIME] * 3]}):
+        if not (fits(state, {"ranges": [[TIME] * 3]}) and len(state["ranges"]) <= PARTS + 3
+                and state["ranges"] == sorted(state["ranges"])
+                and all(earliest_ns <= latest_ns for _, earliest_ns, latest_ns in state["ranges"])
+                and fits(state.get("allowed_ppm", CHANGE_PPM), (CHANGE_PPM, LIMIT_PPM))):
             raise ValueError("damaged bound")
-        self, ranges = cls(), [Range(*each) for each in state["ranges"]]
-        self.ranges, self.allowed_ppm = ranges, state.get("allowed_ppm", CHANGE_PPM)  # earlier ones have none
-        if not (len(ranges) <= PARTS + 3 and fits(self.allowed_ppm, (CHANGE_PPM, LIMIT_PPM))
-                and all(each.earliest_ns <= each.latest_ns for each in ranges)
-                and all(a.tick_ns <= b.tick_ns for a, b in zip(ranges, ranges[1:]))):
-            raise ValueError("damaged bound")
+        self = cls()
+        self.allowed_ppm = state.get("allowed_ppm", CHANGE_PPM)  # earlier releases have none
+        self.ranges = [Range(*each) for each in state["ranges"]]
         return self
 
 
@@ -930,11 +928,11 @@ class Clock:
 
     def read(self):
         """-> (tick_ns, clock_ns) at one moment: of 5 readings the one with the least time around it."""
-        def once(counter=getattr(time, self.counter)):
-            before, clock_ns = time.clock_gettime_ns(counter), time.time_ns()
-            after = time.clock_gettime_ns(counter)
-            return after - before, (before + after) // 2, clock_ns
-        return min(once() for _ in range(5))[1:]
+        counter = getattr(time, self.counter)
+        tries = [(time.clock_gettime_ns(counter), time.time_ns(), time.clock_gettime_ns(counter))
+                 for _ in range(5)]
+        before_ns, clock_ns, after_ns = min(tries, key=lambda each: each[2] - each[0])
+        return (before_ns + after_ns) // 2, clock_ns
 
     def suspended_ns(self):
         """The time that this boot slept, during which the counter stood still."""
@@ -956,7 +954,7 @@ class Clock:
         """Told how wrong the clock may be, see KernelClock; OSError."""
 
     def report(self):
-        """The kernel's view for etc/status, or None."""
+        """The kernel's view for etc/status, if any."""
 
 
 class AdjtimeClock(Clock):
@@ -1066,59 +1064,71 @@ def libc_call(name, *args):
 
 # ==== files ====
 
-def open_at(directory_fd, name, flags):
-    """A descriptor, without following a link or waiting for a FIFO; OSError."""
-    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=directory_fd)
+class Home:
+    """The home directory: `etc`, and the FIFO `adjust`, which is looked for again when it was deleted or
+    replaced.  Both are made when missing."""
+    OURS = {"atto", "state", "status", "lock", "leap", "kisses"}  # in etc; the last two: an earlier version's
 
+    def __init__(self, path):
+        """OSError, also where something else is called etc."""
+        self.adjust, etc = (os.path.join(os.path.abspath(path), name) for name in ("adjust", "etc"))
+        self.etc_fd = None
+        if not os.path.lexists(etc):
+            os.mkdir(etc, 0o755)
+        self.etc_fd = self.open(etc, os.O_RDONLY | os.O_DIRECTORY)
+        self.fifo_fd, self.writer_fd = os.pipe()  # until it can be opened: one that nobody writes to
 
-class Etc:
-    """The directory `etc` in home, made when missing."""
-    OURS = {"atto", "state", "status", "lock", "leap", "kisses"}  # the last two: an earlier version's
+    def open(self, name, flags):
+        """A descriptor of a file of etc or a whole path, without following a link or waiting; OSError."""
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(name, flags, 0o600, dir_fd=self.etc_fd)
 
-    def __init__(self, home):
-        """OSError, also when there is something that is no directory."""
-        path = os.path.join(home, "etc")
-        if not os.path.lexists(path):
-            os.mkdir(path, 0o755)
-        self.fd = open_at(None, path, os.O_RDONLY | os.O_DIRECTORY)
-
-    def lock(self):
-        """No two clockspeeds; only its user and root can open what is locked.  RuntimeError, OSError."""
-        self.lock_fd = open_at(self.fd, "lock", os.O_RDONLY | os.O_CREAT)
+    def claim(self):
+        """No two clockspeeds, one in C neither; RuntimeError, OSError."""
+        try:
+            os.close(self.open(self.adjust, os.O_WRONLY))
+            read_by_another = stat.S_ISFIFO(os.lstat(self.adjust).st_mode)
+        except OSError:
+            read_by_another = False
+        if read_by_another:
+            raise RuntimeError("another program reads adjust; stop the other clockspeed first")
+        self.lock_fd = self.open("lock", os.O_RDONLY | os.O_CREAT)  # which only its user and root can
         try:
             fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError("another clockspeed is running there") from None
 
-    def give(self, uid):
+    def give_etc(self, uid):
         """Let the user have it, unless it holds what is not ours; RuntimeError, OSError."""
-        if os.fstat(self.fd).st_uid == uid:
+        if os.fstat(self.etc_fd).st_uid == uid:
             return
-        others = {name.replace(".tmp", "") for name in os.listdir(self.fd)} - self.OURS
+        others = {name.replace(".tmp", "") for name in os.listdir(self.etc_fd)} - self.OURS
         if others:
             raise RuntimeError("it holds %s, so it is not clockspeed's own" % ascii(min(others)))
-        os.fchown(self.fd, uid, -1)
+        os.fchown(self.etc_fd, uid, -1)
 
-    def open(self, name, flags):
-        return open_at(self.fd, name, flags)
+    def give_adjust(self, uid):
+        """Let the user have it, unless somebody has it already; OSError."""
+        if os.fstat(self.fifo_fd).st_uid == 0:
+            os.fchown(self.fifo_fd, uid, -1)
 
     def read(self, name, parse=bytes):
-        """What parse makes of the bytes of a file, None when it is missing; OSError and parse's errors."""
+        """What parse makes of a file of etc, None when it is missing; OSError and parse's errors."""
         try:
             with open(name, "rb", buffering=0, opener=self.open) as file:
-                return parse(file.read(STATE_BYTES) or b"")
+                return parse(file.read(1 << 18) or b"")
         except FileNotFoundError:
             return None
 
     def replace(self, name, content, indent=None):
-        """Write a file whole, bytes or JSON: a temporary one, which is always new, fsync, rename, fsync of
-        etc; OSError, ImportError."""
+        """Write a file of etc whole, bytes or JSON, by a temporary one that is always new; OSError,
+        ImportError."""
         if not isinstance(content, bytes):
             import json  # python3-minimal has none
             content = json.dumps(content, indent=indent).encode() + b"\n"
         temporary = name + ".tmp"
         try:
-            os.unlink(temporary, dir_fd=self.fd)
+            os.unlink(temporary, dir_fd=self.etc_fd)
         except FileNotFoundError:
             pass
         with open(temporary, "xb", opener=self.open) as file:
@@ -1126,48 +1136,28 @@ class Etc:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        os.fsync(self.fd)
+        os.rename(temporary, name, src_dir_fd=self.etc_fd, dst_dir_fd=self.etc_fd)
+        os.fsync(self.etc_fd)
 
-
-class Fifo:
-    """`adjust`: made when missing, kept when there, looked for again when it was deleted or replaced."""
-
-    def __init__(self, home):
-        """RuntimeError where a program reads it already, as a C clockspeed does."""
-        self.path = os.path.join(home, "adjust")
-        self.fd, self.writer = os.pipe()  # until it can be opened: one that nobody writes to
-        try:
-            os.close(open_at(None, self.path, os.O_WRONLY))
-        except OSError:
-            return
-        if stat.S_ISFIFO(os.lstat(self.path).st_mode):
-            raise RuntimeError("another program reads it; stop the other clockspeed first")
-
-    def open(self):
+    def open_adjust(self):
         """Make and open it where that isn't done yet; OSError, or RuntimeError where only root can."""
         try:
-            if not os.path.lexists(self.path):
-                os.mkfifo(self.path, 0o600)
-            there = os.lstat(self.path)
+            if not os.path.lexists(self.adjust):
+                os.mkfifo(self.adjust, 0o600)
+            there = os.lstat(self.adjust)
             if not stat.S_ISFIFO(there.st_mode):
-                raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.path)
-            if not os.path.samestat(there, os.fstat(self.fd)):
-                fd = open_at(None, self.path, os.O_RDWR)  # or the end of each writer would be one to read
-                os.dup2(fd, self.fd, inheritable=False)
+                raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.adjust)
+            if not os.path.samestat(there, os.fstat(self.fifo_fd)):
+                fd = self.open(self.adjust, os.O_RDWR)  # or the end of each writer would be one to read
+                os.dup2(fd, self.fifo_fd, inheritable=False)
                 os.close(fd)
         except PermissionError:
             raise RuntimeError("adjust is another user's, or gone where only root can make it") from None
 
-    def give(self, uid):
-        """Let the user have it, unless somebody has it already; OSError."""
-        if os.fstat(self.fd).st_uid == 0:
-            os.fchown(self.fd, uid, -1)
-
     def packets(self):
         """What was written: a list of packets; where one has another size, all that came at once as one."""
         try:
-            data = os.read(self.fd, 65536)
+            data = os.read(self.fifo_fd, 65536)
         except BlockingIOError:
             return []
         if len(data) % TAI64NA.size:
@@ -1206,7 +1196,7 @@ class Attempts:
         why = None
         try:
             return function(*args)
-        except (ImportError, OSError, OverflowError, ValueError, struct.error) as err:
+        except (ImportError, OSError, OverflowError, RecursionError, ValueError, struct.error) as err:
             why = reason(err)
             if self.whys.get(doing) != why:
                 self.warn("%s: warning: unable to %s: %s" % (PROGRAM, doing, why))
@@ -1226,12 +1216,9 @@ STATE = {"version": (2, 2), "suspended_ns": TIME, "tick_ns": TIME, "clock_ns": T
 
 
 def parse_state(data):
-    """The bytes of etc/state -> what save_state() made them of; ValueError, whatever they are."""
+    """The bytes of etc/state -> what save_state() made them of; ValueError, RecursionError."""
     import json  # here, as getopt is in main
-    try:
-        state = json.loads(data)
-    except RecursionError as err:
-        raise ValueError(str(err))
+    state = json.loads(data)
     if not (fits(state, STATE) and (state.get("last_mark") is None or fits(state["last_mark"], LAST_MARK))):
         raise ValueError("damaged, or of another release")
     return dict(state, estimator=Estimator.from_state(state.get("estimator")),
@@ -1258,14 +1245,11 @@ def duration(sec):
 # ==== the daemon ====
 
 class Clockspeed:
-    """What happens at a start, a mark and a wake-up.
+    """What happens at a start, a mark and a wake-up.  Real time is in ns of the system clock's own scale; an
+    offset is real time minus system clock; target_ns is the error that is to be kept, or None."""
 
-    Real time is in nanoseconds of the system clock's own scale; an offset is real time minus system clock.
-    target_ns is the error that is to be kept, or None.
-    """
-
-    def __init__(self, clock, etc, scale="utc", target_ns=None, may_step=True, say=Log(1), attempt=None):
-        self.clock, self.etc, self.say, self.attempt = clock, etc, say, attempt or Attempts()
+    def __init__(self, clock, home, scale="utc", target_ns=None, may_step=True, say=Log(1), attempt=None):
+        self.clock, self.home, self.say, self.attempt = clock, home, say, attempt or Attempts()
         self.scale, self.target_ns, self.may_step = scale, target_ns, may_step and clock.steers
         self.marks, self.last_mark = dict.fromkeys(OUTCOMES, 0), None  # of this boot
         kernel, self.boot_id = clock.report(), clock.boot_id()
@@ -1301,27 +1285,28 @@ class Clockspeed:
         """Read counter and clock, and see what happened to them since the last time."""
         before_tick_ns, before_offset_ns = self.tick_ns, self.offset_ns
         self.tick_ns, self.clock_ns = self.clock.read()
-        ticks_ns, lost = self.tick_ns - before_tick_ns, None
+        ticks_ns = self.tick_ns - before_tick_ns
         slept_ns = self.clock.suspended_ns() - self.suspended_ns
         if ticks_ns < 0:
-            lost = "counter: it went back by %s, as in a machine that is restored from a snapshot" % duration(
-                -ticks_ns / 1e9)
-        elif abs(slept_ns) > SUSPENDED_NS:
-            lost = "suspend: the counter stood still for %s" % duration(slept_ns / 1e9)
-        if lost:  # the system clock is taken as it is
-            self.say(lost + "; a mark is wanted")
-            self.estimator.forget_phase(REBOOT_PPM if ticks_ns < 0 else 0)
-            self.bound.forget()
-            self.done_ns.clear()
-            self.suspended_ns, self.offset_ns, self.set_by_others = self.suspended_ns + slept_ns, 0, False
-            self.news = True
-            return
+            return self.lose_phase(REBOOT_PPM, "counter: it went back by %s, as in a machine that is restored "
+                                   "from a snapshot" % duration(-ticks_ns / 1e9))
+        if abs(slept_ns) > SUSPENDED_NS:
+            return self.lose_phase(0, "suspend: the counter stood still for " + duration(slept_ns / 1e9))
         self.offset_ns = self.real_ns() - self.clock_ns
         moved_ns = before_offset_ns - self.offset_ns
         if abs(moved_ns) > MOVED_NS + ticks_ns * MOVED_PPM // 10**6:
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             self.news = True  # a slew that was on its way is lost in a step
             self.set_by_others = self.set_by_others or abs(moved_ns) > STEP_NS
+
+    def lose_phase(self, rate_error_ppm, text):
+        """The counter does not tell the time any more: the system clock is taken as it is."""
+        self.say(text + "; a mark is wanted")
+        self.estimator.forget_phase(rate_error_ppm)
+        self.bound.forget()
+        self.done_ns.clear()
+        self.suspended_ns, self.offset_ns, self.set_by_others = self.clock.suspended_ns(), 0, False
+        self.news = True
 
     def take(self, packets):
         """Adjustments that came out of the FIFO at once; wake() is to follow."""
@@ -1422,8 +1407,8 @@ class Clockspeed:
     def load(self):
         """Take up what an earlier run knew -> where it came from, for the start line."""
         self.estimator, self.bound = Estimator(), Bound()
-        atto_ppm = self.attempt("use etc/atto", self.etc.read, "atto", parse_atto)
-        state = self.attempt("use etc/state", self.etc.read, "state", parse_state) or {}
+        atto_ppm = self.attempt("use etc/atto", self.home.read, "atto", parse_atto)
+        state = self.attempt("use etc/state", self.home.read, "state", parse_state) or {}
         self.known_ns = state.get("known_ns", REAL_NS[0])  # no clock is right that shows less
         if state.get("counter") != self.clock.counter:
             if atto_ppm is None:
@@ -1450,7 +1435,7 @@ class Clockspeed:
         return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
 
     def kept_atto(self):
-        return self.attempt("use etc/atto", self.etc.read, "atto", bytes.hex)
+        return self.attempt("use etc/atto", self.home.read, "atto", bytes.hex)
 
     def save(self):
         """etc/atto, etc/state and etc/status, when they are due."""
@@ -1464,8 +1449,8 @@ class Clockspeed:
             atto = pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
             # one mark would tell no rate
             if self.marks["used"] > 1 and abs(rate_ppm) <= ATTO_LIMIT_PPM and atto.hex() != self.kept_atto():
-                self.attempt("write etc/atto", self.etc.replace, "atto", atto)
-            self.attempt("write etc/state", self.etc.replace, "state", dict(
+                self.attempt("write etc/atto", self.home.replace, "atto", atto)
+            self.attempt("write etc/state", self.home.replace, "state", dict(
                 both, atto=self.kept_atto(), known_ns=self.known_ns, bias_ppm=self.clock.bias_ppm,
                 clock_ns=self.clock_ns, estimator=self.estimator.state(), bound=self.bound.state()))
         if self.due("status", 0 if self.news else STATUS_SEC):
@@ -1473,7 +1458,7 @@ class Clockspeed:
             wait_sec = exchanges = None
             if self.target_ns:
                 wait_sec, exchanges = self.estimator.next_mark_plan(self.tick_ns, self.target_ns)
-            self.attempt("write etc/status", self.etc.replace, "status", dict(
+            self.attempt("write etc/status", self.home.replace, "status", dict(
                 both, pid=os.getpid(), doing=self.clock.doing, observe_only=not self.clock.steers,
                 written_ns=self.clock_ns, offset_ns=self.offset_ns if known else None,
                 variance=self.estimator.variance(self.tick_ns) if known else None,
@@ -1538,14 +1523,14 @@ def settle():
 # ==== end shared ====
 
 
-def serve(daemon, fifo, signal_fd):
-    """Marks as they come, the clock when it is time, until TERM or INT; RuntimeError as Fifo.open's."""
+def serve(daemon, home, signal_fd):
+    """Marks as they come, the clock when it is time, until TERM or INT; RuntimeError."""
     rest_sec = 0
     while not select.select([signal_fd], [], [], rest_sec)[0]:
-        daemon.attempt("read adjust", fifo.open)
+        daemon.attempt("read adjust", home.open_adjust)
         wait_sec, packets = daemon.wake(), []
-        if fifo.fd in select.select([signal_fd, fifo.fd], [], [], wait_sec)[0]:
-            packets = fifo.packets()
+        if home.fifo_fd in select.select([signal_fd, home.fifo_fd], [], [], wait_sec)[0]:
+            packets = home.packets()
             daemon.take(packets)
         rest_sec = 1 if len(packets) >= BATCH else 0  # a flood of marks keeps it from nothing
 
@@ -1565,7 +1550,7 @@ def main(argv):
         options = dict(options)
         if len(operands) > 1:
             raise getopt.GetoptError("")
-        home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or "/usr/local/clockspeed"
+        path = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or "/usr/local/clockspeed"
         user_name, writer_name = options.get("-u"), options.get("-w", options.get("-u"))
         doing, attempt = "start", Attempts()
         scale, target_ns = clock_scale(), clock_error_ns()
@@ -1573,28 +1558,26 @@ def main(argv):
         user = find_user(user_name)
         doing = "give adjust to %s" % writer_name
         writer = find_user(writer_name)
-        doing = "use %s/etc (svc/install makes it, and so does mkdir -p)" % home
+        doing = "use %s/etc (svc/install makes it, and so does mkdir -p)" % path
         os.umask(0o022)
-        etc = Etc(home)
-        doing = "lock %s/etc" % home
-        attempt(doing, etc.lock)
-        doing = "read adjust"
-        fifo = Fifo(home)
-        attempt(doing, fifo.open)
+        home = Home(path)
+        doing = "claim " + path
+        attempt(doing, home.claim)
+        attempt("read adjust", home.open_adjust)
         kind = Clock if "-n" in options else KernelClock if sys.platform == "linux" else AdjtimeClock
         clock = attempt("steer the clock", kind) or Clock()
         settle()
         if writer:
-            attempt("give adjust to " + writer_name, fifo.give, writer.pw_uid)
+            attempt("give adjust to " + writer_name, home.give_adjust, writer.pw_uid)
         if user:
-            doing = "give %s/etc to %s" % (home, user_name)
-            attempt(doing, etc.give, user.pw_uid)
+            doing = "give %s/etc to %s" % (path, user_name)
+            attempt(doing, home.give_etc, user.pw_uid)
             doing = "become " + user_name
             become(user, 1 << CAP_SYS_TIME if clock.steers else 0)
         doing = "run"
-        daemon = Clockspeed(clock, etc, scale, target_ns, "-S" not in options, attempt=attempt)
+        daemon = Clockspeed(clock, home, scale, target_ns, "-S" not in options, attempt=attempt)
         try:
-            serve(daemon, fifo, signal_fd)
+            serve(daemon, home, signal_fd)
         finally:
             daemon.news = True
             daemon.save()

@@ -2251,8 +2251,8 @@ class Simulation:
         self.clock.read, self.clock.boot_id = kernel.read, lambda: kernel.boot
         self.clock.suspended_ns = lambda: kernel.slept_ns + kernel.tick % 300  # two clocks are read
         self.etc_path, say = home / "etc", self.lines.append
-        self.etc = CS.Etc(str(home))
-        self.daemon = CS.Clockspeed(self.clock, self.etc, say=say, attempt=CS.Attempts(say), **options)
+        self.home = CS.Home(str(home))
+        self.daemon = CS.Clockspeed(self.clock, self.home, say=say, attempt=CS.Attempts(say), **options)
         start, = self.said("start: ")
         self.lines.remove(start)
         self.source = re.match(r"start: .* rate error [0-9.]+ ppm, (.*)", start).group(1)
@@ -2303,7 +2303,7 @@ def simulate(tmp_path, monkeypatch):
         return made[-1]
     yield make
     for simulation in made:
-        os.close(simulation.etc.fd)
+        os.close(simulation.home.etc_fd)
 
 
 @pytest.mark.parametrize("off_sec, options, stepped", [
@@ -2797,9 +2797,9 @@ def test_clockspeed_learns_from_its_fifo_and_term_or_int_ends_it_with_0(daemon):
 
 
 def test_kill_9_at_any_moment_of_a_write_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
-    etc, seen = CS.Etc(str(tmp_path)), set()
+    home, seen = CS.Home(str(tmp_path)), set()
     for moment in range(9):
-        etc.replace("state", b"old" * 1000)
+        home.replace("state", b"old" * 1000)
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             calls = []
             for name in ("unlink", "open", "fchmod", "fsync", "rename"):
@@ -2809,23 +2809,23 @@ def test_kill_9_at_any_moment_of_a_write_leaves_the_old_file_or_the_new_one(tmp_
                         raise KeyboardInterrupt
                     return real(*args, **options)
                 patch.setattr(os, name, die)
-            etc.replace("state", b"new" * 1001)
-        seen.add(etc.read("state"))
+            home.replace("state", b"new" * 1001)
+        seen.add(home.read("state"))
     assert seen == {b"old" * 1000, b"new" * 1001} and os.listdir(str(tmp_path / "etc")) == ["state"]
-    os.close(etc.fd)
+    os.close(home.etc_fd)
 
 
 def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
-    etc, victim = CS.Etc(str(tmp_path)), tmp_path / "victim"
+    home, victim = CS.Home(str(tmp_path)), tmp_path / "victim"
     victim.write_bytes(b"precious")
     for name in ("status.tmp", "state"):
         (tmp_path / "etc" / name).symlink_to(victim)
     os.mkfifo(str(tmp_path / "etc" / "atto"))
-    etc.replace("status", b"new")
-    assert victim.read_bytes() == b"precious" and etc.read("status") == b"new" and etc.read("atto") == b""
+    home.replace("status", b"new")
+    assert victim.read_bytes() == b"precious" and home.read("status") == b"new" and home.read("atto") == b""
     with pytest.raises(OSError):
-        etc.read("state")
-    os.close(etc.fd)
+        home.read("state")
+    os.close(home.etc_fd)
 
 
 @pytest.mark.parametrize("make, home, options, env, said", [
@@ -2836,8 +2836,8 @@ def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
     (None, "", ["-w", "no-such-user"], {}, "give adjust to no-such-user: there is no such user"),
     (None, "", [], {"CLOCK_SCALE": "gps"}, "start: CLOCK_SCALE is neither utc nor tai"),
     (None, "", [], {"CLOCK_ERROR": "10 apples"}, "start: CLOCK_ERROR is not a time like 0.010 or 10ms"),
-    (lambda home: CS.Etc(home).lock(), "", [], {}, "lock HOME/etc: another clockspeed is running there"),
-    (lambda home: CS.Fifo(home).open(), "", [], {}, "read adjust: another program reads it; stop .* first")])
+    (lambda home: CS.Home(home).claim(), "", [], {}, "claim HOME: another clockspeed is running there"),
+    (lambda home: CS.Home(home).open_adjust(), "", [], {}, "claim HOME: another program reads adjust; stop .* first")])
 def test_what_can_not_work_is_a_clear_line(tmp_path, make, home, options, env, said):
     (tmp_path / "file").write_text("")
     for name in ("link", "victim"):
@@ -2873,17 +2873,16 @@ def test_what_is_no_fifo_is_named_and_let_alone(daemon, make):
 
 
 def test_a_fifo_that_is_deleted_or_replaced_is_found_again(tmp_path):
-    fifo = CS.Fifo(str(tmp_path))
-    for renew in (None, lambda: None, lambda: os.mkfifo(fifo.path)):
+    home = CS.Home(str(tmp_path))
+    for renew in (None, lambda: None, lambda: os.mkfifo(home.adjust)):
         if renew:
-            os.unlink(fifo.path)
+            os.unlink(home.adjust)
             renew()
         for _ in range(2):
-            fifo.open()
-            with open(fifo.path, "wb", buffering=0) as writer:
+            home.open_adjust()
+            with open(home.adjust, "wb", buffering=0) as writer:
                 writer.write(b"0123456789abcdef")
-        assert fifo.packets() == [b"0123456789abcdef"] * 2 and fifo.packets() == []
-    os.close(fifo.fd)
+        assert home.packets() == [b"0123456789abcdef"] * 2 and home.packets() == []
 
 
 @needs_root
@@ -2899,8 +2898,8 @@ def test_clockspeed_becomes_its_user_and_keeps_no_more_than_it_needs(daemon):
         assert "clockspeed: warning: unable to steer the clock: Operation not permitted\n" in process.text()
         process.mark()
         assert process.end() == 0
-        for name, owner in ((".", 0), ("adjust", writer), ("etc", nobody.pw_uid), ("etc/state", nobody.pw_uid)):
-            assert os.stat(str(process.home / name)).st_uid == owner
+        owners = [os.stat(str(process.home / name)).st_uid for name in (".", "adjust", "etc", "etc/state")]
+        assert owners == [0, writer, nobody.pw_uid, nobody.pw_uid]
 
 
 @needs_root
@@ -2908,8 +2907,8 @@ def test_nothing_is_given_away_that_is_not_clockspeeds(daemon):
     etc = daemon.home / "etc"
     etc.mkdir()
     (etc / "passwd").write_text("")
-    process = daemon("-u", "nobody", wait_for="clockspeed: fatal: unable to give %s to nobody: it holds 'passwd', "
-                     "so it is not clockspeed's own\n" % etc)
+    process = daemon("-u", "nobody", wait_for="clockspeed: fatal: unable to give %s to nobody: it holds "
+                     "'passwd', so it is not clockspeed's own\n" % etc)
     assert process.process.wait(30) == 111 and os.stat(str(etc)).st_uid == 0
     (etc / "passwd").unlink()
     for name in ("atto", "state.tmp", "kisses", "leap"):  # also an earlier version's, and another user's
@@ -3070,9 +3069,9 @@ def rival(simulation):
 def full_disk(simulation):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
-    simulation.etc.replace, replace = no_space, simulation.etc.replace
+    simulation.home.replace, replace = no_space, simulation.home.replace
     simulation.settle(541, 541, 541)
-    simulation.etc.replace = replace
+    simulation.home.replace = replace
     assert simulation.settle(541).status()["marks"]["used"] == 10
 
 
