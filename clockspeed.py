@@ -1288,8 +1288,8 @@ class Clockspeed:
         ticks_ns = self.tick_ns - before_tick_ns
         slept_ns = self.clock.suspended_ns() - self.suspended_ns
         if ticks_ns < 0:
-            return self.lose_phase(REBOOT_PPM, "counter: it went back by %s, as in a machine that is restored "
-                                   "from a snapshot" % duration(-ticks_ns / 1e9))
+            text = "counter: it went back by %s, as in a machine that is restored from a snapshot"
+            return self.lose_phase(REBOOT_PPM, text % duration(-ticks_ns / 1e9))
         if abs(slept_ns) > SUSPENDED_NS:
             return self.lose_phase(0, "suspend: the counter stood still for " + duration(slept_ns / 1e9))
         self.offset_ns = self.real_ns() - self.clock_ns
