@@ -901,18 +901,18 @@ class Bound:
 
     def state(self):
         """Plain data for JSON; from_state(state()) goes on to the last bit."""
-        return {"ranges": [list(each) for each in self.ranges], "allowed_ppm": self.allowed_ppm}
+        return {"ranges": [list(each) for each in self.ranges], "ppm": [self.allowed_ppm]}
 
     @classmethod
     def from_state(cls, state):
         """ValueError for what state() can't have given."""
-        if not (fits(state, {"ranges": [[TIME] * 3]}) and len(state["ranges"]) <= PARTS + 3
+        if not (fits(state, {"ranges": [[TIME] * 3], "ppm": [NUMBER]}) and len(state["ranges"]) <= PARTS + 3
                 and state["ranges"] == sorted(state["ranges"])
                 and all(earliest_ns <= latest_ns for _, earliest_ns, latest_ns in state["ranges"])
-                and fits(state.get("allowed_ppm", CHANGE_PPM), (CHANGE_PPM, LIMIT_PPM))):
+                and fits((state["ppm"] or [0])[-1], (CHANGE_PPM, LIMIT_PPM))):
             raise ValueError("damaged bound")
         self = cls()
-        self.allowed_ppm = state.get("allowed_ppm", CHANGE_PPM)  # earlier releases have none
+        self.allowed_ppm = state["ppm"][-1]  # earlier releases have rates before it
         self.ranges = [Range(*each) for each in state["ranges"]]
         return self
 

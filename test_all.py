@@ -2634,6 +2634,13 @@ def test_a_kernel_that_refuses_is_said_once_and_survived(simulate):
             "step the clock: over 32 bits")]
 
 
+def test_where_there_is_no_adjtimex_the_clock_is_nudged(monkeypatch):
+    calls = []
+    monkeypatch.setattr(CS, "libc_call", lambda name, timeval, before: calls.append((name, *timeval, before)))
+    assert CS.AdjtimeClock().steer(0, -1500000, 0, False) == 3
+    assert calls == [("adjtime", 0, 0, None), ("adjtime", -1, 998500, None)]
+
+
 def test_a_clock_without_hardware_clock_goes_forward_to_the_last_time_known(simulate):
     known_ns = simulate(FakeKernel()).settle(4000).daemon.known_ns
     assert abs(known_ns - FakeKernel.START_NS) < 4100 * 10**9
