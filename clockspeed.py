@@ -948,7 +948,7 @@ class Clock:
             return ""
 
     def steer(self, rate_ppm, offset_ns, tick_ns, news):
-        """Told at each wake-up how the clock should run -> in how many seconds to be told again; OSError."""
+        """Told at each wake-up how the clock should run -> seconds to the next, if not SETTLED_SEC; OSError."""
 
     def announce(self, sigma_ns, most_ns, offset_ns, ahead_ns, tai_minus_clock_sec):
         """Told how wrong the clock may be, see KernelClock; OSError."""
@@ -1016,8 +1016,7 @@ class KernelClock(Clock):
         if found != wanted:
             self.adjtimex(modes=ADJ_FREQUENCY | ADJ_TICK, freq=wanted[0], tick=wanted[1])
         self.set_to = wanted
-        if abs(offset_ns) > SETTLED_NS:
-            return max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9)
+        return None if abs(offset_ns) <= SETTLED_NS else max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9)
 
     def step(self, delta_ns):
         step_kernel(self.adjtimex, delta_ns)
@@ -1541,9 +1540,9 @@ def main(argv):
         doing = "write output"
         if begin(argv):
             return 0
-        signal_fd, writer = os.pipe()  # one byte for TERM or INT
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer)
+        signal_fd, wakeup_fd = os.pipe()  # one byte for TERM or INT
+        os.set_blocking(wakeup_fd, False)
+        signal.set_wakeup_fd(wakeup_fd)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         options, operands = getopt.getopt(argv[1:], "nSu:w:")
