@@ -948,7 +948,7 @@ class Clock:
             return ""
 
     def steer(self, rate_ppm, offset_ns, tick_ns, news):
-        """Told at each wake-up how the clock should run -> seconds to the next, if not SETTLED_SEC; OSError."""
+        """Told at each wake-up how the clock should run -> seconds to the next one, or None; OSError."""
 
     def announce(self, sigma_ns, most_ns, offset_ns, ahead_ns, tai_minus_clock_sec):
         """Told how wrong the clock may be, see KernelClock; OSError."""
@@ -1082,16 +1082,9 @@ class Home:
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         return os.open(name, flags, 0o600, dir_fd=self.etc_fd)
 
-    def claim(self):
-        """No two clockspeeds, one in C neither; RuntimeError, OSError."""
-        try:
-            os.close(self.open(self.adjust, os.O_WRONLY))
-            read_by_another = stat.S_ISFIFO(os.lstat(self.adjust).st_mode)
-        except OSError:
-            read_by_another = False
-        if read_by_another:
-            raise RuntimeError("another program reads adjust; stop the other clockspeed first")
-        self.lock_fd = self.open("lock", os.O_RDONLY | os.O_CREAT)  # which only its user and root can
+    def lock(self):
+        """No two clockspeeds; only its user and root can open what is locked.  RuntimeError, OSError."""
+        self.lock_fd = self.open("lock", os.O_RDONLY | os.O_CREAT)
         try:
             fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1139,17 +1132,23 @@ class Home:
         os.fsync(self.etc_fd)
 
     def open_adjust(self):
-        """Make and open it where that isn't done yet; OSError, or RuntimeError where only root can."""
+        """Make and open it where that isn't done yet; OSError, RuntimeError for what no later try mends."""
         try:
             if not os.path.lexists(self.adjust):
                 os.mkfifo(self.adjust, 0o600)
             there = os.lstat(self.adjust)
             if not stat.S_ISFIFO(there.st_mode):
                 raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.adjust)
-            if not os.path.samestat(there, os.fstat(self.fifo_fd)):
-                fd = self.open(self.adjust, os.O_RDWR)  # or the end of each writer would be one to read
-                os.dup2(fd, self.fifo_fd, inheritable=False)
-                os.close(fd)
+            if os.path.samestat(there, os.fstat(self.fifo_fd)):
+                return
+            try:
+                os.close(self.open(self.adjust, os.O_WRONLY))
+                raise RuntimeError("another program reads it; stop the other clockspeed first")
+            except OSError:
+                pass  # no other does, not even a C clockspeed
+            fd = self.open(self.adjust, os.O_RDWR)  # or the end of each writer would be one to read
+            os.dup2(fd, self.fifo_fd, inheritable=False)
+            os.close(fd)
         except PermissionError:
             raise RuntimeError("adjust is another user's, or gone where only root can make it") from None
 
@@ -1560,9 +1559,10 @@ def main(argv):
         doing = "use %s/etc (svc/install makes it, and so does mkdir -p)" % path
         os.umask(0o022)
         home = Home(path)
-        doing = "claim " + path
-        attempt(doing, home.claim)
-        attempt("read adjust", home.open_adjust)
+        doing = "lock %s/etc" % path
+        attempt(doing, home.lock)
+        doing = "read adjust"
+        attempt(doing, home.open_adjust)
         kind = Clock if "-n" in options else KernelClock if sys.platform == "linux" else AdjtimeClock
         clock = attempt("steer the clock", kind) or Clock()
         settle()
