@@ -2170,7 +2170,7 @@ class FakeKernel:
         self.clock = float(-behind_ns)  # system clock minus real time
         self.fields = dict(freq=0, tick=10000, status=0x40, maxerror=16 * 10**6, esterror=0, tai=0)
         self.slew_us = self.slewing_ns = self.slept_ns = 0
-        self.calls, self.denied = [], False
+        self.steps, self.denied = [], False
         self.copied_ns = 0  # the worst clock that the kernel could have copied to the hardware clock
         self.set_in = 0  # after so many calls, if any, somebody sets the clock an hour ahead
 
@@ -2214,11 +2214,12 @@ class FakeKernel:
         if modes and self.denied:
             raise PermissionError(errno.EPERM, "Operation not permitted")
         self.read()
-        self.calls.append((modes, fields))
         assert not modes & 0x8000 or modes == 0x8001, "a single shot can't be combined"
         if modes == 0x8001:
             self.slew_us = fields["offset"]
         elif modes & 0x100:
+            assert modes == 0x2100, "by nanoseconds"
+            self.steps.append(fields["sec"] + fields["frac"] / 1e9)
             self.set_clock(fields["sec"] * 10**9 + fields["frac"])
         for bit, name in ((2, "freq"), (4, "maxerror"), (8, "esterror"), (0x10, "status"), (0x80, "tai"),
                           (0x4000, "tick")):
@@ -2228,9 +2229,6 @@ class FakeKernel:
         if not self.fields["status"] & 0x40:
             self.copied_ns = max(self.copied_ns, abs(self.clock))
         return dict(self.fields, maxerror=int(self.fields["maxerror"]), offset=self.slew_us)
-
-    def steps(self):
-        return [fields["sec"] + fields["frac"] / 1e9 for modes, fields in self.calls if modes == 0x2100]
 
     def given_ppm(self):
         return self.fields["freq"] / 65536 + (self.fields["tick"] - 10000) * 100
@@ -2313,7 +2311,7 @@ def test_the_first_mark_steps_what_is_over_half_a_second(simulate, off_sec, opti
     kernel = FakeKernel(ppm=80, behind_ns=round(off_sec * 1e9), bias_ppm=2)
     simulation = simulate(kernel, **options)
     simulation.mark()
-    assert kernel.steps() == pytest.approx([off_sec] * stepped) and len(simulation.said("slew: ")) != stepped
+    assert kernel.steps == pytest.approx([off_sec] * stepped) and len(simulation.said("slew: ")) != stepped
     assert simulation.said("step: ") == [
         "step: the system clock by %+.9f s, by one of the first 3 marks of this boot" % off_sec] * stepped
     assert not stepped or abs(kernel.clock) < 1000
@@ -2331,11 +2329,11 @@ def test_a_wrong_mark_leaves_nothing_behind_after_five_right_ones(simulate, good
     for waits, error_sec in ((good * [1623], 0), (wrong * [300], wrong_sec), (5 * [1623], 0)):
         for wait_sec in waits:
             simulation.settle(wait_sec, error_sec=error_sec)
-    assert len(kernel.steps()) == steps and abs(kernel.clock) < (10e9 if good else 1e6)
+    assert len(kernel.steps) == steps and abs(kernel.clock) < (10e9 if good else 1e6)
     for kernel.boot in ("boot-1", "boot-2"):  # a restart, a reboot
         simulation = simulate(kernel)
         assert abs(simulation.daemon.known_ns - kernel.real) < 2000e9 and abs(simulation.rate_ppm() - 20) < 1
-    assert len(kernel.steps()) == steps
+    assert len(kernel.steps) == steps
 
 
 @pytest.mark.parametrize("ppm", (-980, 700, 499, 3000))
@@ -2469,15 +2467,14 @@ def test_status_tells_what_others_need(simulate):
     assert status["next"] == {"wait_sec": None, "exchanges": None, "settling": True}
     assert simulation.settle(64, 64).status()["next"]["settling"]
     status = simulation.settle(64, 1141, last=SNTP.pack_quality(10**6, 10**5)).status()
-    assert [status[name] for name in "version boot_id counter scale observe_only pid".split()] == [
-        2, "boot-1", "CLOCK_MONOTONIC_RAW", "utc", False, os.getpid()]
-    assert status["marks"] == {"used": 4, "doubted": 0, "refused": 0}
     assert kernel.tick - status["tick_ns"] <= 600 * 10**9, "it is never older"
     real_ns = simulation.daemon.estimator.real(status["tick_ns"])[0]
     assert status["written_ns"] + status["offset_ns"] == real_ns and len(status["variance"]) == 4
     assert sorted(status["bound"]) == "change_ppm earliest_ns fast_ppm latest_ns slow_ppm tick_ns".split()
-    assert not status["next"]["settling"] and status["kernel"]["synchronised"]
-    assert status["kernel"]["freq_ppm"] == pytest.approx(20, abs=1)
+    assert status["kernel"]["freq_ppm"] == pytest.approx(20, abs=1) and status["kernel"]["synchronised"]
+    known = dict(version=2, boot_id="boot-1", counter="CLOCK_MONOTONIC_RAW", scale="utc", pid=os.getpid(),
+                 observe_only=False, marks={"used": 4, "doubted": 0, "refused": 0})
+    assert dict(status, **known) == status and not status["next"]["settling"]
     assert simulate(kernel, target_ns=10**7).status()["next"]["exchanges"] in range(1, 9)
 
 
@@ -2500,11 +2497,11 @@ def test_a_restart_in_the_same_boot_goes_on_as_if_nothing_had_happened(simulate)
         restarted = simulate(kernel)
         assert restarted.lines[0].startswith(said)
         restarted.settle(60)
-    kernel.calls.clear()
+    kernel.steps.clear()
     (restarted.etc_path / "state").unlink()
     restarted = simulate(kernel)
     restarted.mark(1)
-    assert restarted.source == "rate of etc/atto" and not kernel.steps(), "no first mark of the boot"
+    assert restarted.source == "rate of etc/atto" and not kernel.steps, "no first mark of the boot"
 
 
 def test_a_reboot_keeps_the_rate_and_begins_the_phase_anew(simulate):
@@ -2586,16 +2583,16 @@ def test_a_clock_that_others_set_is_set_back_once_and_then_seldom(simulate):
     assert simulation.lines[-2:] == [
         "moved: somebody set the system clock by +3600.000 s",
         "step: the system clock by %+.9f s, back to the time of the marks; if it was meant, stop clockspeed "
-        "(svc -d) first" % kernel.steps()[0]]
+        "(svc -d) first" % kernel.steps[0]]
     assert abs(kernel.clock) < 1e6 and simulation.daemon.estimator.rate() == rate, "it is no drift"
     for _ in range(24 * 12):  # it insists
         simulation.run(300)
         kernel.set_clock(HOUR_NS - round(kernel.clock))
-    assert len(kernel.steps()) == 1 + 4, "after 1, 2, 4 and 8 hours"
+    assert len(kernel.steps) == 1 + 4, "after 1, 2, 4 and 8 hours"
     said = simulation.said("foreign: another program sets the system clock; one of the two must go")
     assert 20 <= len(said) <= 25
     simulation.run(2 * 86400)
-    assert len(kernel.steps()) == 6 and abs(kernel.clock) < 1e6, "it gave up"
+    assert len(kernel.steps) == 6 and abs(kernel.clock) < 1e6, "it gave up"
 
 
 def test_before_the_first_mark_the_system_clock_is_taken_as_it_is(simulate):
@@ -3114,7 +3111,7 @@ def test_a_bad_day(event, live, said, off_sec, simulate, monkeypatch):
     assert all(told) and {text for texts in told for text in texts} == set(said), lines
     assert abs(kernel.clock) < off_sec * 1e9
     assert abs(simulation.rate_ppm() - kernel.ppm) < 1, "nothing else is learned as drift"
-    assert len(kernel.steps()) == sum(text.startswith("step: ") for text in said)
+    assert len(kernel.steps) == sum(text.startswith("step: ") for text in said)
 
 
 @pytest.mark.parametrize("turn_sec", (2**32 - 2208988800, 2**31, 2**32))  # 2036-02-07, 2038-01-19, 2106-02-07
