@@ -2158,14 +2158,12 @@ HOUR_NS = 3600 * 10**9
 
 
 class FakeKernel:
-    """A counter, a system clock and adjtimex() that behave as Linux's do; real time passes by sleep().
-
-    ppm: real seconds per counter second - 1; bias_ppm: what the kernel's clock gains unasked.
-    """
+    """A counter, a system clock and adjtimex() that behave as Linux's do; real time passes by sleep()."""
     START_NS = 1796000000 * 10**9
 
     def __init__(self, ppm=0.0, behind_ns=0, bias_ppm=0.0, start_ns=START_NS, boot="boot-1"):
-        self.ppm, self.bias_ppm, self.boot = ppm, bias_ppm, boot
+        self.ppm, self.boot = ppm, boot  # real seconds per counter second - 1
+        self.bias_ppm = bias_ppm  # what the system clock gains unasked
         self.tick, self.real, self.elapsed = 10**9, start_ns, 0.0
         self.clock = float(-behind_ns)  # system clock minus real time
         self.fields = dict(freq=0, tick=10000, status=0x40, maxerror=16 * 10**6, esterror=0, tai=0)
@@ -2300,8 +2298,9 @@ def simulate(tmp_path, monkeypatch):
         made.append(Simulation(tmp_path / name, kernel, **options))
         return made[-1]
     yield make
-    for simulation in made:
-        os.close(simulation.home.etc_fd)
+    for home in [simulation.home for simulation in made]:
+        for fd in (home.etc_fd, home.fifo_fd, home.writer_fd):
+            os.close(fd)
 
 
 @pytest.mark.parametrize("off_sec, options, stepped", [
@@ -2788,7 +2787,6 @@ def test_kill_9_at_any_moment_of_a_write_leaves_the_old_file_or_the_new_one(tmp_
             home.replace("state", b"new" * 1001)
         seen.add(home.read("state"))
     assert seen == {b"old" * 1000, b"new" * 1001} and os.listdir(str(tmp_path / "etc")) == ["state"]
-    os.close(home.etc_fd)
 
 
 def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
@@ -2801,7 +2799,6 @@ def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
     assert victim.read_bytes() == b"precious" and home.read("status") == b"new" and home.read("atto") == b""
     with pytest.raises(OSError):
         home.read("state")
-    os.close(home.etc_fd)
 
 
 @pytest.mark.parametrize("make, home, options, env, said", [
