@@ -1143,7 +1143,7 @@ class Home:
                 return
             try:
                 os.close(self.open(self.adjust, os.O_WRONLY))
-                raise RuntimeError("another program reads it; stop the other clockspeed first")
+                raise RuntimeError("another program reads adjust; stop the other clockspeed first")
             except OSError:
                 pass  # no other does, not even a C clockspeed
             fd = self.open(self.adjust, os.O_RDWR)  # or the end of each writer would be one to read
@@ -1174,13 +1174,12 @@ class Log:
             text = "lost: %d lines\n%s" % (self.lost, text)
         data = text.encode(errors="replace")[:select.PIPE_BUF - 1] + b"\n"  # a ready pipe takes so much
         try:
-            if select.select([], [self.fd], [], 0)[1]:
-                os.write(self.fd, data)
-                self.lost = 0
-                return
+            if not select.select([], [self.fd], [], 0)[1]:
+                raise BlockingIOError
+            os.write(self.fd, data)
+            self.lost = 0
         except OSError:
-            pass
-        self.lost += 1
+            self.lost += 1
 
 
 class Attempts:
@@ -1308,13 +1307,12 @@ class Clockspeed:
 
     def take(self, packets):
         """Adjustments that came out of the FIFO at once; wake() is to follow."""
-        whys = []
-        for packet in packets[-BATCH:]:  # the latest ones, if there are too many
+        whys = ["more than %d marks at once" % BATCH] * (len(packets) - BATCH)
+        for packet in packets[-BATCH:]:  # the latest ones
             try:
                 self.mark(packet)
             except ValueError as err:
                 whys.append(str(err))
-        whys += ["more than %d marks at once" % BATCH] * (len(packets) - BATCH)
         if whys:
             self.marks["refused"] += len(whys)
             self.say("refused: " + whys[0] + (", and %d more" % (len(whys) - 1) if len(whys) > 1 else ""))
