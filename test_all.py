@@ -2862,7 +2862,7 @@ def test_clockspeed_becomes_its_user_gives_only_its_own_away_and_keeps_no_more_t
     nobody, writer, etc = pwd.getpwnam("nobody"), pwd.getpwnam("daemon").pw_uid, daemon.home / "etc"
     etc.mkdir()
     (etc / "passwd").write_text("")
-    said = "clockspeed: fatal: unable to give %s to nobody: it holds 'passwd', so it is not clockspeed's own\n"
+    said = "fatal: unable to give %s to nobody: it holds 'passwd', so it is not clockspeed's own\n"
     process = daemon("-u", "nobody", "-w", "daemon", wait_for=said % etc)
     assert process.process.wait(30) == 111 and os.stat(str(etc)).st_uid == 0
     (etc / "passwd").unlink()
