@@ -1113,13 +1113,12 @@ class Home:
             return None
 
     def replace(self, name, content, indent=None):
-        """Write a file of etc whole, bytes or JSON, by a temporary one that is always new; OSError,
-        ImportError."""
+        """Write a file of etc whole, bytes or JSON; OSError, ImportError."""
         if not isinstance(content, bytes):
             import json  # python3-minimal has none
             content = json.dumps(content, indent=indent).encode() + b"\n"
         temporary = name + ".tmp"
-        try:
+        try:  # it is always a new one
             os.unlink(temporary, dir_fd=self.etc_fd)
         except FileNotFoundError:
             pass
@@ -1213,7 +1212,7 @@ STATE = {"version": (2, 2), "suspended_ns": TIME, "tick_ns": TIME, "clock_ns": T
 
 
 def parse_state(data):
-    """The bytes of etc/state -> what save_state() made them of; ValueError, RecursionError."""
+    """The bytes of etc/state -> what save() made them of; ValueError, RecursionError."""
     import json  # here, as getopt is in main
     state = json.loads(data)
     if not (fits(state, STATE) and (state.get("last_mark") is None or fits(state["last_mark"], LAST_MARK))):
@@ -1357,8 +1356,7 @@ class Clockspeed:
         self.offset_ns = self.real_ns() - self.clock_ns
 
     def set_back(self):
-        """Undo at once what others did to the clock, but not again and again.  While a mark is in doubt, who
-        set the clock may know better."""
+        """Undo what others did to the clock, now and then; not while a mark in doubt may prove them right."""
         if abs(self.offset_ns) <= STEP_NS:
             self.set_by_others = False
         elif self.set_by_others and self.may_step and not self.estimator.doubts():
