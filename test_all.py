@@ -2502,6 +2502,11 @@ def test_a_restart_in_the_same_boot_goes_on_as_if_nothing_had_happened(simulate)
     assert restarted.source == "rate of etc/atto" and not kernel.steps, "no first mark of the boot"
 
 
+def test_a_bound_of_an_earlier_release_is_taken_up():
+    bound = CS.Bound.from_state({"ranges": [[1, 2, 3]] * 2, "ppm": [-1000.0, 1000.0, 0.0, 2.2]})
+    assert bound.at(1) == (2, 3) and bound.allowed_ppm == 2.2
+
+
 def test_a_reboot_keeps_the_rate_and_begins_the_phase_anew(simulate):
     simulate(FakeKernel(ppm=-42)).settle(64, 541, 1623, 4869, last=SNTP.pack_quality(10**6, 0))
     rebooted = FakeKernel(ppm=-42.3, behind_ns=10**9, boot="boot-2")
