@@ -9,16 +9,15 @@ DESCRIPTION
     marks written into the FIFO `adjust` how fast the machine's counter really ticks, and
     keeps the system clock at that rate for as long as nobody asks a time server.
 
-    A mark is an adjustment: what is to be added to the system clock's reading, 16 bytes of
-    TAI64NA in one write, as sntpclock and taiclock make them.  A positive offset means that
-    the system clock is behind; a positive rate, that the counter ticks too slowly: the rate
-    is (real seconds per counter second - 1) * 10^6 ppm.
+    A mark is what is to be added to the system clock's reading: 16 bytes of TAI64NA in one
+    write, as sntpclock and taiclock make them.  A positive offset means that the system clock
+    is behind; a positive rate, (real seconds per counter second - 1) * 10^6 ppm, that the
+    counter ticks too slowly: CLOCK_MONOTONIC_RAW, which nobody steers, else CLOCK_MONOTONIC.
 
-    The counter is CLOCK_MONOTONIC_RAW, which nobody steers, or else CLOCK_MONOTONIC.  On Linux
-    the rate goes into the kernel (adjtimex), so that the clock runs right between wake-ups and
-    also after clockspeed is killed.  What the clock is off by is slewed away by the kernel at
-    500 ppm: 1.8 s take an hour.  It could go faster only by a rate that would stay if clockspeed
-    were killed.  Elsewhere adjtime() nudges the clock every 3 seconds.
+    On Linux the rate goes into the kernel (adjtimex), so that the clock runs right between
+    wake-ups and also after clockspeed is killed.  What the clock is off by is slewed away by
+    the kernel at 500 ppm: 1.8 s take an hour.  More would need a rate that would stay if
+    clockspeed were killed.  Elsewhere adjtime() nudges the clock every 3 seconds.
 
     A clock that is over 0.5 s off is stepped in three cases, and never with -S:
     - by one of the first 3 marks used in a boot, so that a wrong first mark does not last;
@@ -30,9 +29,9 @@ DESCRIPTION
     deviation as esterror.  It is told that its clock is unsynchronised, and does not copy it
     to the hardware clock, while that is known to be over 0.5 s off or may be 16 s off.
 
-    Who can write marks can make the clock wrong, within limits: by any amount in the first
-    3 marks of a boot, later at 1500 ppm (130 s a day) at most.  No rate over 1000 ppm is
-    ever believed.  No real time before this release is.
+    Who can write marks can make the clock wrong: by any amount in the first 3 marks of a boot,
+    later at 1500 ppm (130 s a day) at most.  No rate over 1000 ppm is ever believed, and no
+    real time before this release.
 
 OPTIONS
     -n       observe only: learn and tell, never touch the clock; needs no privilege
@@ -54,22 +53,22 @@ FILES (in home)
 
     etc/status is JSON.  When the counter read tick_ns, the system clock read written_ns, and
     real time was offset_ns more.  When the counter reads TICK, t = (TICK - tick_ns) / 10^9
-    seconds have passed.  Real time is then written_ns + offset_ns + t (10^9 + 1000 rate_ppm).
+    seconds have passed, and real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm).
     Its variance is c0 + c1 t + c2 t^2 + c3 t^3 ns^2, with the factors in `variance`.
 
-    `bound` tells where real time certainly is, if the servers tell the truth.  With the tick_ns
-    in `bound` taken for t, and with C = change_ppm sqrt(max(1, t / 86400)), real time is
+    `bound` tells where real time certainly is, if the servers tell the truth.  With its own
+    tick_ns taken for t, and with C = change_ppm sqrt(max(1, t / 86400)), real time is
         from  earliest_ns + t (10^9 + 1000 max(slow_ppm - C, -1000))
         to    latest_ns   + t (10^9 + 1000 min(fast_ppm + C, 1000))
 
 OUTPUT
-    One line for each event; multilog adds the time.
+    A line for each event; multilog adds the time.  Warnings on stderr tell what does not work,
+    once for as long as it fails for that reason.
 
     start:    how the clock is steered, by which counter, and which rate is known from where
-    mark:     counter and real time, the mark's spread and the server's root distance (- for
-              a mark that doesn't tell), then what is believed after it: real time minus the
-              clock, standard deviation, bound, rate; used, doubted (until other marks agree)
-              or refused
+    mark:     counter, real time, the mark's spread and the server's root distance (- for a mark
+              that doesn't tell), then what is believed after it: real time minus the clock,
+              standard deviation, bound, rate; used, doubted (until others agree) or refused
     refused:  what came was no mark, or of an impossible time; one line for all at once
     step:     the clock was stepped, and why
     slew:     what is slewed away takes over a minute; clockctl set steps at once
@@ -80,10 +79,7 @@ OUTPUT
     lost:     so many lines could not be written before this one
     stop:     TERM or INT came
 
-    Warnings on stderr: what does not work, once for as long as it fails for that reason.
-
 ENVIRONMENT
-    CLOCKSPEED_HOME
     CLOCK_SCALE   what the system clock counts: utc, or tai (the right/ time zones); without it
                   the time zone tells
     CLOCK_ERROR   the error that is to be kept (0.010, 10ms): etc/status then tells when the
@@ -116,33 +112,25 @@ import time
 
 PROGRAM = "clockspeed"
 USAGE = "clockspeed [-n] [-S] [-u user] [-w user] [home]"
-HOME = "/usr/local/clockspeed"
-ERA_SEC = 2**32  # NTP's 136 years: no mark from beyond can be meant
 ATTO_LIMIT_PPM = 500  # an etc/atto further off than that was made with a counter of other ticks
 UNKNOWN_PPM = 500.0  # what a rate may be off by before any mark: a crystal 50, a virtual machine some 100
 REBOOT_PPM = 1.0  # what temperature and a new calibration of the counter may make of a kept rate
 ATTO_PPM = 10.0  # and of one from etc/atto, which tells nothing of its quality
 STEP_NS = 5 * 10**8  # over 0.5 s a clock is wrong and not just inexact; slewing that takes 17 minutes
 EARLY_MARKS = 3  # used ones of a boot: until then one may be wrong unnoticed, and the clock settles
-SET_BACK_SEC, SET_BACK_MOST_SEC = 3600, 86400  # how long a clock that was set back is left alone after
 SLEW_PPM = 500  # what Linux and the BSDs slew at
-LONG_SLEW_NS = 60 * SLEW_PPM * 1000  # what takes a minute is worth a line
-REPEAT_SEC = 3600  # how often a line is repeated while it stays true
+HOURLY_SEC = 3600  # how often etc/state is written without a mark, and a line that stays true is repeated
+STATUS_SEC = 600  # etc/status is never older
 SETTLED_NS = 5000  # below this the clock is looked at once a minute, above it every 3 seconds
 BUSY_SEC, SETTLED_SEC = 3, 60
-MOVED_NS = 10**7  # a clock that moved this much against the prediction was set by somebody else...
-MOVED_PPM = 2000  # ...unless slews and rates, which never reach this, had the time for it
+MOVED_NS, MOVED_PPM = 10**7, 2000  # a clock that moves by more, beyond any slew and rate, was set by others
 SUSPENDED_NS = 10**8  # CLOCK_BOOTTIME gains as much on CLOCK_MONOTONIC only in a suspend
-STATUS_SEC = 600  # etc/status is never older
-STATE_SEC = 3600  # nor is etc/state, which wears out flash memory and changes with marks only
 BATCH = 4  # marks taken at once, of up to 10 ms each; after so many, the FIFO rests for a second
-STATE_BYTES = 1 << 18  # a state has at most 50 KiB
 ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TAI, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x80, 0x4000
-ADJ_OFFSET_SINGLESHOT = 0x8001
-STA_UNSYNC = 0x40
+ADJ_OFFSET_SINGLESHOT, STA_UNSYNC = 0x8001, 0x40
 MAXERROR_NS = 16 * 10**9  # where the kernel itself takes a clock for unsynchronised
-PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
 BIAS_LIMIT_PPM = 50.0  # no kernel is off the rate that it was given by more: somebody else was at work
+PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
 
 
 # ==== shared by all: messages and TAI64NA ====
@@ -849,17 +837,21 @@ class Estimator:
 # ---- the bound ----
 #
 # A mark proves that real time is within its spread and the server's root distance of it, however the path is.
-# ASSUMPTION  The counter's mean rate over the time to come differs from that over a stretch of two days
-#             before by at most 1.1 ppm for a day, then by that times the square root of the days: a wave of
-#             1 ppm a day, or four standard deviations of a rate that wanders by 1e-9 per sqrt(s).  A stretch
-#             x times as long or as short tells less: the square root of x times as much is allowed.
-# Both ends of the stretch are proven ranges, which bound its mean rate.  A mark that contradicts the bound
-# shows that some server did not tell the truth, or a counter less steady than assumed: what is proven begins
-# anew with it, and twice the change is allowed from then on.
+# Two proven ranges bound the counter's mean rate between them.
+# ASSUMPTION  The mean rate over the time to come differs from that over a stretch of two days before by at
+#             most 1.1 ppm for a day, then by that times the square root of the days.  A stretch x times as
+#             long or as short tells less: the square root of x times as much is allowed.
+# A mark that contradicts the bound shows that a server did not tell the truth, or that the counter is less
+# steady: what is proven begins anew with it, and twice the change is allowed from then on.
 
 CHANGE_PPM = 1.1
-STRETCH_NS, ANCHORS = 2 * DAY_NS, 8   # and how many proven ranges are kept within it to measure rates from
+STRETCH_NS, PARTS = 2 * DAY_NS, 8   # and how many proven ranges are kept within it to measure rates from
 Range = collections.namedtuple("Range", "tick_ns earliest_ns latest_ns")
+
+
+def limited(value, most):
+    """The value, but none over most or under -most."""
+    return max(-most, min(most, value))
 
 
 class Bound:
@@ -868,87 +860,69 @@ class Bound:
     def __init__(self):
         self.forget()
 
-    def forget(self):
+    def forget(self, allowed_ppm=CHANGE_PPM):
         """The counter stood still or went back: nothing is known."""
-        self.anchors, self.last = [], None
-        self.slow_ppm, self.fast_ppm = -LIMIT_PPM, LIMIT_PPM
-        self.change_ppm, self.allowed_ppm = 0.0, CHANGE_PPM
+        self.ranges, self.allowed_ppm = [], allowed_ppm   # of the stretch up to the latest mark
 
     def mark(self, tick_ns, real_ns, spread_ns, distance_ns):
         """Real time was within spread and distance of real_ns -> "used", "refused" (it proves nothing), or
         "restarted": it contradicts the bound."""
-        if not (all(fits(value, TIME) for value in (tick_ns, real_ns, spread_ns, distance_ns))
-                and min(spread_ns, distance_ns) >= 0 and (self.last is None or tick_ns > self.last.tick_ns)):
+        if (not fits([tick_ns, real_ns, spread_ns, distance_ns], [TIME, TIME, SPREAD, SPREAD])
+                or self.ranges and tick_ns <= self.ranges[-1].tick_ns):
             return "refused"
-        most_ns, outcome = spread_ns + distance_ns, "used"
+        most_ns = spread_ns + distance_ns
         proven = Range(tick_ns, real_ns - most_ns, real_ns + most_ns)
-        if self.last is not None:
-            earliest_ns, latest_ns = self.at(tick_ns)
-            both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
-            if both.earliest_ns <= both.latest_ns:
-                self._measure(both)
-                return "used"
-            allowed_ppm, outcome = min(2 * self.allowed_ppm, LIMIT_PPM), "restarted"
-            self.forget()
-            self.allowed_ppm = allowed_ppm
-        self.last, self.anchors = proven, [proven]
-        return outcome
-
-    def _measure(self, last):
-        """The rates that the counter can have had since the oldest anchor."""
-        self.last = last
-        while len(self.anchors) > 1 and last.tick_ns - self.anchors[1].tick_ns >= STRETCH_NS:
-            del self.anchors[0]
-        first = self.anchors[0]
-        ticks = last.tick_ns - first.tick_ns
-        self.slow_ppm = max((last.earliest_ns - first.latest_ns - ticks) / ticks * 1e6, -LIMIT_PPM)
-        self.fast_ppm = min((last.latest_ns - first.earliest_ns - ticks) / ticks * 1e6, LIMIT_PPM)
-        self.change_ppm = self.allowed_ppm * math.sqrt(max(ticks / STRETCH_NS, STRETCH_NS / ticks))
-        if last.tick_ns - self.anchors[-1].tick_ns >= STRETCH_NS / ANCHORS:
-            self.anchors.append(last)
+        earliest_ns, latest_ns = self.at(tick_ns) or proven[1:]
+        both = Range(tick_ns, max(earliest_ns, proven.earliest_ns), min(latest_ns, proven.latest_ns))
+        if both.earliest_ns > both.latest_ns:
+            self.forget(min(2 * self.allowed_ppm, LIMIT_PPM))
+            self.ranges.append(proven)
+            return "restarted"
+        if len(self.ranges) > 1 and self.ranges[-1].tick_ns - self.ranges[-2].tick_ns < STRETCH_NS / PARTS:
+            del self.ranges[-1]
+        self.ranges.append(both)
+        while len(self.ranges) > 2 and tick_ns - self.ranges[1].tick_ns >= STRETCH_NS:
+            del self.ranges[0]
+        return "used"
 
     def coefficients(self):
-        """What carries the bound on to any later counter value, or None; with t = (tick - tick_ns) / 10^9 and
-        change = change_ppm * sqrt(max(1, t / 86400)), real time is
-
-            from  earliest_ns + (tick - tick_ns) + t * 1000 * max(slow_ppm - change, -1000)
-            to    latest_ns   + (tick - tick_ns) + t * 1000 * min(fast_ppm + change, 1000)
-        """
-        if self.last is None:
+        """What carries the bound on to any later counter value, by the formula in the manual, or None."""
+        if not self.ranges:
             return None
-        return dict(self.last._asdict(), slow_ppm=self.slow_ppm, fast_ppm=self.fast_ppm,
-                    change_ppm=self.change_ppm)
+        first, last = self.ranges[0], self.ranges[-1]
+        ticks = max(1, last.tick_ns - first.tick_ns)
+        return dict(last._asdict(),
+                    slow_ppm=(last.earliest_ns - first.latest_ns - ticks) / ticks * 1e6,
+                    fast_ppm=(last.latest_ns - first.earliest_ns - ticks) / ticks * 1e6,
+                    change_ppm=self.allowed_ppm * math.sqrt(max(ticks / STRETCH_NS, STRETCH_NS / ticks)))
 
     def at(self, tick_ns):
         """-> (earliest_ns, latest_ns) of real time at a counter value from the last mark on, or None."""
-        if self.last is None:
+        known = self.coefficients()
+        if known is None:
             return None
-        ticks = tick_ns - self.last.tick_ns
-        change_ppm = self.change_ppm * math.sqrt(max(1, ticks / DAY_NS))
-        slow_ppm = max(self.slow_ppm - change_ppm, -LIMIT_PPM)
-        fast_ppm = min(self.fast_ppm + change_ppm, LIMIT_PPM)
-        return (self.last.earliest_ns + ticks + math.floor(ticks * 1e-6 * slow_ppm),
-                self.last.latest_ns + ticks + math.ceil(ticks * 1e-6 * fast_ppm))
+        ticks = tick_ns - known["tick_ns"]
+        change_ppm = known["change_ppm"] * math.sqrt(max(1, ticks / DAY_NS))
+        slow_ppm = limited(known["slow_ppm"] - change_ppm, LIMIT_PPM)
+        fast_ppm = limited(known["fast_ppm"] + change_ppm, LIMIT_PPM)
+        return (known["earliest_ns"] + ticks + math.floor(ticks * 1e-6 * slow_ppm),
+                known["latest_ns"] + ticks + math.ceil(ticks * 1e-6 * fast_ppm))
 
     def state(self):
         """Plain data for JSON; from_state(state()) goes on to the last bit."""
-        return {"ranges": [list(each) for each in self.anchors + [self.last] if each],
-                "ppm": [self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm]}
+        return {"ranges": [list(each) for each in self.ranges], "ppm": [self.allowed_ppm]}
 
     @classmethod
     def from_state(cls, state):
         """ValueError for what state() can't have given."""
+        if not (fits(state, {"ranges": [[TIME] * 3], "ppm": [NUMBER]}) and len(state["ranges"]) <= PARTS + 3
+                and state["ranges"] == sorted(state["ranges"])
+                and all(earliest_ns <= latest_ns for _, earliest_ns, latest_ns in state["ranges"])
+                and fits((state["ppm"] or [0])[-1], (CHANGE_PPM, LIMIT_PPM))):
+            raise ValueError("damaged bound")
         self = cls()
-        if not fits(state, {"ranges": [[TIME] * 3], "ppm": [PPM, PPM, (0.0, 1e9), (CHANGE_PPM, LIMIT_PPM)]}):
-            raise ValueError("damaged bound")
-        ranges = [Range(*each) for each in state["ranges"]]
-        self.anchors, self.last = ranges[:-1], (ranges or [None])[-1]
-        self.slow_ppm, self.fast_ppm, self.change_ppm, self.allowed_ppm = state["ppm"]
-        if not (len(ranges) != 1 and len(ranges) <= ANCHORS + 3 and self.slow_ppm <= self.fast_ppm
-                and all(each.earliest_ns <= each.latest_ns for each in ranges)
-                and all(a.tick_ns < b.tick_ns for a, b in zip(self.anchors, self.anchors[1:]))
-                and (not ranges or self.anchors[-1].tick_ns <= self.last.tick_ns)):
-            raise ValueError("damaged bound")
+        self.allowed_ppm = state["ppm"][-1]  # earlier releases have rates before it
+        self.ranges = [Range(*each) for each in state["ranges"]]
         return self
 
 
@@ -963,17 +937,16 @@ class Clock:
 
     def read(self):
         """-> (tick_ns, clock_ns) at one moment: of 5 readings the one with the least time around it."""
-        def once(counter=getattr(time, self.counter)):
-            before, clock_ns = time.clock_gettime_ns(counter), time.time_ns()
-            after = time.clock_gettime_ns(counter)
-            return after - before, (before + after) // 2, clock_ns
-        return min(once() for _ in range(5))[1:]
+        counter = getattr(time, self.counter)
+        tries = [(time.clock_gettime_ns(counter), time.time_ns(), time.clock_gettime_ns(counter))
+                 for _ in range(5)]
+        before_ns, clock_ns, after_ns = min(tries, key=lambda each: each[2] - each[0])
+        return (before_ns + after_ns) // 2, clock_ns
 
     def suspended_ns(self):
         """The time that this boot slept, during which the counter stood still."""
-        if not hasattr(time, "CLOCK_BOOTTIME"):
-            return 0
-        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
+        clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+        return time.clock_gettime_ns(clock) - time.monotonic_ns()
 
     def boot_id(self):
         """What tells this boot from every other; empty where the system doesn't say."""
@@ -983,15 +956,14 @@ class Clock:
         except OSError:
             return ""
 
-    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
-        """Told at each wake-up how the clock should run -> in how many seconds to be told again; OSError."""
-        return SETTLED_SEC
+    def steer(self, rate_ppm, offset_ns, tick_ns, news):
+        """Told at each wake-up how the clock should run -> seconds to the next one, or None; OSError."""
 
-    def announce(self, sigma_ns, most_ns, offset_ns, tai_minus_clock_sec):
-        """Tell the kernel how wrong the clock may be: see KernelClock."""
+    def announce(self, sigma_ns, most_ns, offset_ns, ahead_ns, tai_minus_clock_sec):
+        """Told how wrong the clock may be, see KernelClock; OSError."""
 
     def report(self):
-        """The kernel's view for etc/status, or None."""
+        """The kernel's view for etc/status, if any."""
 
 
 class AdjtimeClock(Clock):
@@ -999,17 +971,12 @@ class AdjtimeClock(Clock):
     doing, steers = "nudging the system clock with adjtime", True
 
     def __init__(self):
-        self.adjtime(0)  # fails here and now without the privilege
+        self.steer(0, 0, 0, False)  # fails here and now without the privilege
 
-    def adjtime(self, delta_ns):
+    def steer(self, rate_ppm, offset_ns, tick_ns, news):
         import ctypes
-        # struct timeval: both of them long, on every system that comes this way
-        delta = (ctypes.c_long * 2)(*divmod(delta_ns // 1000, 10**6))
-        if ctypes.CDLL(None, use_errno=True).adjtime(delta, None) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
-        self.adjtime(offset_ns)  # it replaces the slew before
+        timeval = (ctypes.c_long * 2)(*divmod(offset_ns // 1000, 10**6))  # where systems come this way
+        libc_call("adjtime", timeval, None)  # replaces the slew before
         return BUSY_SEC
 
     def step(self, delta_ns):
@@ -1028,64 +995,56 @@ class KernelClock(Clock):
 
     def __init__(self, adjtimex=adjtimex, nominal_tick=10**6 // os.sysconf("SC_CLK_TCK")):
         self.adjtimex, self.nominal_tick = adjtimex, nominal_tick
-        now = adjtimex()
-        adjtimex(modes=ADJ_FREQUENCY, freq=now["freq"])  # fails here and now without the privilege
+        adjtimex(modes=ADJ_FREQUENCY, freq=adjtimex()["freq"])  # fails here and now without the privilege
         self.set_to = None  # the (freq, tick) that we gave the kernel
-        self.sampled = 0, 0  # (tick_ns, clock_ns) when it was steered last
         self.busy_until_ns = 0  # until which tick a slew is on its way
         self.disturbed = True  # what the clock is off by at the end of that is not the bias alone
 
-    def steer(self, rate_ppm, offset_ns, tick_ns, clock_ns, news):
+    def steer(self, rate_ppm, offset_ns, tick_ns, news):
         """The bias: the kernel's clock is some ppm off the rate that it was given (its own rounding, and the
         counter's calibration that went on after the boot), so that it is off again after each slew.  By half
         of what it is off by in SETTLED_SEC the bias is mended, by less when it is sampled more often."""
-        self.sampled = tick_ns, clock_ns
         self.busy_until_ns = min(self.busy_until_ns, tick_ns + SETTLED_SEC * 10**9)  # the counter went back
         self.disturbed = self.disturbed or news
         if tick_ns >= self.busy_until_ns:
-            slew_us = max(-self.MOST_US, min(self.MOST_US, round(offset_ns / 1000)))
             if not self.disturbed:
-                bias_ppm = self.bias_ppm - offset_ns / (2000 * SETTLED_SEC)
-                self.bias_ppm = max(-BIAS_LIMIT_PPM, min(BIAS_LIMIT_PPM, bias_ppm))
+                self.bias_ppm = limited(self.bias_ppm - offset_ns / (2000 * SETTLED_SEC), BIAS_LIMIT_PPM)
+            slew_us = round(limited(offset_ns / 1000, self.MOST_US))
             # a kernel that sleeps through its ticks makes of 3000 us 2832 to 3199: no bias is read off that
             self.disturbed = abs(slew_us) > SLEW_PPM
             if slew_us:
                 self.adjtimex(modes=ADJ_OFFSET_SINGLESHOT, offset=slew_us)
                 self.busy_until_ns = tick_ns + -(-abs(slew_us) // SLEW_PPM) * 10**9 + self.SECOND_NS
-        self.set_rate(rate_ppm)
-        if abs(offset_ns) <= SETTLED_NS:
-            return SETTLED_SEC
-        return min(SETTLED_SEC, max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9))
-
-    def set_rate(self, rate_ppm):
-        """Let the clock gain rate_ppm on the counter, but never more than a counter can be off."""
-        rate_ppm = max(-LIMIT_PPM, min(LIMIT_PPM, rate_ppm)) - self.bias_ppm
+        ppm = limited(rate_ppm, LIMIT_PPM) - self.bias_ppm
         ppm_per_tick = 1e6 / self.nominal_tick
-        ticks = round(rate_ppm / ppm_per_tick) if abs(rate_ppm) > SLEW_PPM else 0  # there ADJ_FREQUENCY ends
-        freq, tick = round((rate_ppm - ticks * ppm_per_tick) * 65536), self.nominal_tick + ticks
+        ticks = round(ppm / ppm_per_tick) if abs(ppm) > SLEW_PPM else 0  # there ADJ_FREQUENCY ends
+        wanted = round((ppm - ticks * ppm_per_tick) * 65536), self.nominal_tick + ticks
         now = self.adjtimex()
-        self.foreign = self.set_to not in (None, (now["freq"], now["tick"]))
-        if now["tick"] != tick:
-            self.adjtimex(modes=ADJ_TICK, tick=tick)
-        if now["freq"] != freq:
-            self.adjtimex(modes=ADJ_FREQUENCY, freq=freq)
-        self.set_to = freq, tick
+        found = now["freq"], now["tick"]
+        self.foreign = self.set_to not in (None, found)
+        if found != wanted:
+            self.adjtimex(modes=ADJ_FREQUENCY | ADJ_TICK, freq=wanted[0], tick=wanted[1])
+        self.set_to = wanted
+        return None if abs(offset_ns) <= SETTLED_NS else max(BUSY_SEC, (self.busy_until_ns - tick_ns) / 10**9)
 
     def step(self, delta_ns):
         step_kernel(self.adjtimex, delta_ns)
         self.busy_until_ns, self.disturbed = 0, True  # the kernel drops its slews at a step
 
-    def announce(self, sigma_ns, most_ns, offset_ns, tai_minus_clock_sec):
-        """Tell the kernel the standard deviation, and what the clock can be off by: most_ns and what is still
-        to be slewed.
+    def announce(self, sigma_ns, most_ns, offset_ns, ahead_ns, tai_minus_clock_sec):
+        """Tell the kernel the standard deviation, and how far off the clock can be.
 
         The kernel copies a clock to the hardware clock unless STA_UNSYNC is set, which it does itself for
         whoever sets the clock.  So the flag is written only to change it, and is not cleared where somebody
-        has set the clock since the sample: the next sample tells to what.
+        has set the clock since the sample, when it was ahead_ns ahead of the counter.
         """
+        def has_moved():
+            tick_ns, clock_ns = self.read()
+            return abs(clock_ns - tick_ns - ahead_ns) > MOVED_NS
+
         most_ns += abs(offset_ns)
         now = self.adjtimex()
-        if self.has_moved():
+        if has_moved():
             return
         unsynchronised = most_ns >= MAXERROR_NS or abs(offset_ns) > STEP_NS
         changes = unsynchronised != bool(now["status"] & STA_UNSYNC)
@@ -1093,15 +1052,10 @@ class KernelClock(Clock):
                       status=now["status"] ^ STA_UNSYNC,
                       esterror=int(min(MAXERROR_NS, sigma_ns + 999) // 1000),
                       maxerror=int(min(MAXERROR_NS, most_ns + 999) // 1000))
-        if changes and self.has_moved():  # in between, which takes some 20 us
+        if changes and has_moved():  # in between, which takes some 20 us
             self.adjtimex(modes=ADJ_STATUS, status=now["status"] | STA_UNSYNC)
         if now["tai"] != tai_minus_clock_sec:
             self.adjtimex(modes=ADJ_TAI, constant=tai_minus_clock_sec)
-
-    def has_moved(self):
-        """Whether somebody has set the clock since the sample that it was steered by."""
-        tick_ns, clock_ns = self.read()
-        return abs(clock_ns - self.sampled[1] - (tick_ns - self.sampled[0])) > MOVED_NS
 
     def report(self):
         now = self.adjtimex()
@@ -1109,106 +1063,107 @@ class KernelClock(Clock):
                 "esterror_us": now["esterror"], "synchronised": not now["status"] & STA_UNSYNC}
 
 
+def libc_call(name, *args):
+    """Call a function of libc that returns 0; OSError, AttributeError (no such function), ImportError."""
+    import ctypes
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*args) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 # ==== files ====
 
-class Etc:
-    """The directory `etc` in home."""
-    OURS = {"atto", "state", "status", "lock", "leap", "kisses"}  # the last two: an earlier version's
-
-    def __init__(self, home_fd):
-        """OSError when it can't be made, or there is something that is no directory."""
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            self.fd = os.open("etc", flags, dir_fd=home_fd)
-        except FileNotFoundError:
-            os.mkdir("etc", 0o755, dir_fd=home_fd)
-            self.fd = os.open("etc", flags, dir_fd=home_fd)
-
-    def open(self, name, flags):
-        """A descriptor, without following a link or waiting for a FIFO; OSError."""
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
-
-    def lock(self):
-        """No two clockspeeds; only its user and root can open what is locked.  BlockingIOError, OSError."""
-        self.lock_fd = self.open("lock", os.O_RDONLY | os.O_CREAT)
-        fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def give(self, uid):
-        """Let the user have it, unless it holds what is not ours; ValueError, OSError."""
-        if os.fstat(self.fd).st_uid == uid:
-            return
-        others = {name.replace(".tmp", "") for name in os.listdir(self.fd)} - self.OURS
-        if others:
-            raise ValueError("it holds %s, so it is not clockspeed's own" % ascii(min(others)))
-        os.fchown(self.fd, uid, -1)
-
-    def read(self, name):
-        """The bytes of a file; OSError."""
-        fd = self.open(name, os.O_RDONLY)
-        try:
-            return os.read(fd, min(os.fstat(fd).st_size, STATE_BYTES))
-        finally:
-            os.close(fd)
-
-    def replace(self, name, data):
-        """Write a file whole: a temporary one, which is always new, fsync, rename, fsync of etc; OSError."""
-        temporary = name + ".tmp"
-        try:
-            os.unlink(temporary, dir_fd=self.fd)
-        except FileNotFoundError:
-            pass
-        fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            os.fchmod(fd, 0o644)
-            while data:
-                data = data[os.write(fd, data):]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        os.fsync(self.fd)
-
-
-class Fifo:
-    """`adjust`: made when missing, kept when there, looked for again when it was deleted or replaced."""
+class Home:
+    """The home directory: `etc`, and the FIFO `adjust`, which is looked for again when it was deleted or
+    replaced.  Both are made when missing."""
+    OURS = {"atto", "state", "status", "lock", "leap", "kisses"}  # in etc; the last two: an earlier version's
 
     def __init__(self, path):
-        self.path, self.fd = path, None
+        """OSError, also where something else is called etc."""
+        self.adjust, etc = (os.path.join(os.path.abspath(path), name) for name in ("adjust", "etc"))
+        self.etc_fd = None
+        if not os.path.lexists(etc):
+            os.mkdir(etc, 0o755)
+        self.etc_fd = self.open(etc, os.O_RDONLY | os.O_DIRECTORY)
+        self.fifo_fd, self.writer_fd = os.pipe()  # until it can be opened: one that nobody writes to
 
-    def has_reader(self):
-        """Whether a program reads it already, as a C clockspeed does."""
+    def open(self, name, flags):
+        """A descriptor of a file of etc or a whole path, without following a link or waiting; OSError."""
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(name, flags, 0o600, dir_fd=self.etc_fd)
+
+    def lock(self):
+        """No two clockspeeds; only its user and root can open what is locked.  RuntimeError, OSError."""
+        self.lock_fd = self.open("lock", os.O_RDONLY | os.O_CREAT)
         try:
-            os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC))
-        except OSError:
-            return False
-        return stat.S_ISFIFO(os.lstat(self.path).st_mode)
+            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError("another clockspeed is running there") from None
 
-    def open(self):
-        """Make and open it where that isn't done yet; OSError."""
-        try:
-            there = os.lstat(self.path)
-        except FileNotFoundError:
-            os.mkfifo(self.path, 0o600)
-            there = os.lstat(self.path)
-        if self.fd is not None:
-            if os.path.samestat(there, os.fstat(self.fd)):
-                return
-            os.close(self.fd)
-            self.fd = None
-        if not stat.S_ISFIFO(there.st_mode):
-            raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.path)
-        # for writing too: else the end of each writer is one to read
-        self.fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    def give_etc(self, uid):
+        """Let the user have it, unless it holds what is not ours; RuntimeError, OSError."""
+        if os.fstat(self.etc_fd).st_uid == uid:
+            return
+        others = {name.replace(".tmp", "") for name in os.listdir(self.etc_fd)} - self.OURS
+        if others:
+            raise RuntimeError("it holds %s, so it is not clockspeed's own" % ascii(min(others)))
+        os.fchown(self.etc_fd, uid, -1)
 
-    def give(self, uid):
+    def give_adjust(self, uid):
         """Let the user have it, unless somebody has it already; OSError."""
-        if self.fd is not None and os.fstat(self.fd).st_uid == 0:
-            os.fchown(self.fd, uid, -1)
+        if os.fstat(self.fifo_fd).st_uid == 0:
+            os.fchown(self.fifo_fd, uid, -1)
+
+    def read(self, name, parse=bytes):
+        """What parse makes of a file of etc, None when it is missing; OSError and parse's errors."""
+        try:
+            with open(name, "rb", buffering=0, opener=self.open) as file:
+                return parse(file.read(1 << 18) or b"")
+        except FileNotFoundError:
+            return None
+
+    def replace(self, name, content, indent=None):
+        """Write a file of etc whole, bytes or JSON; OSError, ImportError."""
+        if not isinstance(content, bytes):
+            import json  # python3-minimal has none
+            content = json.dumps(content, indent=indent).encode() + b"\n"
+        temporary = name + ".tmp"
+        try:  # it is always a new one
+            os.unlink(temporary, dir_fd=self.etc_fd)
+        except FileNotFoundError:
+            pass
+        with open(temporary, "xb", opener=self.open) as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, name, src_dir_fd=self.etc_fd, dst_dir_fd=self.etc_fd)
+        os.fsync(self.etc_fd)
+
+    def open_adjust(self):
+        """Make and open it where that isn't done yet; OSError, RuntimeError for what no later try mends."""
+        try:
+            if not os.path.lexists(self.adjust):
+                os.mkfifo(self.adjust, 0o600)
+            there = os.lstat(self.adjust)
+            if not stat.S_ISFIFO(there.st_mode):
+                raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.adjust)
+            if os.path.samestat(there, os.fstat(self.fifo_fd)):
+                return
+            try:
+                os.close(self.open(self.adjust, os.O_WRONLY))
+                raise RuntimeError("another program reads adjust; stop the other clockspeed first")
+            except OSError:
+                pass  # no other does, not even a C clockspeed
+            fd = self.open(self.adjust, os.O_RDWR)  # or the end of each writer would be one to read
+            os.dup2(fd, self.fifo_fd, inheritable=False)
+            os.close(fd)
+        except PermissionError:
+            raise RuntimeError("adjust is another user's, or gone where only root can make it") from None
 
     def packets(self):
         """What was written: a list of packets; where one has another size, all that came at once as one."""
         try:
-            data = os.read(self.fd, 65536)
+            data = os.read(self.fifo_fd, 65536)
         except BlockingIOError:
             return []
         if len(data) % TAI64NA.size:
@@ -1227,56 +1182,52 @@ class Log:
             text = "lost: %d lines\n%s" % (self.lost, text)
         data = text.encode(errors="replace")[:select.PIPE_BUF - 1] + b"\n"  # a ready pipe takes so much
         try:
-            if select.select([], [self.fd], [], 0)[1]:
-                os.write(self.fd, data)
-                self.lost = 0
-                return
+            if not select.select([], [self.fd], [], 0)[1]:
+                raise BlockingIOError
+            os.write(self.fd, data)
+            self.lost = 0
         except OSError:
-            pass
-        self.lost += 1
+            self.lost += 1
+
+
+class Attempts:
+    """Calls that may fail: why is said, once as long as it is for that reason.  RuntimeErrors go through."""
+
+    def __init__(self, warn=Log(2)):
+        self.warn, self.whys = warn, {}
+
+    def __call__(self, doing, function, *args):
+        """-> what the function returns, None when it fails"""
+        why = None
+        try:
+            return function(*args)
+        except (ImportError, OSError, OverflowError, RecursionError, ValueError, struct.error) as err:
+            why = reason(err)
+            if self.whys.get(doing) != why:
+                self.warn("%s: warning: unable to %s: %s" % (PROGRAM, doing, why))
+        finally:
+            self.whys[doing] = why
 
 
 # ==== what the files say ====
 
-State = collections.namedtuple("State", "counter scale boot_id suspended_ns tick_ns clock_ns known_ns "
-                                        "bias_ppm atto marks last_mark estimator bound")
-MARK_NUMBERS = ("tick_ns", "offset_ns", "spread_ns", "distance_ns")
-OUTCOMES = ("used", "doubted", "refused")
-
-
-def whole(value, least=-2**64, most=2**64):
-    """The value, if it is an integer in that range; ValueError."""
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError("%.40r instead of a number" % (value,))
-    return value
-
-
-def parse_mark(mark):
-    """The last mark of a state; ValueError, LookupError, TypeError."""
-    numbers = {name: None if mark[name] is None else whole(mark[name]) for name in MARK_NUMBERS}
-    return dict(numbers, outcome=OUTCOMES[OUTCOMES.index(mark["outcome"])])
+OUTCOMES = "used", "doubted", "refused"
+REAL_NS = RELEASE_SEC * 10**9, (RELEASE_SEC + 2**32) * 10**9  # real time can be in NTP's 136 years from then
+# Shapes of etc/state; what is only compared has none, Estimator and Bound look at their own.
+LAST_MARK = {"tick_ns": TIME, "offset_ns": TIME, "spread_ns": (*SPREAD, None), "distance_ns": (*SPREAD, None),
+             "outcome": (1, 0, *OUTCOMES)}
+STATE = {"version": (2, 2), "suspended_ns": TIME, "tick_ns": TIME, "clock_ns": TIME, "known_ns": REAL_NS,
+         "bias_ppm": (-BIAS_LIMIT_PPM, BIAS_LIMIT_PPM), "marks": dict.fromkeys(OUTCOMES, SPREAD)}
 
 
 def parse_state(data):
-    """The bytes of etc/state -> State; ValueError, whatever they are."""
+    """The bytes of etc/state -> what save() made them of; ValueError, RecursionError."""
     import json  # here, as getopt is in main
-    try:
-        state = json.loads(data)
-        if state["version"] != 2:
-            raise ValueError("of another version")
-        estimator, bound = Estimator.from_state(state["estimator"]), Bound.from_state(state["bound"])
-        bias_ppm, rate_ppm = state["bias_ppm"], estimator.rate()[0]
-        if not (type(bias_ppm) is float and abs(bias_ppm) <= BIAS_LIMIT_PPM and abs(rate_ppm) <= LIMIT_PPM):
-            raise ValueError("a rate of %g ppm, or a bias that is none" % rate_ppm)
-        return State(
-            *(str(state[name]) for name in ("counter", "scale", "boot_id")),  # only compared
-            *(whole(state[name]) for name in ("suspended_ns", "tick_ns", "clock_ns")),
-            whole(state["known_ns"], RELEASE_SEC * 10**9, (RELEASE_SEC + ERA_SEC) * 10**9),
-            bias_ppm, bytes.fromhex(state["atto"]),
-            {outcome: whole(state["marks"][outcome], 0) for outcome in OUTCOMES},
-            state["last_mark"] and parse_mark(state["last_mark"]), estimator, bound)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, RecursionError) as err:
-        raise ValueError("%.200s" % err)
+    state = json.loads(data)
+    if not (fits(state, STATE) and (state.get("last_mark") is None or fits(state["last_mark"], LAST_MARK))):
+        raise ValueError("damaged, or of another release")
+    return dict(state, estimator=Estimator.from_state(state.get("estimator")),
+                bound=Bound.from_state(state.get("bound")))
 
 
 def parse_atto(packet):
@@ -1299,54 +1250,32 @@ def duration(sec):
 # ==== the daemon ====
 
 class Clockspeed:
-    """What happens at a start, a mark and a wake-up.
+    """What happens at a start, a mark and a wake-up.  Real time is in ns of the system clock's own scale; an
+    offset is real time minus system clock; target_ns is the error that is to be kept, or None."""
 
-    Real time is in nanoseconds of the system clock's own scale; an offset is real time minus system clock.
-    target_ns is the error that is to be kept, or None.
-    """
-
-    def __init__(self, clock, etc, scale="utc", target_ns=None, may_step=True, say=Log(1), warn=Log(2)):
-        self.clock, self.etc, self.say, self.warn = clock, etc, say, warn
+    def __init__(self, clock, home, scale="utc", target_ns=None, may_step=True, say=Log(1), attempt=None):
+        self.clock, self.home, self.say, self.attempt = clock, home, say, attempt or Attempts()
         self.scale, self.target_ns, self.may_step = scale, target_ns, may_step and clock.steers
-        self.estimator, self.bound = Estimator(), Bound()
-        self.marks = dict.fromkeys(OUTCOMES, 0)  # of this boot
-        self.last_mark = None
-        self.atto = b""  # what etc/atto holds
-        self.known_ns = RELEASE_SEC * 10**9  # the real time last believed: no clock is right that shows less
-        kernel = clock.report()
-        self.first_boot_marks = not (kernel and kernel["synchronised"])  # else it has been set in this boot
-        self.troubles = {}  # what fails -> why, so that the same trouble is said once
+        self.marks, self.last_mark = dict.fromkeys(OUTCOMES, 0), None  # of this boot
+        kernel, self.boot_id = clock.report(), clock.boot_id()
+        self.early_marks = 0 if kernel and kernel["synchronised"] else EARLY_MARKS  # set in this boot already
         self.done_ns = {}  # what is done now and then -> tick when it was last done
         self.news = True  # there is what neither the kernel nor the files have been told
-        self.set_back_from_ns, self.set_back_wait_sec = 0, SET_BACK_SEC
-        self.phase_lost = False  # by a suspend or a counter that went back
+        self.set_back_wait_sec = 0
         self.tick_ns, self.clock_ns = clock.read()
-        self.begin_phase()
+        self.suspended_ns, self.offset_ns, self.set_by_others = clock.suspended_ns(), 0, False
+        source = self.load()
+        self.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
+                 % (clock.doing, clock.counter, scale, *self.estimator.rate(), source))
+        if not self.estimator.has_phase() and self.clock_ns < self.known_ns - STEP_NS:
+            self.step(self.known_ns - self.clock_ns, "which showed a time before the last one known")
 
-    def trouble(self, doing, err):
-        """Say that something fails, once as long as it fails for that reason."""
-        if self.troubles.get(doing) != reason(err):
-            self.troubles[doing] = reason(err)
-            self.warn("%s: warning: unable to %s: %s" % (PROGRAM, doing, reason(err)))
-
-    def resolved(self, doing):
-        self.troubles.pop(doing, None)
-
-    def due(self, name, sec):
-        """Whether NAME was last done so many seconds ago."""
-        return name not in self.done_ns or self.tick_ns - self.done_ns[name] >= sec * 10**9
-
-    def say_hourly(self, name, text):
-        """Say what stays true for long, but not at each wake-up."""
-        if self.due(name, REPEAT_SEC):
-            self.done_ns[name] = self.tick_ns
-            self.say(text)
-
-    def begin_phase(self):
-        """No mark has told the time since the boot or a suspend: the system clock is taken as it is."""
-        self.suspended_ns = self.clock.suspended_ns()
-        self.offset_ns = 0
-        self.set_by_others = False
+    def due(self, name, sec=HOURLY_SEC):
+        """Whether it is so many seconds ago that this was true, or never was."""
+        if name in self.done_ns and self.tick_ns - self.done_ns[name] < sec * 10**9:
+            return False
+        self.done_ns[name] = self.tick_ns
+        return True
 
     def real_ns(self):
         """Real time at the last sample."""
@@ -1354,46 +1283,44 @@ class Clockspeed:
 
     def most_ns(self):
         """How far what is believed at the last sample can be off real time, or None."""
-        bound = self.bound.at(self.tick_ns) if self.estimator.has_phase() else None
+        bound = self.bound.at(self.tick_ns)
         return bound and max(abs(ns - self.real_ns()) for ns in bound)
 
     def sample(self):
         """Read counter and clock, and see what happened to them since the last time."""
         before_tick_ns, before_offset_ns = self.tick_ns, self.offset_ns
         self.tick_ns, self.clock_ns = self.clock.read()
-        slept_ns, ticks_ns = self.clock.suspended_ns() - self.suspended_ns, self.tick_ns - before_tick_ns
+        ticks_ns = self.tick_ns - before_tick_ns
+        slept_ns = self.clock.suspended_ns() - self.suspended_ns
         if ticks_ns < 0:
-            self.say("counter: it went back by %s, as in a machine that is restored from a snapshot; "
-                     "a mark is wanted" % duration(-ticks_ns / 1e9))
-            return self.lose_phase(REBOOT_PPM)
+            text = "counter: it went back by %s, as in a machine that is restored from a snapshot"
+            return self.lose_phase(REBOOT_PPM, text % duration(-ticks_ns / 1e9))
         if abs(slept_ns) > SUSPENDED_NS:
-            self.say("suspend: the counter stood still for %s; a mark is wanted" % duration(slept_ns / 1e9))
-            return self.lose_phase(0)
+            return self.lose_phase(0, "suspend: the counter stood still for " + duration(slept_ns / 1e9))
         self.offset_ns = self.real_ns() - self.clock_ns
         moved_ns = before_offset_ns - self.offset_ns
         if abs(moved_ns) > MOVED_NS + ticks_ns * MOVED_PPM // 10**6:
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             self.news = True  # a slew that was on its way is lost in a step
-            self.done_ns.pop("slew", None)
             self.set_by_others = self.set_by_others or abs(moved_ns) > STEP_NS
 
-    def lose_phase(self, rate_error_ppm):
-        """The counter is not what it was: it does not tell the time any more."""
-        self.done_ns.clear()
+    def lose_phase(self, rate_error_ppm, text):
+        """The counter does not tell the time any more: the system clock is taken as it is."""
+        self.say(text + "; a mark is wanted")
         self.estimator.forget_phase(rate_error_ppm)
         self.bound.forget()
-        self.set_back_from_ns, self.phase_lost, self.news = 0, True, True
-        self.begin_phase()
+        self.done_ns.clear()
+        self.suspended_ns, self.offset_ns, self.set_by_others = self.clock.suspended_ns(), 0, False
+        self.news = True
 
     def take(self, packets):
         """Adjustments that came out of the FIFO at once; wake() is to follow."""
-        whys = []
-        for packet in packets[-BATCH:]:  # the latest ones, if there are too many
+        whys = ["more than %d marks at once" % BATCH] * (len(packets) - BATCH)
+        for packet in packets[-BATCH:]:  # the latest ones
             try:
                 self.mark(packet)
             except ValueError as err:
                 whys.append(str(err))
-        whys += ["more than %d marks at once" % BATCH] * (len(packets) - BATCH)
         if whys:
             self.marks["refused"] += len(whys)
             self.say("refused: " + whys[0] + (", and %d more" % (len(whys) - 1) if len(whys) > 1 else ""))
@@ -1405,185 +1332,144 @@ class Clockspeed:
         offset_ns, last = unpack(packet)
         self.sample()
         real_ns = self.clock_ns + offset_ns
-        if not 0 <= real_ns - RELEASE_SEC * 10**9 < ERA_SEC * 10**9:
+        if not REAL_NS[0] <= real_ns < REAL_NS[1]:
             raise ValueError("no real time is %s from the system clock" % duration(abs(offset_ns) / 1e9))
         spread_ns, distance_ns = unpack_quality(last) or (None, None)
         outcome = self.estimator.mark(self.tick_ns, real_ns, spread_ns)
-        if outcome == "used" and spread_ns is not None:
+        if outcome == "used":
             self.bound.mark(self.tick_ns, real_ns, spread_ns, distance_ns)
         self.marks[outcome] += 1
-        self.last_mark = dict(zip(MARK_NUMBERS, (self.tick_ns, offset_ns, spread_ns, distance_ns)),
-                              outcome=outcome)
+        self.last_mark = {"tick_ns": self.tick_ns, "offset_ns": offset_ns, "spread_ns": spread_ns,
+                          "distance_ns": distance_ns, "outcome": outcome}
         self.news = True
         most_ns = self.most_ns()
-        told = (self.tick_ns, real_ns) + ((spread_ns, distance_ns) if spread_ns is not None else ("-", "-"))
+        told = [spread_ns, distance_ns, most_ns and "%.9f" % (most_ns / 1e9)]
+        spread, distance, bound = ("-" if each is None else each for each in told)
         self.say("mark: tick %d ns, real %d ns, spread %s ns, distance %s ns, offset %+.9f s, error %.9f s, "
                  "bound %s s, rate %+.4f ppm, rate error %.4f ppm, %s"
-                 % (*told, offset_ns / 1e9, self.estimator.real(self.tick_ns)[1] / 1e9,
-                    "-" if most_ns is None else "%.9f" % (most_ns / 1e9), *self.estimator.rate(), outcome))
+                 % (self.tick_ns, real_ns, spread, distance, offset_ns / 1e9,
+                    self.estimator.real(self.tick_ns)[1] / 1e9, bound, *self.estimator.rate(), outcome))
         self.offset_ns = self.real_ns() - self.clock_ns
-        first = self.first_boot_marks and self.marks["used"] <= EARLY_MARKS
-        if outcome == "used" and first and abs(self.offset_ns) > STEP_NS:
+        if outcome == "used" and self.marks["used"] <= self.early_marks and abs(self.offset_ns) > STEP_NS:
             self.step(self.offset_ns, "by one of the first %d marks of this boot" % EARLY_MARKS)
 
     def step(self, delta_ns, why):
-        if not self.may_step:
-            return
-        try:
+        def step():
             self.clock.step(delta_ns)
             self.say("step: the system clock by %+.9f s, %s" % (delta_ns / 1e9, why))
-        except (OSError, OverflowError, struct.error) as err:  # the last where seconds have 32 bits
-            self.trouble("step the clock", err)
+
+        if not self.may_step:
+            return
+        self.attempt("step the clock", step)
         self.tick_ns, self.clock_ns = self.clock.read()
         self.offset_ns = self.real_ns() - self.clock_ns
 
-    def begin_clock(self):
-        """A clock from before what is known, as on a host without a hardware clock, goes forward to it at the
-        start; a mark tells the rest."""
-        if not self.estimator.has_phase() and self.clock_ns < self.known_ns - STEP_NS:
-            self.step(self.known_ns - self.clock_ns, "which showed a time before the last one known")
-
     def set_back(self):
-        """Undo at once what others did to the clock, but not again and again.  While a mark is in doubt, who
-        set the clock may know better."""
+        """Undo what others did to the clock, now and then; not while a mark in doubt may prove them right."""
         if abs(self.offset_ns) <= STEP_NS:
             self.set_by_others = False
         elif self.set_by_others and self.may_step and not self.estimator.doubts():
-            if self.tick_ns < self.set_back_from_ns:
+            if not self.due("set back", self.set_back_wait_sec):
                 return self.say_foreign("system clock")
-            self.set_back_from_ns = self.tick_ns + self.set_back_wait_sec * 10**9
-            self.set_back_wait_sec = min(2 * self.set_back_wait_sec, SET_BACK_MOST_SEC)
+            self.set_back_wait_sec = min(max(HOURLY_SEC, 2 * self.set_back_wait_sec), 86400)
             self.set_by_others = False
             self.step(self.offset_ns,
                       "back to the time of the marks; if it was meant, stop clockspeed (svc -d) first")
 
     def say_foreign(self, what):
-        self.say_hourly("foreign", "foreign: another program sets the %s; one of the two must go" % what)
+        if self.due("foreign"):
+            self.say("foreign: another program sets the %s; one of the two must go" % what)
 
     def steer(self):
-        """-> seconds until the next time"""
-        try:
-            wait_sec = self.clock.steer(self.estimator.rate_at(self.tick_ns), self.offset_ns, self.tick_ns,
-                                        self.clock_ns, self.news)
-            tai_minus_clock_sec = TAI_MINUS_CLOCK_SEC[self.scale]
-            if self.estimator.has_phase():
-                sigma_ns, most_ns = self.estimator.real(self.tick_ns)[1], self.most_ns()
-                if most_ns is None:
-                    most_ns = 4 * sigma_ns  # no mark tells of itself, as the C clients' don't
-                self.clock.announce(sigma_ns, most_ns, self.offset_ns, tai_minus_clock_sec)
-            elif self.phase_lost:
-                self.clock.announce(MAXERROR_NS, MAXERROR_NS, 0, tai_minus_clock_sec)
-            self.resolved("steer the clock")
-        except OSError as err:
-            self.trouble("steer the clock", err)
-            wait_sec = SETTLED_SEC
+        """-> seconds until the next time; OSError"""
+        rate_ppm = self.estimator.rate_at(self.tick_ns)
+        wait_sec = self.clock.steer(rate_ppm, self.offset_ns, self.tick_ns, self.news)
         if self.clock.foreign:
             self.say_foreign("clock's frequency")
+        sigma_ns = most_ns = MAXERROR_NS  # where a suspend has made the last mark worthless
+        if self.estimator.has_phase():
+            sigma_ns = self.estimator.real(self.tick_ns)[1]
+            most_ns = self.most_ns() or 4 * sigma_ns  # no mark tells of itself, as the C clients' don't
+        if self.last_mark:
+            self.clock.announce(sigma_ns, most_ns, self.offset_ns, self.clock_ns - self.tick_ns,
+                                TAI_MINUS_CLOCK_SEC[self.scale])
         return wait_sec
 
     def wake(self):
         """Sample the clock and steer it -> seconds until the next time."""
         self.sample()
         self.set_back()
-        if self.news and abs(self.offset_ns) > LONG_SLEW_NS and self.clock.steers:
-            self.say_hourly("slew", "slew: %+.3f s will take %s; clockctl set steps at once"
-                            % (self.offset_ns / 1e9, duration(abs(self.offset_ns) / (SLEW_PPM * 1000))))
-        wait_sec = self.steer()
-        if self.news or self.due("state", STATE_SEC):
-            self.save_state()
-        if self.news or self.due("status", STATUS_SEC):
-            self.save_status()
-        self.news = False
+        slew_sec = abs(self.offset_ns) / (SLEW_PPM * 1000)
+        if self.news and slew_sec > 60 and self.clock.steers and self.due("slew"):
+            self.say("slew: %+.3f s will take %s; clockctl set steps at once"
+                     % (self.offset_ns / 1e9, duration(slew_sec)))
+        wait_sec = self.attempt("steer the clock", self.steer) or SETTLED_SEC
+        self.save()
         return wait_sec
 
     def load(self):
         """Take up what an earlier run knew -> where it came from, for the start line."""
-        self.atto = self.read("atto", bytes) or b""
-        atto_ppm, state = self.read("atto", parse_atto), self.read("state", parse_state)
-        if state:
-            self.known_ns = state.known_ns
-        if not state or state.counter != self.clock.counter:
+        self.estimator, self.bound = Estimator(), Bound()
+        atto_ppm = self.attempt("use etc/atto", self.home.read, "atto", parse_atto)
+        state = self.attempt("use etc/state", self.home.read, "state", parse_state) or {}
+        self.known_ns = state.get("known_ns", REAL_NS[0])  # no clock is right that shows less
+        if state.get("counter") != self.clock.counter:
             if atto_ppm is None:
                 return "no rate known"
             self.estimator = Estimator(atto_ppm, ATTO_PPM)
             return "rate of etc/atto"
-        self.estimator = state.estimator
-        if (state.boot_id, state.scale) == (self.clock.boot_id() or None, self.scale):
-            self.go_on(state)
-        else:
-            self.estimator.forget_phase(REBOOT_PPM)
-        if self.atto != state.atto and atto_ppm is not None:  # the C clockspeed has been at work since
+        self.estimator = state["estimator"]
+        same_boot = (state.get("boot_id"), state.get("scale")) == (self.boot_id or None, self.scale)
+        c_was_here = atto_ppm is not None and self.kept_atto() != state.get("atto")
+        if c_was_here:
             self.estimator.assume_rate(atto_ppm, ATTO_PPM)
-            self.bound.forget()
-            self.begin_phase()
+        elif not same_boot:
+            self.estimator.forget_phase(REBOOT_PPM)
+        if same_boot:
+            self.marks, self.last_mark, self.early_marks = state["marks"], state.get("last_mark"), EARLY_MARKS
+            self.clock.bias_ppm = state["bias_ppm"]
+        if self.estimator.has_phase():  # what happened since, the next sample finds
+            self.bound = state["bound"]
+            self.tick_ns, self.clock_ns, self.suspended_ns = (
+                state["tick_ns"], state["clock_ns"], state["suspended_ns"])
+            self.offset_ns = self.real_ns() - self.clock_ns
+        if c_was_here:
             return "rate of etc/atto, the rest of etc/state"
         return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
 
-    def go_on(self, state):
-        """It is of this boot: what happened since, the next sample finds."""
-        self.marks, self.last_mark, self.bound = state.marks, state.last_mark, state.bound
-        self.clock.bias_ppm, self.first_boot_marks = state.bias_ppm, True
-        if self.estimator.has_phase():
-            self.tick_ns, self.clock_ns, self.suspended_ns = state.tick_ns, state.clock_ns, state.suspended_ns
-            self.offset_ns = self.real_ns() - self.clock_ns
+    def kept_atto(self):
+        return self.attempt("use etc/atto", self.home.read, "atto", bytes.hex)
 
-    def read(self, name, parse):
-        """What parse makes of a file of etc; None when it is missing or no good."""
-        try:
-            return parse(self.etc.read(name))
-        except FileNotFoundError:
-            return None
-        except (ImportError, OSError, ValueError) as err:
-            self.trouble("use etc/" + name, err)
-            return None
-
-    def save_json(self, name, content, **style):
-        self.done_ns[name] = self.tick_ns
-        try:
-            import json  # python3-minimal has none
-            self.save(name, json.dumps(content, **style).encode() + b"\n")
-        except ImportError as err:
-            self.trouble("write etc/" + name, err)
-
-    def save(self, name, data):
-        try:
-            self.etc.replace(name, data)
-            self.resolved("write etc/" + name)
-        except OSError as err:
-            self.trouble("write etc/" + name, err)
-
-    def save_state(self):
-        """etc/atto and etc/state."""
-        if self.estimator.has_phase():
-            self.known_ns = max(RELEASE_SEC * 10**9, self.real_ns())
-        rate_ppm = self.estimator.rate()[0]
-        atto = pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
-        if atto != self.atto and self.marks["used"] > 1 and abs(rate_ppm) <= ATTO_LIMIT_PPM:
-            self.save("atto", atto)  # one mark would tell no rate
-            self.atto = self.read("atto", bytes) or b""
-        self.save_json("state", {
-            "version": 2, "boot_id": self.clock.boot_id(), "counter": self.clock.counter, "scale": self.scale,
-            "atto": self.atto.hex(), "suspended_ns": self.suspended_ns, "known_ns": self.known_ns,
-            "bias_ppm": self.clock.bias_ppm, "tick_ns": self.tick_ns, "clock_ns": self.clock_ns,
-            "marks": self.marks, "last_mark": self.last_mark,
-            "estimator": self.estimator.state(), "bound": self.bound.state()})
-
-    def save_status(self):
-        known = self.estimator.has_phase()
-        (rate_ppm, rate_error_ppm), (wander, noise_ns) = self.estimator.rate(), self.estimator.learned()
-        plan = self.estimator.next_mark_plan(self.tick_ns, self.target_ns) if self.target_ns else None
-        self.save_json("status", {
-            "version": 2, "pid": os.getpid(), "boot_id": self.clock.boot_id(), "doing": self.clock.doing,
-            "observe_only": not self.clock.steers, "counter": self.clock.counter, "scale": self.scale,
-            "tick_ns": self.tick_ns, "written_ns": self.clock_ns, "suspended_ns": self.suspended_ns,
-            "offset_ns": self.offset_ns if known else None,
-            "variance": self.estimator.variance(self.tick_ns) if known else None,
-            "bound": self.bound.coefficients() if known else None,
-            "rate_ppm": rate_ppm, "rate_error_ppm": rate_error_ppm, "noise_ns": noise_ns, "wander": wander,
-            "marks": self.marks, "last_mark": self.last_mark,
-            "next": {"wait_sec": plan and plan.wait_sec, "exchanges": plan and plan.exchanges,
-                     "settling": self.marks["used"] < EARLY_MARKS},
-            "kernel": self.clock.report()}, indent=1)
+    def save(self):
+        """etc/atto, etc/state and etc/status, when they are due."""
+        known, (rate_ppm, rate_error_ppm) = self.estimator.has_phase(), self.estimator.rate()
+        both = {"version": 2, "boot_id": self.boot_id, "counter": self.clock.counter, "scale": self.scale,
+                "tick_ns": self.tick_ns, "suspended_ns": self.suspended_ns,
+                "marks": self.marks, "last_mark": self.last_mark}
+        if self.due("state", 0 if self.news else HOURLY_SEC):
+            if known:
+                self.known_ns = max(REAL_NS[0], self.real_ns())
+            atto = pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
+            # one mark would tell no rate
+            if self.marks["used"] > 1 and abs(rate_ppm) <= ATTO_LIMIT_PPM and atto.hex() != self.kept_atto():
+                self.attempt("write etc/atto", self.home.replace, "atto", atto)
+            self.attempt("write etc/state", self.home.replace, "state", dict(
+                both, atto=self.kept_atto(), known_ns=self.known_ns, bias_ppm=self.clock.bias_ppm,
+                clock_ns=self.clock_ns, estimator=self.estimator.state(), bound=self.bound.state()))
+        if self.due("status", 0 if self.news else STATUS_SEC):
+            wander, noise_ns = self.estimator.learned()
+            wait_sec = exchanges = None
+            if self.target_ns:
+                wait_sec, exchanges = self.estimator.next_mark_plan(self.tick_ns, self.target_ns)
+            self.attempt("write etc/status", self.home.replace, "status", dict(
+                both, pid=os.getpid(), doing=self.clock.doing, observe_only=not self.clock.steers,
+                written_ns=self.clock_ns, offset_ns=self.offset_ns if known else None,
+                variance=self.estimator.variance(self.tick_ns) if known else None,
+                bound=self.bound.coefficients(), rate_ppm=rate_ppm, rate_error_ppm=rate_error_ppm,
+                noise_ns=noise_ns, wander=wander, kernel=self.clock.report(),
+                next={"wait_sec": wait_sec, "exchanges": exchanges,
+                      "settling": self.marks["used"] < EARLY_MARKS}), 1)
+        self.news = False
 
 
 # ==== main ====
@@ -1603,25 +1489,6 @@ def clock_error_ns():
     return round(error_ns)
 
 
-def choose_clock(observe):
-    """The best way to steer the clock that there is; without a way or the privilege, only looking at it."""
-    if observe:
-        return Clock()
-    try:
-        return KernelClock() if sys.platform == "linux" else AdjtimeClock()
-    except (OSError, ImportError, AttributeError) as err:
-        complain("warning", "unable to steer the clock: %s; observing only" % reason(err))
-        return Clock()
-
-
-def load_json():
-    """Before this is a user who can't read Python's files; python3-minimal has none."""
-    try:
-        import json
-    except ImportError:
-        pass
-
-
 def find_user(name):
     """Its line of the passwd file, None for no name; ValueError when there is none."""
     try:
@@ -1630,32 +1497,20 @@ def find_user(name):
         raise ValueError("there is no such user") from None
 
 
-def give(what, name, user):
-    """Give etc or adjust to a user.  On a read-only file system it stays whose it is; ValueError."""
-    try:
-        what.give(user.pw_uid)
-    except OSError as err:
-        complain("warning", "unable to give %s to %s: %s" % (name, user.pw_name, reason(err)))
-
-
 def become(user, capabilities):
     """Become that user and keep those capabilities alone; OSError."""
     if os.getuid() == user.pw_uid != 0:
         return
     import ctypes
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def check(status):
-        if status != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-    check(libc.prctl(PR_SET_KEEPCAPS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
+    import json  # now, as that user may not be able to read Python's files
+    on = tuple(map(ctypes.c_ulong, (1, 0, 0, 0)))
+    libc_call("prctl", PR_SET_KEEPCAPS, *on)
     os.setgroups([])
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
-    check(libc.capset(struct.pack("=Ii", CAPABILITY_VERSION, 0),
-                      struct.pack("=6I", capabilities, capabilities, 0, 0, 0, 0)))
-    check(libc.prctl(PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
+    libc_call("capset", struct.pack("=Ii", CAPABILITY_VERSION, 0),
+              struct.pack("=6I", capabilities, capabilities, 0, 0, 0, 0))
+    libc_call("prctl", PR_SET_NO_NEW_PRIVS, *on)
 
 
 # ==== shared by some: daemons ====
@@ -1671,37 +1526,16 @@ def settle():
 # ==== end shared ====
 
 
-def open_adjust(daemon, fifo):
-    """What fails is said; PermissionError for what only a new start as root can mend."""
-    try:
-        fifo.open()
-        daemon.resolved("read adjust")
-    except PermissionError:
-        raise PermissionError(errno.EACCES, "adjust is another user's, or gone where only root can make it")
-    except OSError as err:
-        daemon.trouble("read adjust", err)
-
-
-def serve(daemon, fifo, signal_fd):
-    """Marks as they come, the clock when it is time, until TERM or INT; PermissionError."""
+def serve(daemon, home, signal_fd):
+    """Marks as they come, the clock when it is time, until TERM or INT; RuntimeError."""
     rest_sec = 0
     while not select.select([signal_fd], [], [], rest_sec)[0]:
-        open_adjust(daemon, fifo)
+        daemon.attempt("read adjust", home.open_adjust)
         wait_sec, packets = daemon.wake(), []
-        if fifo.fd in select.select([signal_fd] + [fifo.fd] * (fifo.fd is not None), [], [], wait_sec)[0]:
-            packets = fifo.packets()
+        if home.fifo_fd in select.select([signal_fd, home.fifo_fd], [], [], wait_sec)[0]:
+            packets = home.packets()
             daemon.take(packets)
         rest_sec = 1 if len(packets) >= BATCH else 0  # a flood of marks keeps it from nothing
-
-
-def catch_signals():
-    """-> a descriptor that can be read from TERM or INT on, which ends serve()"""
-    signal_fd, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return signal_fd
 
 
 def main(argv):
@@ -1710,61 +1544,53 @@ def main(argv):
         doing = "write output"
         if begin(argv):
             return 0
-        signal_fd = catch_signals()
+        signal_fd, wakeup_fd = os.pipe()  # one byte for TERM or INT
+        os.set_blocking(wakeup_fd, False)
+        signal.set_wakeup_fd(wakeup_fd)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
         options, operands = getopt.getopt(argv[1:], "nSu:w:")
         options = dict(options)
         if len(operands) > 1:
             raise getopt.GetoptError("")
-        home = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or HOME
+        path = operands[0] if operands else os.environ.get("CLOCKSPEED_HOME") or "/usr/local/clockspeed"
         user_name, writer_name = options.get("-u"), options.get("-w", options.get("-u"))
-        doing = "start"
-        load_json()
+        doing, attempt = "start", Attempts()
         scale, target_ns = clock_scale(), clock_error_ns()
         doing = "become %s" % user_name
         user = find_user(user_name)
         doing = "give adjust to %s" % writer_name
         writer = find_user(writer_name)
-        doing = "use %s (svc/install makes it, and so does mkdir -p)" % home
+        doing = "use %s/etc (svc/install makes it, and so does mkdir -p)" % path
         os.umask(0o022)
-        home_fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        doing = "use %s/etc" % home
-        etc, fifo = Etc(home_fd), Fifo(os.path.join(home, "adjust"))
-        try:
-            etc.lock()
-        except BlockingIOError:
-            raise ValueError("another clockspeed is running there") from None
-        except OSError as err:
-            complain("warning", "unable to lock %s/etc: %s" % (home, reason(err)))
+        home = Home(path)
+        doing = "lock %s/etc" % path
+        attempt(doing, home.lock)
         doing = "read adjust"
-        if fifo.has_reader():
-            raise ValueError("another program reads it; stop the other clockspeed first")
-        clock = choose_clock("-n" in options)
-        daemon = Clockspeed(clock, etc, scale, target_ns, "-S" not in options)
-        open_adjust(daemon, fifo)
+        attempt(doing, home.open_adjust)
+        kind = Clock if "-n" in options else KernelClock if sys.platform == "linux" else AdjtimeClock
+        clock = attempt("steer the clock", kind) or Clock()
         settle()
         if writer:
-            give(fifo, "adjust", writer)
+            attempt("give adjust to " + writer_name, home.give_adjust, writer.pw_uid)
         if user:
-            doing = "give %s/etc to %s" % (home, user_name)
-            give(etc, "etc", user)
+            doing = "give %s/etc to %s" % (path, user_name)
+            attempt(doing, home.give_etc, user.pw_uid)
             doing = "become " + user_name
             become(user, 1 << CAP_SYS_TIME if clock.steers else 0)
         doing = "run"
-        source = daemon.load()
-        daemon.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
-                   % (clock.doing, clock.counter, scale, *daemon.estimator.rate(), source))
-        daemon.begin_clock()
+        daemon = Clockspeed(clock, home, scale, target_ns, "-S" not in options, attempt=attempt)
         try:
-            serve(daemon, fifo, signal_fd)
+            serve(daemon, home, signal_fd)
         finally:
-            daemon.save_state()
-            daemon.save_status()
+            daemon.news = True
+            daemon.save()
         daemon.say("stop: the clock runs on at the rate it has")
         return 0
     except getopt.GetoptError:
         complain("usage", USAGE)
         return 100
-    except (OSError, ValueError, ImportError, AttributeError) as err:
+    except (AttributeError, ImportError, OSError, RuntimeError, ValueError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
 
