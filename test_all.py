@@ -3510,7 +3510,7 @@ def test_what_others_planted_is_a_line_and_never_waited_for(host, command, name)
     path = os.path.join(host.home, name)
     for plant, said in (
             (os.mkfifo, "it is not a regular file"), (os.mkdir, "Is a directory"),
-            (endless, "it has more than "),
+            (endless, "it is not a regular file of at most "),
             (lambda path: os.symlink("/dev/zero", path), "Too many levels of symbolic links")):
         plant(path)
         assert host.refuses(command).startswith("read HOME/%s: %s" % (name, said))
@@ -4052,18 +4052,20 @@ def write_log(directory, count, offset=lambda number: number * 1e-6):
 def test_a_log_is_read_whole_and_nothing_else_is(tmp_path):
     log = write_log(tmp_path / "log", 9)
     assert [round(mark.offset_sec * 1e6) for mark in GRAPH.read_marks(log)] == list(range(9))
-    os.rename(log + "/current", log + "/kept")
-    for plant in (lambda path: os.symlink(log + "/kept", path), os.mkfifo):
-        plant(log + "/current")
+
+    def refuses(log, said):
         done = run("clockctl-graph", CLOCKSPEED_LOG=log)
-        assert done.returncode == 111 and "unable to read the log in " + log in done.stderr
+        assert (done.returncode, done.stdout) == (111, b"") and "unable to " + said in done.stderr
+    for plant in (lambda path: os.symlink("/dev/zero", path), os.mkfifo):
         os.unlink(log + "/current")
+        plant(log + "/current")
+        refuses(log, "read the log in " + log)
+    refuses(write_log(tmp_path / "short", 2), "draw the offset: marks to draw so far: 2; a graph needs 3")
 
 
-def test_fewer_than_three_marks_are_said_to_be_so_few(tmp_path):
-    done = run("clockctl-graph", CLOCKSPEED_LOG=write_log(tmp_path / "log", 2))
-    assert (done.returncode, done.stdout) == (111, b"")
-    assert "unable to draw the offset: marks to draw so far: 2; a graph needs 3" in done.stderr
+def chart_of(values, times=None):
+    return GRAPH.make_chart("offset", [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0)
+                                       for at_sec, value in zip(times or range(len(values)), values)])
 
 
 def test_standard_deviation_and_bound_are_two_things(tmp_path):
@@ -4075,14 +4077,16 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
         return done.stdout.decode("ascii").splitlines()
     title, legend, *picture, axis, dates = shown()
     assert title == "offset, real time minus system clock; marks: 200 used"
-    assert legend == "* offset +900 us,  . standard deviation 50 us,  = bound 900 us"
+    assert legend == "* offset +900 us,  . deviation 50 us,  = bound 900 us"
     assert re.fullmatch(r" +01-15 08:00 +01-15 19:\d\d +01-16 06:\d\d +01-16 17:10", dates)
     assert all(glyph in "".join(picture) for glyph in "*.=") and "+1 ms +" in "".join(picture)
     assert {len(line) for line in [axis, dates]} == {79} and len(picture) == 17
     assert shown("error")[0].startswith("standard deviation")
     picture = tmp_path / "graph.svg"
     picture.write_text("what was there before")
+    os.link(str(picture), str(tmp_path / "before"))
     assert shown("--svg", picture) == []
+    assert (tmp_path / "before").read_text() == "what was there before"
     elements = xml.etree.ElementTree.fromstring(picture.read_text()).iter()
     classes = [each.get("class") for each in elements if each.get("points", "").count(",") == 200]
     assert sorted(classes) == ["bound", "bound", "deviation", "deviation", "value"]
@@ -4095,9 +4099,7 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
 def test_ticks_are_round_some_and_differ(low, high):
     ticks = GRAPH.round_ticks(low, high)
     assert 3 <= len(ticks) <= 8 and all(low - 1e-12 <= tick <= high * (1 + 1e-12) for tick in ticks)
-    marks = [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0)
-             for at_sec, value in enumerate((low, high, low))]
-    words = [words for _, words in GRAPH.make_chart("offset", marks).ticks]
+    words = [words for _, words in chart_of([low, high, low]).ticks]
     assert len(set(words)) == len(words) >= 2, words
 
 
@@ -4113,17 +4115,15 @@ def test_one_value_far_out_does_not_flatten_the_rest():
     values = [3600.0] + [number * 1e-6 for number in range(41)]
     assert GRAPH.value_range(values) == pytest.approx((-2e-6, 42e-6))
     assert GRAPH.round_ticks(0, 3) == [0, 1, 2, 3]
-    offsets = [3600] + [number * 1e-6 for number in range(1, 50)]
-    marks = [GRAPH.Mark("used", number, offset, 1e-6, None, 0, 0) for number, offset in enumerate(offsets)]
-    assert GRAPH.make_chart("offset", marks).title.endswith("marks: 50 used, 1 beyond the edge")
+    assert chart_of(values).title.endswith("marks: 42 used, 1 beyond the edge")
 
 
 @pytest.mark.parametrize("span_sec, date", [
     (3600, "01-15 09:00:00"), (3601, "01-15 09:00"), (345600, "01-19 08:00"), (345601, "2027-01-19")])
 def test_dates_are_as_fine_as_the_span_wants(span_sec, date, monkeypatch):
     monkeypatch.setattr(GRAPH.time, "localtime", time.gmtime)
-    marks = [GRAPH.Mark("used", 1800000000 + at_sec, 1, 1, None, 0, 0) for at_sec in (0, 9, span_sec)]
-    assert GRAPH.make_chart("offset", marks).dates[-1] == (1, date)
+    times = [1800000000 + at_sec for at_sec in (0, 9, span_sec)]
+    assert chart_of([1, 1, 1], times).dates[-1] == (1, date)
 
 
 def test_a_curve_has_no_gaps_and_ends_at_the_edges():
