@@ -3544,6 +3544,7 @@ OFF = r"clock now     %s real time, standard deviation \d+ us\n" \
      r"kernel        synchronised, error at most 5 ms\nclockspeed    process \d+, steering the clock\n"),
     ({"then_off_sec": 7300}, "status", OFF % r"2\.03 h behind"),
     ({"then_off_sec": -7300}, "status", OFF % r"2\.03 h ahead of"),
+    ({"bound": None}, "status", "clock now .*\nbound         there has been no mark yet (.|\n)*"),
     ({"next": NO_PLAN}, "status",
      r"(.|\n)*\nnext mark     as clockspeed_adjust has it, settling, marks so far: 13\n(.|\n)*"),
     ({}, "now", r"earliest   \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}\nlatest     \S+\nwidth      10 ms\n"
