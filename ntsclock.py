@@ -19,7 +19,7 @@ DESCRIPTION
     The certificate has to be valid at the time that was measured, not by the system clock.
     Python before 3.10 shows only the host's certificate for that, not the authorities'.
 
-    AES is computed in plain Python, by tables.  Who runs programs on this machine could find
+    AES is computed in plain Python, by a table.  Who runs programs on this machine could find
     out the keys by timing its cache, and then forge the time as if there were no NTS.  No
     other secret is encrypted with them.
 
@@ -575,82 +575,79 @@ STORE_BYTES = 65536
 
 
 # AES-128 of FIPS 197, and on it CMAC of RFC 4493 and SIV of RFC 5297.  A block of 16 bytes is an integer.
-WORDS = struct.Struct(">4I")
-BLOCK_ONES = 2**128 - 1
-CARRIES = 2**128 - 1 - 2**63 - 2**31  # RFC 5297 clears these two bits of the counter
+ONES = 2**128 - 1
+BYTES, WORDS = ONES // 0xff, ONES // 0xffffffff  # with 1 in each byte, in each word of 4 bytes
+LOW_BITS, LOW_BYTES, LOW_HALVES = 0x7f * BYTES, 0xff * WORDS, 0xffff * WORDS
+CARRIES = ONES - 2**63 - 2**31  # RFC 5297 clears these two bits of the counter
+
+
+def twice_each(block):
+    """Twice each byte, in the field of 2^8."""
+    return (block & LOW_BITS) << 1 ^ (block >> 7 & BYTES) * 0x1b
+
+
+def make_box():
+    """What each byte is substituted by."""
+    powers = [1]  # of 3, which generates the field
+    for _ in range(254):
+        powers.append(powers[-1] ^ twice_each(powers[-1]))
+    inverse = dict(zip(powers, [1] + powers[:0:-1]))
+    wide = [inverse.get(x, 0) * 0x101 for x in range(256)]  # so that a shift rotates the byte
+    return bytes((y >> 8 ^ y >> 7 ^ y >> 6 ^ y >> 5 ^ y >> 4) & 255 ^ 0x63 for y in wide)
+
+
+BOX = make_box()
+
+
+def substitute(block):
+    """...and shift the rows: take every fifth byte, going round."""
+    return int.from_bytes((block.to_bytes(16, "big") * 5)[::5].translate(BOX), "big")
+
+
+def mix_columns(block):
+    below = block << 8 & ONES - LOW_BYTES | block >> 24 & LOW_BYTES  # each word is a column
+    pairs = block ^ below
+    return twice_each(pairs) ^ below ^ (pairs << 16 & ONES - LOW_HALVES | pairs >> 16 & LOW_HALVES)
 
 
 class Aes:
-    """AES-128, to encrypt only, by tables that join the substitution and the mixing of columns."""
-    box = tables = None
+    """AES-128, to encrypt only."""
 
     def __init__(self, key):
-        if Aes.tables is None:
-            self.make_tables()
-        words, constant = list(WORDS.unpack(key)), 1
-        for i in range(4, 44):
-            word = words[-1]
-            if i % 4 == 0:
-                rotated = (word << 8 | word >> 24) & 0xffffffff
-                word = int.from_bytes(rotated.to_bytes(4, "big").translate(Aes.box), "big") ^ constant << 24
-                constant = self.double(constant)
-            words.append(words[-4] ^ word)
-        self.words = words
-
-    @staticmethod
-    def double(x):
-        """Twice a byte in the field of 2^8."""
-        return x << 1 ^ 0x11b if x & 0x80 else x << 1
-
-    @classmethod
-    def make_tables(cls):
-        powers = [1]  # of 3, which generates the field
-        for _ in range(254):
-            powers.append(powers[-1] ^ cls.double(powers[-1]))
-        inverse = dict(zip(powers, [1] + powers[:0:-1]))
-        twice = [inverse.get(x, 0) * 0x101 for x in range(256)]  # so that a shift rotates the byte
-        cls.box = bytes((y >> 8 ^ y >> 7 ^ y >> 6 ^ y >> 5 ^ y >> 4) & 255 ^ 0x63 for y in twice)
-        cls.tables = [], [], [], []
-        for s in cls.box:
-            word = cls.double(s) << 24 | s << 16 | s << 8 | cls.double(s) ^ s
-            for table in cls.tables:
-                table.append(word)
-                word = word >> 8 | word << 24 & 0xffffffff
+        self.keys, constant = [int.from_bytes(key, "big")], 1
+        for _ in range(10):
+            last = self.keys[-1] & 0xffffffff
+            turned = (last << 8 & 0xffffffff | last >> 24).to_bytes(4, "big").translate(BOX)
+            block = self.keys[-1] ^ (int.from_bytes(turned, "big") ^ constant << 24) << 96
+            block ^= block >> 32  # each word with those before it
+            self.keys.append(block ^ block >> 64)
+            constant = twice_each(constant)
 
     def encrypt(self, block):
-        k, (t0, t1, t2, t3) = self.words, self.tables
-        a, b = block >> 96 ^ k[0], block >> 64 & 0xffffffff ^ k[1]
-        c, d = block >> 32 & 0xffffffff ^ k[2], block & 0xffffffff ^ k[3]
-        for i in range(4, 40, 4):
-            a, b, c, d = (t0[a >> 24] ^ t1[b >> 16 & 255] ^ t2[c >> 8 & 255] ^ t3[d & 255] ^ k[i],
-                          t0[b >> 24] ^ t1[c >> 16 & 255] ^ t2[d >> 8 & 255] ^ t3[a & 255] ^ k[i + 1],
-                          t0[c >> 24] ^ t1[d >> 16 & 255] ^ t2[a >> 8 & 255] ^ t3[b & 255] ^ k[i + 2],
-                          t0[d >> 24] ^ t1[a >> 16 & 255] ^ t2[b >> 8 & 255] ^ t3[c & 255] ^ k[i + 3])
-        rows = (a << 96 | b << 64 | c << 32 | d).to_bytes(16, "big")
-        last = (rows * 5)[::5].translate(self.box)  # every fifth byte, going round: the shift of the rows
-        return int.from_bytes(last, "big") ^ (k[40] << 96 | k[41] << 64 | k[42] << 32 | k[43])
+        block ^= self.keys[0]
+        for key in self.keys[1:-1]:
+            block = mix_columns(substitute(block)) ^ key
+        return substitute(block) ^ self.keys[-1]
 
 
 def doubled(block):
     """Twice a block in the field of 2^128."""
-    return block << 1 & BLOCK_ONES ^ (0x87 if block >> 127 else 0)
-
-
-def cmac(aes, message):
-    subkey = doubled(aes.encrypt(0))
-    rest = len(message) % 16 or min(len(message), 16)
-    state = 0
-    for at in range(0, len(message) - rest, 16):
-        state = aes.encrypt(state ^ int.from_bytes(message[at:at + 16], "big"))
-    last = message[len(message) - rest:]
-    if rest < 16:
-        last, subkey = padded(last), doubled(subkey)
-    return aes.encrypt(state ^ int.from_bytes(last, "big") ^ subkey)
+    return block << 1 & ONES ^ (0x87 if block >> 127 else 0)
 
 
 def padded(part):
     """A block that is not whole, with a bit of 1 and zeros after it."""
     return (part + b"\x80").ljust(16, b"\0")
+
+
+def cmac(aes, message):
+    subkey, state = doubled(aes.encrypt(0)), 0
+    *blocks, last = [message[at:at + 16] for at in range(0, len(message) or 1, 16)]
+    if len(last) < 16:
+        last, subkey = padded(last), doubled(subkey)
+    for block in blocks:
+        state = aes.encrypt(state ^ int.from_bytes(block, "big"))
+    return aes.encrypt(state ^ int.from_bytes(last, "big") ^ subkey)
 
 
 class Siv:
@@ -672,7 +669,7 @@ class Siv:
     def cover(self, tag, data):
         """Encrypt or decrypt: add the key stream that the tag begins."""
         count = -(-len(data) // 16)
-        stream = b"".join(self.cipher.encrypt((tag & CARRIES) + i & BLOCK_ONES).to_bytes(16, "big")
+        stream = b"".join(self.cipher.encrypt((tag & CARRIES) + i & ONES).to_bytes(16, "big")
                           for i in range(count))
         return bytes(x ^ y for x, y in zip(data, stream))
 
