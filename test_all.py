@@ -539,11 +539,11 @@ def test_the_total_bounds_names_and_pauses_too(monkeypatch, capfdbinary):
         for args, size, said, queries in (
                 ("slow", 0, b": no usable answer; slow: timed out\n", [0]),
                 ("slow 127.0.0.1", 16, b": unable to ask slow: timed out\n", [10]),
-                ("-t300 127.0.0.2 0", 16, b": unable to ask 127.0.0.2: timed out (3 times)\n", [10]),
+                ("-t350 127.0.0.2 0", 16, b": unable to ask 127.0.0.2: timed out (3 times)\n", [10]),
                 ("-h400 0", 16, b"", [2, 3])):
             began = time.monotonic()
             del server.queries[:]
-            assert SNTP.main(["", "-T800", "-p%d" % server.port] + args.split()) == (0 if size else 111)
+            assert SNTP.main(["", "-T1000", "-p%d" % server.port] + args.split()) == (0 if size else 111)
             out, err = capfdbinary.readouterr()
             assert len(out) == size and err.endswith(said) and len(server.queries) in queries, args
             assert 0.4 < time.monotonic() - began < 10
@@ -695,7 +695,7 @@ def test_what_real_time_can_have_gained_on_the_clock():
 
 @pytest.mark.parametrize("ppm, step_ns", [(500, 0), (-500, 0), (5000, 0), (-80000, 0), (0, 0), (0, -10**9),
                                           (0, 10**9)])
-def test_a_slew_or_step_during_the_measurement_is_allowed_for(ppm, step_ns):
+def test_delays_and_a_slew_or_step_move_the_result_by_no_more_than_the_spread(ppm, step_ns):
     """Exchanges of 20 ms, up to 6 s before the end; the clock is slewed, or stepped 3 s before it."""
     rng, end_ns = random.Random(SEED), 6 * 10**9
     for _ in range(200):
@@ -774,22 +774,6 @@ def test_a_name_with_many_addresses_is_as_many_servers_up_to_four(monkeypatch):
     host = SNTP.Server(SNTP.Settings(["pool.example"], 123), "pool.example")
     assert [server.name for server in SNTP.find_servers(host)] == [
         "pool.example/" + address for address in ("2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
-
-
-@pytest.mark.parametrize("to_sec, back_sec", [(0.05, 0), (0, 0.05), (0.02, 0.08)])
-@both
-def test_a_delayer_moves_the_result_by_no_more_than_the_spread(name, answer, to_sec, back_sec):
-    """Somebody on the path holds up each packet, for half of those times to the whole."""
-    rng = random.Random(SEED)
-
-    def late(query, n):
-        time.sleep(to_sec * rng.uniform(0.5, 1))
-        packet = answer(query)
-        time.sleep(back_sec * rng.uniform(0.5, 1))
-        return [packet]
-    with Rogue(late) as server:
-        value_ns, spread_ns, _ = result_of(ask(name, server.port, "-r", 5))
-    assert abs(value_ns) <= spread_ns and 0.2 < spread_ns / 1e9 / (to_sec + back_sec) < 1.05
 
 
 # ==== sntpclock =====================================================================================
@@ -1150,11 +1134,9 @@ class NtsHost:
                         os.ftruncate(self.keylog, 0)
                         keys = [NTS.Siv(key) for key in NTS.export_keys(secret)]
                         self.sessions += 1
-                        self.talk(tls, self.grant(self.new_cookies(keys, 8)))
-
-    def grant(self, cookies):
-        return ke_records((0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (7, struct.pack(">H", self.ntp.port)),
-                          *[(5, cookie) for cookie in cookies])
+                        self.talk(tls, ke_records(
+                            (0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (7, struct.pack(">H", self.ntp.port)),
+                            *[(5, cookie) for cookie in self.new_cookies(keys, 8)]))
 
     def new_cookies(self, keys, count):
         cookies = [os.urandom(100) for _ in range(count)]
