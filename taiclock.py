@@ -217,8 +217,8 @@ def in_parallel(function, servers):
     threads = [threading.Thread(target=call, args=(server,), daemon=True) for server in servers]
     for thread in threads:
         thread.start()
-    for thread, server in zip(threads, servers):
-        thread.join(max(server.settings.end_ns + 10**8 - time.monotonic_ns(), 0) / 1e9)
+    for thread, server in zip(threads, servers):  # what waits for an answer has ended 0.1 s after -T
+        thread.join(max(server.settings.end_ns - time.monotonic_ns(), 0) / 1e9 + 0.1)
 
 
 def look_up(host, port, family=socket.AF_UNSPEC):

@@ -500,7 +500,8 @@ def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
             june = time.struct_time((1972, 6, 30, 23, 59, second, 4, 182, 0))
             patch.setattr(TAI.time, "localtime", lambda _: june)
             assert TAI.TAI_MINUS_CLOCK_SEC[TAI.clock_scale()] == offset_sec
-    refused(ask("taiclock", 1, CLOCK_SCALE="gps"), "this clock's scale: CLOCK_SCALE is neither utc nor tai")
+    for name in "sntpclock", "taiclock", "ntsclock":
+        refused(ask(name, 1, CLOCK_SCALE="gps"), "this clock's scale: CLOCK_SCALE is neither utc nor tai")
 
 
 @pytest.mark.parametrize("spread_ns, distance_ns, last", [
@@ -1403,6 +1404,19 @@ def test_no_secret_leaves_the_program(memory, authority, tmp_path, monkeypatch, 
 
 NTS_SIV = NTS.Siv(bytes(range(32)))
 NTS_KEYS = NTS.Keys("host", 4460, "::1", 123, 0, 1, bytes(32), bytes(32), [bytes(100)])
+
+
+@pytest.mark.parametrize("size, cookies, placeholders", [
+    (100, 8, 0), (100, 7, 1), (100, 1, 7), (300, 1, 2), (548, 1, 1), (552, 1, 0), (1024, 1, 0)])
+def test_a_query_asks_for_the_cookies_that_lack_and_fits_into_a_packet(size, cookies, placeholders):
+    server = NTS.Server(None, "host")
+    server.keys, server.spent = NTS_KEYS._replace(cookies=[bytes(size)] * cookies), None
+    query = NTS.make_query(server)
+    assert [kind for kind, _, _ in NTS.split_fields(query, 48)] == (
+        [NTS.IDENTIFIER, NTS.COOKIE] + placeholders * [NTS.PLACEHOLDER] + [NTS.AUTHENTICATOR])
+    assert len(query) <= 1232 and len(server.keys.cookies) == cookies - 1
+
+
 NTS_QUERY = NTS.ntp_query() + NTS.field(NTS.IDENTIFIER, bytes(32)) + NTS.field(NTS.COOKIE, bytes(100))
 NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, ntp_answer(NTS_QUERY), [bytes(100)] * 8)
 DECODERS += [
