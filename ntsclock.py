@@ -565,7 +565,7 @@ BOX = make_box()
 
 
 def substitute(block):
-    """...and shift the rows: take every fifth byte, going round."""
+    """Each byte by the box; and shift the rows, by taking every fifth byte, going round."""
     return int.from_bytes((block.to_bytes(16, "big") * 5)[::5].translate(BOX), "big")
 
 
@@ -851,7 +851,7 @@ def validity(tls, ssl):
     return max(since_sec), min(until_sec)
 
 
-def converse(tls, end_ns):
+def ask_for_keys(tls, end_ns):
     """-> Grant; OSError, ValueError."""
     if tls.selected_alpn_protocol() != PROTOCOL:
         raise ValueError("it does not speak " + PROTOCOL)
@@ -881,7 +881,7 @@ def establish(host, settings):
         context = make_context(ssl, keylog_path, settings.letters.get("-c"))
         with socket.create_connection((name, settings.port), limit_ns / 2e9) as plain, \
                 context.wrap_socket(plain, server_hostname=name) as tls:  # of two addresses, one may be dead
-            grant, address = converse(tls, end_ns), tls.getpeername()
+            grant, address = ask_for_keys(tls, end_ns), tls.getpeername()
             since_sec, until_sec = validity(tls, ssl)
         query_key, answer_key = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
         if grant.server:
