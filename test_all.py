@@ -446,6 +446,7 @@ def tai_answer(query, off_ns=0):
 
 both = pytest.mark.parametrize("name, answer", [("sntpclock", ntp_answer), ("taiclock", tai_answer)],
                                ids=["sntpclock", "taiclock"])
+in_both = pytest.mark.parametrize("module", [SNTP, TAI], ids=["sntpclock", "taiclock"])
 
 
 def ask(name, port, *args, hosts=("127.0.0.1",), **env):
@@ -508,8 +509,9 @@ def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
     (20123000, 250000, 720133400), (1, 0, 10000000), (999, 0, 299900000), (10**9, 0, 910000000),
     (10001, 0, 410010000), (9999001, 0, 710000000), (9999 * 10**6, 0, 999990000), (9999 * 10**6 + 1, 0, 0),
     (1000, 1, 310000100), (1000, 1178, 310000100), (1000, 1180, 310000200), (1000, 1500 * 10**6, 310008700)])
-def test_what_a_mark_tells_of_itself_is_rounded_up(spread_ns, distance_ns, last):
-    packed = SNTP.pack_quality(spread_ns, distance_ns)
+@in_both
+def test_what_a_mark_tells_of_itself_is_rounded_up(module, spread_ns, distance_ns, last):
+    packed = module.pack_quality(spread_ns, distance_ns)
     assert packed // 100 == last // 100 and packed % 97 == (1 if last else 0)
     if packed:
         told = VIEW.unpack_quality(packed)
@@ -551,18 +553,19 @@ def test_the_total_bounds_names_and_pauses_too(monkeypatch, capfdbinary):
         assert len(silent.queries) == 3
 
 
-@both
-def test_wrong_usage(name, answer):
+@in_both
+def test_wrong_usage(module):
     for line in ("", "-r 0 0", "-r x 0", "-r", "-p 65536 0", "-p 0 0", "-e nan 0", "-e -1 0", "-t inf 0",
                  "-T 1.2.3 0", "-x 0", "--force 0", "-h 5"):
-        done = run(name, *line.split())
-        assert done.returncode == 100 and done.stderr.startswith("%s: usage: %s [" % (name, name)), line
+        done = run(module.PROGRAM, *line.split())
+        assert done.returncode == 100, line
+        assert done.stderr.startswith("%s: usage: %s [" % (module.PROGRAM, module.PROGRAM)), line
     for words in "-fr7 a b", "-r7 -f -- a b", "-f -r 7 a b":
-        settings = SNTP.Settings(words.split(), 123)
-        assert (settings.exchanges, settings.most_ns, settings.hosts) == (7, SNTP.ANY, ["a", "b"]), words
-    settings = SNTP.Settings(["-p", "65535", "a"], 1)
+        settings = module.Settings(words.split(), 123)
+        assert (settings.exchanges, settings.most_ns, settings.hosts) == (7, module.ANY, ["a", "b"]), words
+    settings = module.Settings(["-p", "65535", "a"], 1)
     assert (settings.wait_ns, settings.total_ns, settings.most_ns) == (10**9, 10**10, 172800 * 10**9)
-    settings = SNTP.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
+    settings = module.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
     assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns) == (250000, 10**6, 2 * 10**6)
     assert (settings.pause_ns, settings.most_ns, settings.port) == (0, 43200 * 10**9, 9)
 
@@ -677,26 +680,29 @@ def test_a_terminal_gets_no_raw_bytes(name):
     os.close(theirs)
 
 
-def test_the_range_of_the_most():
+@in_both
+def test_the_range_of_the_most(module):
     for ranges, wanted in (([(0, 10)], (0, 10, 1)), ([(0, 10), (5, 20), (50, 60)], (5, 10, 2)),
                            ([(0, 10), (20, 30)], (0, 30, 1)), ([(0, 30), (5, 10), (20, 25)], (5, 25, 2)),
                            ([(0, 10), (10, 20)], (10, 10, 2)), ([(0, 10), (5, 20), (-5, 8)], (5, 8, 3))):
-        assert SNTP.vote(ranges) == wanted
+        assert module.vote(ranges) == wanted
 
 
-def test_what_real_time_can_have_gained_on_the_clock():
-    then = SNTP.Reading(10**18, 5)
+@in_both
+def test_what_real_time_can_have_gained_on_the_clock(module):
+    then = module.Reading(10**18, 5)
     for clock_ns, tick_ns, wanted in (
             (10**9, 10**9, (0, 0)), (10**9, 10**9 + 300, (0, 300)), (10**9, 10**9 - 300, (-300, 0)),
             (10**9, 10**9 + 251000, (0, 251000)), (10**9 + 251000, 10**9, (-251000, 0)),
             (10**9 + 251001, 10**9, (-752001, 249999)), (0, 10**9, (999499000, 1000501000))):
-        now = SNTP.Reading(then.clock_ns + clock_ns, then.tick_ns + tick_ns)
-        assert SNTP.gained(then, now) == wanted
+        now = module.Reading(then.clock_ns + clock_ns, then.tick_ns + tick_ns)
+        assert module.gained(then, now) == wanted
 
 
 @pytest.mark.parametrize("ppm, step_ns", [(500, 0), (-500, 0), (5000, 0), (-80000, 0), (0, 0), (0, -10**9),
                                           (0, 10**9)])
-def test_delays_and_a_slew_or_step_move_the_result_by_no_more_than_the_spread(ppm, step_ns):
+@in_both
+def test_delays_and_a_slew_or_step_move_the_result_by_no_more_than_the_spread(module, ppm, step_ns):
     """Exchanges of 20 ms, up to 6 s before the end; the clock is slewed, or stepped 3 s before it."""
     rng, end_ns = random.Random(SEED), 6 * 10**9
     for _ in range(200):
@@ -704,12 +710,12 @@ def test_delays_and_a_slew_or_step_move_the_result_by_no_more_than_the_spread(pp
 
         def read(real_ns):
             clock_ns = 10**18 + real_ns - offset_ns + real_ns * ppm // 10**6 + step_ns * (real_ns > 3 * 10**9)
-            return SNTP.Reading(clock_ns, real_ns + round(real_ns * counter_ppm / 10**6))
+            return module.Reading(clock_ns, real_ns + round(real_ns * counter_ppm / 10**6))
         start_ns = rng.randrange(end_ns - 20 * 10**6)
         there_ns = 10**18 + start_ns + rng.randrange(20 * 10**6)
-        sample = SNTP.Sample(SNTP.Answer(there_ns, there_ns, 0, 1, "-"), read(start_ns),
-                             read(start_ns + 20 * 10**6), None)
-        value_ns, spread_ns, *_ = SNTP.weigh([sample], read(end_ns), 0)
+        came = read(start_ns + 20 * 10**6)
+        sample = module.Sample(module.Answer(there_ns, there_ns, 0, 1, "-"), read(start_ns), came, came)
+        value_ns, spread_ns, *_ = module.weigh([sample], read(end_ns), 0)
         assert abs(10**18 + end_ns - read(end_ns).clock_ns - value_ns) <= spread_ns < 13500000
 
 
@@ -733,22 +739,24 @@ def test_the_kernel_stamps_what_arrives():
     (1000, (3000, 2050), (1000, 50)), (999, (3000, 2050), (3000, 2050)), (3001, (3000, 2050), (3000, 2050)),
     (999, (3000, 9050), (3000, 9050)),
     (1500, (9000, 2050), (9000, 2050))])  # somebody stepped the clock after the kernel stamped it
-def test_a_kernel_stamp_counts_only_between_our_own(stamp_ns, woke, came):
+@in_both
+def test_a_kernel_stamp_counts_only_between_our_own(module, stamp_ns, woke, came):
     ancillary = [(socket.IPPROTO_IP, 35, b"?" * 16), (socket.SOL_SOCKET, 11, b"?" * 16)]
     if stamp_ns is not None:
         ancillary.append((socket.SOL_SOCKET, 35, struct.pack("@ll", stamp_ns and 1, stamp_ns)))
-    sent, woke, came = [SNTP.Reading(10**9 + clock_ns, tick_ns)
+    sent, woke, came = [module.Reading(10**9 + clock_ns, tick_ns)
                         for clock_ns, tick_ns in ((1000, 50), woke, came)]
-    assert SNTP.arrival(ancillary, sent, woke) == came
+    assert module.arrival(ancillary, sent, woke) == came
 
 
-def test_clocks_are_read_again_when_the_scheduler_came_between(monkeypatch):
+@in_both
+def test_clocks_are_read_again_when_the_scheduler_came_between(module, monkeypatch):
     for took, wanted in (([900], 0), ([1001, 800], 1), ([9000, 9000, 1000, 1], 2), ([9000, 9000, 5000], 2)):
         ticks = iter([tick for n, ns in enumerate(took) for tick in (n * 10**6, n * 10**6 + ns)])
         clocks = iter(range(len(took)))
-        monkeypatch.setattr(SNTP.time, "clock_gettime_ns", lambda _: next(ticks))
-        monkeypatch.setattr(SNTP.time, "time_ns", lambda: next(clocks))
-        assert SNTP.read_clocks() == (wanted, wanted * 10**6 + took[wanted] // 2)
+        monkeypatch.setattr(module.time, "clock_gettime_ns", lambda _: next(ticks))
+        monkeypatch.setattr(module.time, "time_ns", lambda: next(clocks))
+        assert module.read_clocks() == (wanted, wanted * 10**6 + took[wanted] // 2)
         monkeypatch.undo()
 
 
