@@ -402,15 +402,19 @@ def pack_quality(spread_ns, distance_ns):
     return 0
 
 
-def replace_file(path, data, mode=0o644):
-    """Write a file whole; the temporary one is always new, so that no planted link is followed; OSError."""
+def keep(settings, name, text, mode=0o644):
+    """Write dir/name whole.  The temporary file is always new, so that no planted link is followed."""
+    path = os.path.join(settings.folder, name)
     temporary = path + ".tmp"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        os.fchmod(file.fileno(), mode)  # whatever the umask
-        file.write(data)
-    os.rename(temporary, path)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask
+            file.write(text.encode(errors="replace"))
+        os.rename(temporary, path)
+    except OSError as err:
+        settings.tell(1, "unable to write %s: %s" % (path, reason(err)))
 
 
 def troubles(server):
@@ -433,11 +437,7 @@ def report(servers, settings, now_sec):
         words = [now_sec, KIND, "".join(server.name.split()), *(server.result or 6 * "-"), verdict]
         lines += " ".join(map(str, words)) + "\n"
     if settings.folder is not None:
-        path = os.path.join(settings.folder, "sources")
-        try:
-            replace_file(path, lines.encode(errors="replace"))
-        except OSError as err:
-            settings.tell(1, "unable to write %s: %s" % (path, reason(err)))
+        keep(settings, "sources", lines)
 
 
 def measure(settings):
@@ -764,13 +764,17 @@ def parse_keys(line):
                 answer_key, cookies)
 
 
+def is_anothers(folder):
+    return os.path.exists(folder) and os.stat(folder).st_uid != os.geteuid()
+
+
 def take_keys(folder):
     """What dir/nts has -> {(host, port): Keys}.  It is gone then, so that no cookie is ever sent twice, not
     even after kill -9.  Of several runs, one can rename it."""
+    if is_anothers(folder):
+        return {}
     taken = os.path.join(folder, "nts.%d" % os.getpid())
     try:
-        if os.stat(folder).st_uid != os.geteuid():
-            return {}
         os.rename(os.path.join(folder, "nts"), taken)
         try:
             with open(os.open(taken, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
@@ -786,15 +790,10 @@ def take_keys(folder):
 
 
 def put_keys(settings):
-    path = os.path.join(settings.folder, "nts")
+    if is_anothers(settings.folder):
+        return settings.tell(1, "no keys are kept, since %s is another user's" % settings.folder)
     in_use = {server.keys[:2]: server.keys for server in settings.servers}
-    try:
-        if os.stat(settings.folder).st_uid != os.geteuid():
-            raise OSError("%s is another user's" % settings.folder)
-        text = "".join(format_keys(keys) for keys in {**settings.stored, **in_use}.values() if keys.cookies)
-        replace_file(path, text.encode(), 0o600)
-    except OSError as err:
-        settings.tell(1, "unable to write %s: %s" % (path, reason(err)))
+    keep(settings, "nts", "".join(map(format_keys, {**settings.stored, **in_use}.values())), 0o600)
 
 
 def open_keylog():

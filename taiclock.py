@@ -384,15 +384,19 @@ def pack_quality(spread_ns, distance_ns):
     return 0
 
 
-def replace_file(path, data, mode=0o644):
-    """Write a file whole; the temporary one is always new, so that no planted link is followed; OSError."""
+def keep(settings, name, text, mode=0o644):
+    """Write dir/name whole.  The temporary file is always new, so that no planted link is followed."""
+    path = os.path.join(settings.folder, name)
     temporary = path + ".tmp"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        os.fchmod(file.fileno(), mode)  # whatever the umask
-        file.write(data)
-    os.rename(temporary, path)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask
+            file.write(text.encode(errors="replace"))
+        os.rename(temporary, path)
+    except OSError as err:
+        settings.tell(1, "unable to write %s: %s" % (path, reason(err)))
 
 
 def troubles(server):
@@ -415,11 +419,7 @@ def report(servers, settings, now_sec):
         words = [now_sec, KIND, "".join(server.name.split()), *(server.result or 6 * "-"), verdict]
         lines += " ".join(map(str, words)) + "\n"
     if settings.folder is not None:
-        path = os.path.join(settings.folder, "sources")
-        try:
-            replace_file(path, lines.encode(errors="replace"))
-        except OSError as err:
-            settings.tell(1, "unable to write %s: %s" % (path, reason(err)))
+        keep(settings, "sources", lines)
 
 
 def measure(settings):
