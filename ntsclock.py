@@ -215,10 +215,9 @@ class Server:
     """A host, or one of its addresses; the exchanges with it and what became of them."""
 
     def __init__(self, settings, host, address=None):
-        self.settings, self.name, self.address = settings, host, address
-        if address and numeric_name(address) != host:
-            self.name += "/" + numeric_name(address)
-        self.servers = []  # of a host
+        numeric = numeric_name(address) if address else host
+        self.name = host if numeric == host else host + "/" + numeric
+        self.settings, self.address, self.servers = settings, address, []  # the servers of a host
         self.samples, self.failures = [], collections.Counter()
         self.over = False  # is it not to be asked any more?
         self.result = self.verdict = None  # a Result; "agreed" or "falseticker"
