@@ -167,7 +167,6 @@ COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the form
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
 READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
-MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
 DAY_NS, ANY = 86400 * 10**9, float("inf")
 NO_MAJORITY = "no majority of the servers agrees"
 SO_TIMESTAMPNS = 35  # Linux's, for which Python's socket module has no names
@@ -238,10 +237,10 @@ def in_parallel(function, servers):
 
 
 def look_up(host, port, family=socket.AF_UNSPEC):
-    """-> the socket addresses of that name; OSError."""
+    """-> up to 4 socket addresses of that name, the least with which three outvote one; OSError."""
     # In bytes, since for a str Python loads its megabyte of international names.
     found = socket.getaddrinfo(os.fsencode(host), port, family, socket.SOCK_DGRAM)
-    return [address for _, _, _, _, address in found[:MOST_ADDRESSES]]
+    return [address for _, _, _, _, address in found[:4]]
 
 
 def numeric_name(address):
