@@ -10,9 +10,9 @@ DESCRIPTION
     standard output: real time minus system clock, 16 bytes of TAI64NA.  Sets nothing, needs
     no privilege.
 
-    Each exchange of two packets proves a range in which the offset lies.  The result is the
-    middle of the intersection of all ranges.  Linux stamps the answers in the kernel, and a
-    slew or step of the clock during the measurement is allowed for.
+    Each exchange of two packets proves a range in which the offset lies; the result is the
+    middle of the intersection of all.  Linux stamps the answers in the kernel, and a slew
+    or step of the clock meanwhile is allowed for.
 
     A name counts as up to 4 servers, one for each of its addresses.  With several servers,
     each range is widened by the server's root distance, and a majority of those that
@@ -22,9 +22,9 @@ DESCRIPTION
     before counts after RATE, and does not after DENY and RSTR.
 
 OPTIONS
-    -r n     exchanges with each server: else 10 when its address is a loopback, private or
-             link-local one, 4 when it is public
-    -h ms    pause between them: else none, 2000 when the address is public
+    -r n     exchanges with each server: else 4 when its address is public, 10 when it is a
+             loopback, private or link-local one
+    -h ms    pause between them: else 2000 when the address is public, else none
     -t ms    longest wait for each answer (1000)
     -T ms    longest wait for everything, names included (10000)
     -e ms    largest spread accepted (any)
@@ -39,17 +39,15 @@ OPTIONS
     -v n     0 fatal errors only; 1 warnings too (the default); 2 what each server said too
 
 OUTPUT
-    The last four bytes are a number that tells how good the measurement is, ESSSSDDCC in
-    decimal digits, or 0.  The spread, half the width of the proven range, is S.SSS * 10^E
-    nanoseconds.  The root distance is 10^(DD/14) microseconds, or nothing for 00.  CC makes
-    the number 1 modulo 97.  Real time is within spread plus root distance, if the servers
-    tell the truth.
+    The last four bytes tell how good the measurement is: a number of the decimal digits
+    ESSSSDDCC, or 0.  The spread, half the width of the proven range, is S.SSS * 10^E ns;
+    the root distance is 10^(DD/14) us, or 0 for 00; CC makes the number 1 modulo 97.  Real
+    time is within spread plus root distance, if the servers tell the truth.
 
 FILES
     dir/sources  of -s, a line for each server: the Unix second, `ntp`, its name, offset,
-                 spread, delay and root distance in nanoseconds, stratum, reference id in
-                 hexadecimal, and `agreed`, `falseticker` or `failed:` and the reason; `-`
-                 for what is not known
+                 spread, delay and root distance in ns, stratum, reference id in hexadecimal,
+                 and `agreed`, `falseticker` or `failed:` and why; `-` for what is unknown
 
 ENVIRONMENT
     CLOCK_SCALE  what the system clock counts: utc, or tai (the right/ time zones);
@@ -162,61 +160,49 @@ def clock_scale():
 # A query leaves at t0 and its answer comes at t1 by the system clock; between them the server's clock showed
 # T2 <= T3.  That proves T3 - t1 <= offset <= T2 - t0, and the offset is real time minus system clock.
 #
-# A script sets KIND, SERVER_WAKES, and ECHO: where an answer has 8 bytes that it repeats, and where the query
-# has them.  It gives measure() two functions: make_query(server) -> bytes, and
-# decode(server, query, packet) -> Answer, or None when that does not answer the query; ValueError, Dismissed.
+# A script has KIND, SERVER_WAKES, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
+# query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and
+# decode(server, query, packet) -> Answer, or None for what is none to that query; all OSError, ValueError.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
 READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
-MOST_ADDRESSES = 4  # of one name: the least with which three outvote one
-DAY_NS = 86400 * 10**9
+DAY_NS, ANY = 86400 * 10**9, float("inf")
 NO_MAJORITY = "no majority of the servers agrees"
-# Linux's, for which Python's socket module has no names:
-SO_TIMESTAMPNS = 35  # stamp what arrives
+SO_TIMESTAMPNS = 35  # Linux's, for which Python's socket module has no names
 SO_ATTACH_FILTER = 26
-TIMESPEC = struct.Struct("@ll")
-FILTER_STEP = struct.Struct("=HBBI")  # code, steps to skip if so and if not, number
-LOAD_WORD, JUMP_IF_EQUAL, PASS_BYTES = 0x20, 0x15, 0x06
-UDP_HEADER_BYTES = 8
 
-# T2 rounded up and T3 rounded down, as a right clock on our scale shows them, and what else the server said.
+# T2 rounded up and T3 rounded down, as TAI since 1970, and what else the server said.
 Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns stratum reference")
 Reading = collections.namedtuple("Reading", "clock_ns tick_ns")  # system clock and counter at one moment
 # Readings before the query was sent, when the answer came, and when this program was told of it.
 Sample = collections.namedtuple("Sample", "answer sent came woke")
-Range = collections.namedtuple("Range", "least_ns most_ns")  # of the offset
 # What all samples of a server prove together, as in dir/sources.
 Result = collections.namedtuple("Result", "offset_ns spread_ns delay_ns distance_ns stratum reference")
 
 
-class Dismissed(Exception):
-    """(words, may its earlier answers be used): the server does not want to be asked."""
-
-
 class Settings:
-    """The command line; getopt.GetoptError when it is wrong."""
+    """The command line, getopt.GetoptError when it is wrong; and the clock's scale, ValueError."""
 
     def __init__(self, words, port, more_letters=""):
         options, self.hosts = getopt.getopt(words, "fe:h:l:p:r:s:t:T:v:" + more_letters)
         self.letters = letters = dict(options)
 
-        def number(letter, default, unit=1, least=0):
-            value = round(float(letters[letter]) * unit) if letter in letters else default
-            if value is not None and value < least:
-                raise ValueError
-            return value
-        try:  # without -r and -h the address decides
-            self.exchanges, self.pause_ns = number("-r", None, least=1), number("-h", None, 10**6)
-            self.wait_ns, self.total_ns = number("-t", 10**9, 10**6), number("-T", 10 * 10**9, 10**6)
-            self.most_spread_ns, self.limit_ns = number("-e", None, 10**6), number("-l", 2 * DAY_NS, DAY_NS)
-            self.port, self.verbosity = number("-p", port, least=1), number("-v", 1)
-        except (OverflowError, ValueError):
-            raise getopt.GetoptError("") from None
-        if self.port > 65535 or not self.hosts:
+        def number(letter, default, unit=1):
+            text = letters.get(letter, "0")
+            if not text.replace(".", "", 1).isdecimal():
+                raise getopt.GetoptError("")
+            return round(float(text) * unit) if letter in letters else default
+        self.exchanges, self.pause_ns = number("-r", None), number("-h", None, 10**6)  # or by address
+        self.wait_ns, self.total_ns = number("-t", 10**9, 10**6), number("-T", 10 * 10**9, 10**6)
+        self.most_spread_ns, self.most_ns = number("-e", ANY, 10**6), number("-l", 2 * DAY_NS, DAY_NS) or ANY
+        self.port, self.verbosity, self.folder = number("-p", port), number("-v", 1), letters.get("-s")
+        if not self.hosts or self.exchanges == 0 or not 0 < self.port < 65536:
             raise getopt.GetoptError("")
-        self.force, self.folder = "-f" in letters, letters.get("-s")
+        if "-f" in letters:
+            self.most_spread_ns = self.most_ns = ANY
         self.end_ns = time.monotonic_ns() + self.total_ns
+        self.tai_minus_clock_ns = TAI_MINUS_CLOCK_SEC[clock_scale()] * 10**9
 
     def tell(self, verbosity, text):
         if self.verbosity >= verbosity:
@@ -224,37 +210,37 @@ class Settings:
 
 
 class Server:
-    """One address, or None when its name was not found; the exchanges with it and what became of them."""
+    """A host, or one of its addresses; the exchanges with it and what became of them."""
 
-    def __init__(self, name, address=None):
-        self.name, self.address = name, address
+    def __init__(self, settings, host, address=None):
+        numeric = numeric_name(address) if address else host
+        self.name = host if numeric == host else host + "/" + numeric
+        self.settings, self.address, self.servers = settings, address, []  # the servers of a host
         self.samples, self.failures = [], collections.Counter()
+        self.over = False  # is it not to be asked any more?
         self.result = self.verdict = None  # a Result; "agreed" or "falseticker"
 
 
-def in_parallel(function, arguments, end_ns):
-    """Call it with each argument in a thread of its own -> what each returned or raised.  TimeoutError stands
-    for a call that has not ended by then: nothing else bounds getaddrinfo()."""
-    results = [TimeoutError("timed out") for _ in arguments]
-
-    def call(place):
+def in_parallel(function, servers):
+    """Call it with each server in a thread of its own, and wait for them until -T is over, since nothing else
+    bounds getaddrinfo().  What a call raises is a failure of its server."""
+    def call(server):
         try:
-            results[place] = function(arguments[place])
-        except Exception as err:  # whatever it is, the main thread is to tell it
-            results[place] = err
-    threads = [threading.Thread(target=call, args=(place,), daemon=True) for place in range(len(arguments))]
+            function(server)
+        except Exception as err:
+            server.failures[reason(err)] += 1
+    threads = [threading.Thread(target=call, args=(server,), daemon=True) for server in servers]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(max(end_ns - time.monotonic_ns(), 0) / 1e9)
-    return list(results)
+    for thread, server in zip(threads, servers):  # what waits for an answer has ended 0.1 s after -T
+        thread.join(max(server.settings.end_ns - time.monotonic_ns(), 0) / 1e9 + 0.1)
 
 
 def look_up(host, port, family=socket.AF_UNSPEC):
-    """-> the socket addresses of that name; OSError."""
+    """-> up to 4 socket addresses of that name, the least with which three outvote one; OSError."""
     # In bytes, since for a str Python loads its megabyte of international names.
     found = socket.getaddrinfo(os.fsencode(host), port, family, socket.SOCK_DGRAM)
-    return [address for _, _, _, _, address in found[:MOST_ADDRESSES]]
+    return [address for _, _, _, _, address in found[:4]]
 
 
 def numeric_name(address):
@@ -270,14 +256,12 @@ def is_near(address):
 
 def read_clocks():
     """-> Reading; again when the scheduler came between clock and counter."""
-    readings = []
     for _ in range(3):
         before_ns, clock_ns = time.clock_gettime_ns(COUNTER), time.time_ns()
-        took_ns = time.clock_gettime_ns(COUNTER) - before_ns
-        readings.append((took_ns, Reading(clock_ns, before_ns + took_ns // 2)))
-        if took_ns <= READING_NS:
+        after_ns = time.clock_gettime_ns(COUNTER)
+        if after_ns - before_ns <= READING_NS:
             break
-    return min(readings)[1]
+    return Reading(clock_ns, (before_ns + after_ns) // 2)
 
 
 def arrival(ancillary, sent, woke):
@@ -285,32 +269,32 @@ def arrival(ancillary, sent, woke):
     our Readings, as after a step of the clock, tells nothing; then it is `woke`."""
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
-            sec, nano = TIMESPEC.unpack_from(data)
+            sec, nano = struct.unpack_from("@ll", data)
             late_ns = woke.clock_ns - sec * 10**9 - nano
             if 0 <= late_ns <= min(woke.clock_ns - sent.clock_ns, woke.tick_ns - sent.tick_ns):
                 return Reading(woke.clock_ns - late_ns, woke.tick_ns - late_ns)
     return woke
 
 
-def admit_only_answers(sock, query):
-    """Have Linux drop what does not repeat 8 bytes of the query's cookie, so that a flood of forged answers
-    can't fill the socket's queue."""
+def prepare(sock, query):
+    """Have Linux stamp what arrives, and drop what lacks 4 bytes of the query's cookie, lest a flood of
+    forged answers fill the socket's queue.  decode() looks at the whole cookie."""
     answer_at, query_at = ECHO
-    steps = []
-    for at in (0, 4):  # go on if the word is right, else drop the packet
-        word, = struct.unpack_from(">I", query, query_at + at)
-        steps += [(LOAD_WORD, 0, 0, UDP_HEADER_BYTES + answer_at + at), (JUMP_IF_EQUAL, 1, 0, word),
-                  (PASS_BYTES, 0, 0, 0)]
-    steps.append((PASS_BYTES, 0, 0, 0xffff))
-    program = array.array("B", b"".join(FILTER_STEP.pack(*step) for step in steps))
-    with contextlib.suppress(OSError):  # not Linux: decode() tells them apart
-        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
-                        struct.pack("@HP", len(steps), program.buffer_info()[0]))
+    wanted, = struct.unpack_from(">I", query, query_at)
+    steps = [(0x20, 0, 0, 8 + answer_at),  # load the word, after the 8 bytes of UDP's header
+             (0x15, 1, 0, wanted),  # skip a step if it is that
+             (0x06, 0, 0, 0), (0x06, 0, 0, 0xffff)]  # drop the packet; admit it
+    program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in steps))
+    with contextlib.suppress(OSError):  # not Linux: our own readings do
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, program.buffer_info()[0]))
 
 
-def exchange(sock, server, query, decode, end_ns):
-    """Send the query and wait for its answer -> Sample; OSError, ValueError, Dismissed."""
-    admit_only_answers(sock, query)
+def exchange(sock, server):
+    """Send a query and wait for its answer -> Sample; OSError, ValueError."""
+    query = make_query(server)
+    prepare(sock, query)
+    end_ns = min(time.monotonic_ns() + server.settings.wait_ns, server.settings.end_ns)
     sent = read_clocks()
     sock.send(query)
     while True:
@@ -327,38 +311,27 @@ def exchange(sock, server, query, decode, end_ns):
             return Sample(answer, sent, came, woke)
 
 
-def ask(server, settings, make_query, decode):
+def ask(server):
     """All exchanges with a server; OSError where it can't be reached."""
-    near = is_near(server.address[0])
+    settings, near = server.settings, is_near(server.address[0])
     pause_ns = (0 if near else 2 * 10**9) if settings.pause_ns is None else settings.pause_ns
     family = socket.AF_INET6 if ":" in server.address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
-        with contextlib.suppress(OSError):  # not Linux: our own readings do
-            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         sock.connect(server.address)  # from now on the kernel drops what other addresses send
         for left in reversed(range(settings.exchanges or (10 if near else 4))):
-            end_ns = min(time.monotonic_ns() + settings.wait_ns, settings.end_ns)
             try:
-                server.samples.append(exchange(sock, server, make_query(server), decode, end_ns))
-            except Dismissed as err:
-                words, usable = err.args
-                server.failures[words] += 1
-                server.samples = server.samples if usable else []
-                break
+                server.samples.append(exchange(sock, server))
             except (OSError, ValueError) as err:
                 server.failures[reason(err)] += 1
-            if not left or time.monotonic_ns() + pause_ns >= settings.end_ns:
+            if server.over or not left or time.monotonic_ns() + pause_ns >= settings.end_ns:
                 break
             time.sleep(pause_ns / 1e9)
 
 
 def gained(then, now):
-    """-> (least, most) that real time can have gained on the clock between two Readings.
-
-    It went at the clock's pace, at the counter's, or at one between.  When those are too far apart, the clock
-    was slewed or set meanwhile, and only the counter tells.
-    """
+    """-> (least, most) that real time can have gained on the clock between two Readings.  It went at the pace
+    of clock, counter, or between; when these are far apart, the clock was slewed or set, and is no guide."""
     elapsed_ns = now.tick_ns - then.tick_ns
     gain_ns = elapsed_ns - (now.clock_ns - then.clock_ns)
     if abs(gain_ns) <= elapsed_ns * STEERED_PPM // 10**6 + READING_NS:
@@ -367,156 +340,132 @@ def gained(then, now):
     return gain_ns - doubt_ns, gain_ns + doubt_ns
 
 
-def sample_range(sample, end):
-    """-> the Range that an exchange proves for the Reading `end`."""
-    return Range(sample.answer.sent_ns - sample.came.clock_ns + gained(sample.came, end)[0],
-                 sample.answer.received_ns - sample.sent.clock_ns + gained(sample.sent, end)[1])
-
-
 def vote(ranges):
-    """Ranges -> (Range from the first to the last point that is in the most of them, in how many); the
-    algorithm is Marzullo's."""
-    def votes(point):
-        return sum(lo <= point <= hi for lo, hi in ranges)
-    most_votes = max(votes(lo) for lo, _ in ranges)
-    return Range(min(lo for lo, _ in ranges if votes(lo) == most_votes),
-                 max(hi for _, hi in ranges if votes(hi) == most_votes)), most_votes
+    """-> (first and last point that is in the most of the ranges, in how many), by Marzullo's algorithm."""
+    votes = {point: sum(lo <= point <= hi for lo, hi in ranges) for pair in ranges for point in pair}
+    most = max(votes.values())
+    winners = [point for point in votes if votes[point] == most]
+    return min(winners), max(winners), most
 
 
-def weigh(samples, end):
+def weigh(samples, end, tai_minus_clock_ns):
     """-> the Result of a server's samples.  Where they contradict each other, the most of them count."""
-    (least_ns, most_ns), _ = vote([sample_range(sample, end) for sample in samples])
+    least_ns, most_ns, _ = vote([(answer.sent_ns - came.clock_ns + gained(came, end)[0],
+                                  answer.received_ns - sent.clock_ns + gained(sent, end)[1])
+                                 for answer, sent, came, _ in samples])
     if SERVER_WAKES:  # it stamps a query late, when it has woken up; counting our waking up too balances that
-        least_ns -= min(sample.woke.clock_ns - sample.came.clock_ns for sample in samples)
-    delay_ns = min(sample.came.clock_ns - sample.sent.clock_ns
-                   - (sample.answer.sent_ns - sample.answer.received_ns) for sample in samples)
-    answer = samples[-1].answer
-    return Result((least_ns + most_ns) // 2, (most_ns - least_ns + 1) // 2, delay_ns,
-                  answer.distance_ns, answer.stratum, answer.reference)
-
-
-def troubles(servers):
-    """What failed with each of them, and how often."""
-    return ["%s: %s%s" % (server.name, why, " (%d times)" % times if times > 1 else "")
-            for server in servers for why, times in server.failures.items()]
+        least_ns -= min(woke.clock_ns - came.clock_ns for _, _, came, woke in samples)
+    delay_ns = min(came.clock_ns - sent.clock_ns - (answer.sent_ns - answer.received_ns)
+                   for answer, sent, came, _ in samples)
+    return Result((least_ns + most_ns) // 2 - tai_minus_clock_ns, (most_ns - least_ns + 1) // 2, delay_ns,
+                  *samples[-1].answer[2:])
 
 
 def conclude(servers, settings):
-    """What the servers prove together -> the 16 bytes of an adjustment; ValueError when that is not enough.
-    Sets their verdicts."""
-    voters = [server for server in servers if server.result]
+    """What the servers prove together -> 16 bytes of an adjustment; ValueError.  Sets their verdicts."""
+    voters = {}  # with their ranges, widened by how far each may be off true time
+    for server in servers:
+        if server.result:
+            offset_ns, spread_ns, _, distance_ns, _, _ = server.result
+            voters[server] = offset_ns - spread_ns - distance_ns, offset_ns + spread_ns + distance_ns
     if not voters:
-        raise ValueError("no usable answer; " + "; ".join(troubles(servers)))
-    # Each range is widened by how far the server may be off true time.
-    ranges = [Range(server.result.offset_ns - server.result.spread_ns - server.result.distance_ns,
-                    server.result.offset_ns + server.result.spread_ns + server.result.distance_ns)
-              for server in voters]
-    proven, votes = vote(ranges)
+        raise ValueError("no usable answer; " + "; ".join(map(troubles, servers)))
+    least_ns, most_ns, votes = vote(voters.values())
     if 2 * votes <= len(voters):
         raise ValueError(NO_MAJORITY)
-    for server, (least_ns, most_ns) in zip(voters, ranges):
-        agrees = least_ns <= proven.most_ns and proven.least_ns <= most_ns
-        server.verdict = "agreed" if agrees else "falseticker"
-    value_ns = sum(proven) // 2
+    for server, (lo, hi) in voters.items():
+        server.verdict = "agreed" if lo <= most_ns and least_ns <= hi else "falseticker"
+    value_ns = (least_ns + most_ns) // 2
     distance_ns = min(server.result.distance_ns for server in voters if server.verdict == "agreed")
-    spread_ns = max(proven.most_ns - value_ns - distance_ns, 1)
-    if settings.limit_ns and abs(value_ns) > settings.limit_ns and not settings.force:
+    spread_ns = max(most_ns - value_ns - distance_ns, 1)
+    if abs(value_ns) > settings.most_ns:
         days = abs(value_ns) / DAY_NS
         away = "%.1f days" % days if days < 1000 else "%.1f years" % (days / 365.25)
         raise ValueError("this clock is %s %s; `clockctl set` sets it"
                          % (away, "behind" if value_ns > 0 else "ahead"))
-    if settings.most_spread_ns is not None and spread_ns > settings.most_spread_ns and not settings.force:
+    if spread_ns > settings.most_spread_ns:
         raise ValueError("time uncertainty too large, %.6f s" % (spread_ns / 1e9))
     return pack(value_ns, pack_quality(spread_ns, distance_ns))
 
 
 def pack_quality(spread_ns, distance_ns):
-    """What clockview's unpack_quality() reads, both rounded up; 0 for what it has no digits for."""
-    exponent = len(str(spread_ns)) - 1
-    digits = -(-spread_ns * 1000 // 10**exponent)
-    if digits == 10**4:
-        exponent, digits = exponent + 1, 1000
-    steps = [step for step in range(100) if (round(10 ** (3 + step / 14)) if step else 0) >= distance_ns]
-    if spread_ns < 1 or exponent > 9 or not steps:
-        return 0
-    last = exponent * 10**8 + digits * 10**4 + steps[0] * 100
-    return last + (1 - last) % 97
+    """What clockview's unpack_quality() reads, both rounded up; 0 for a spread over 9.999 s."""
+    steps = next(step for step in range(100) if (10 ** (3 + step / 14) if step else 0) >= distance_ns)
+    for exponent in range(10):
+        digits = -(-spread_ns * 1000 // 10**exponent)
+        if digits < 10**4:
+            last = exponent * 10**8 + digits * 10**4 + steps * 100
+            return last + (1 - last) % 97
+    return 0
 
 
-def replace_file(path, data, mode=0o644):
-    """Write a file whole; the temporary one is always new, so that no planted link is followed; OSError."""
+def keep(settings, name, text, mode=0o644):
+    """Write dir/name whole.  The temporary file is always new, so that no planted link is followed."""
+    path = os.path.join(settings.folder, name)
     temporary = path + ".tmp"
-    if os.path.lexists(temporary):
-        os.unlink(temporary)
-    with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        os.fchmod(file.fileno(), mode)  # whatever the umask
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask
+            file.write(text.encode(errors="replace"))
+        os.rename(temporary, path)
+    except OSError as err:
+        settings.tell(1, "unable to write %s: %s" % (path, reason(err)))
+
+
+def troubles(server):
+    """What failed with it, and how often."""
+    return server.name + ": " + ", ".join(why + (" (%d times)" % times if times > 1 else "")
+                                          for why, times in server.failures.items())
 
 
 def report(servers, settings, now_sec):
     """Tell what failed or does not agree, and write what each server said to dir/sources."""
-    lines = []
+    lines, answered = "", any(server.result for server in servers)
     for server in servers:
         verdict = server.verdict or "failed: " + (list(server.failures) or [NO_MAJORITY])[-1]
         if server.result:
             said = "offset %+d ns, spread %d ns, delay %d ns, root distance %d ns, stratum %s, reference %s"
             settings.tell(1 if verdict == "falseticker" else 2,
                           "%s, %s: %s" % (server.name, verdict, said % server.result))
+        if server.failures and answered:  # else the fatal error tells it
+            settings.tell(1, "unable to ask " + troubles(server))
         words = [now_sec, KIND, "".join(server.name.split()), *(server.result or 6 * "-"), verdict]
-        lines.append(" ".join(map(str, words)) + "\n")
-    if any(server.result for server in servers):  # else the fatal error tells it
-        for trouble in troubles(servers):
-            settings.tell(1, "unable to ask " + trouble)
+        lines += " ".join(map(str, words)) + "\n"
     if settings.folder is not None:
-        path = os.path.join(settings.folder, "sources")
-        try:
-            replace_file(path, "".join(lines).encode(errors="replace"))
-        except OSError as err:
-            settings.tell(1, "unable to write %s: %s" % (path, reason(err)))
+        keep(settings, "sources", lines)
 
 
-def measure(servers, settings, make_query, decode):
+def measure(settings):
     """Ask all servers at once, conclude, and report -> 16 bytes of an adjustment; ValueError."""
-    found = [server for server in servers if server.address]
-    asked = in_parallel(lambda server: ask(server, settings, make_query, decode), found,
-                        settings.end_ns + DAY_NS)  # it ends by itself
-    end = read_clocks()
-    for server, err in zip(found, asked):
-        if err:
-            server.failures[reason(err)] += 1
-        if server.samples:
-            server.result = weigh(server.samples, end)
+    def ask_host(host):
+        host.servers = find_servers(host)
+        in_parallel(ask, host.servers)
+    hosts = [Server(settings, host) for host in dict.fromkeys(settings.hosts)]
+    in_parallel(ask_host, hosts)
+    end, servers = read_clocks(), {}
+    for host in hosts:
+        for server in host.servers or [host]:
+            if server.samples:
+                server.result = weigh(server.samples, end, settings.tai_minus_clock_ns)
+            elif not server.failures:
+                server.failures["timed out"] = 1
+            servers.setdefault(server.address or host, server)  # one of several names has one vote
     try:
-        return conclude(servers, settings)
+        return conclude(servers.values(), settings)
     finally:
-        report(servers, settings, end.clock_ns // 10**9)
+        report(servers.values(), settings, end.clock_ns // 10**9)
 # ==== end shared ====
 
 
 # ==== shared by some: servers by name ====
-def find_servers(settings):
-    """The Servers that the command line names."""
-    servers, letters = [], settings.letters
-    family = (socket.AF_INET if "-4" in letters else socket.AF_INET6 if "-6" in letters
+def find_servers(host):
+    """-> a Server for each address of that name; OSError."""
+    settings = host.settings
+    family = (socket.AF_INET if "-4" in settings.letters else socket.AF_INET6 if "-6" in settings.letters
               else socket.AF_UNSPEC)
-
-    def find(host):
-        return look_up(host, settings.port, family)
-    for_others_ns = min(settings.wait_ns, settings.total_ns // 2)  # when the name of one is never found
-    for host, found in zip(settings.hosts,
-                           in_parallel(find, settings.hosts, settings.end_ns - for_others_ns)):
-        if isinstance(found, Exception):
-            servers.append(Server(host))
-            servers[-1].failures[reason(found)] = 1
-            continue
-        for address in found:
-            if address not in [server.address for server in servers]:
-                numeric = numeric_name(address)
-                servers.append(Server(numeric if host == numeric else host + "/" + numeric, address))
-    return servers
+    return [Server(settings, host.name, address) for address in look_up(host.name, settings.port, family)]
 # ==== end shared ====
 
 
@@ -527,18 +476,17 @@ NTP = struct.Struct(">BBbbII4sQQQQ")
 NTP_UNIX_SEC = (70 * 365 + 17) * 86400  # from 1900 to 1970
 MOST_DISTANCE_NS = 1500 * 10**6  # NTP's own limit (MAXDIST): a server further off does not know the time
 ECHO = 24, 40  # the answer's originate stamp is the query's transmit stamp
-KISSES = {"RATE": True, "DENY": False, "RSTR": False}  # may what came before be used?
 
 
-def make_query():
+def ntp_query():
     """Client mode, version 4; the random transmit stamp says nothing of our clock and can't be guessed."""
     return NTP.pack(4 << 3 | 3, 0, 0, 0, 0, 0, bytes(4), 0, 0, 0, int.from_bytes(os.urandom(8), "big"))
 
 
 def stamp_ns(stamp):
-    """An NTP stamp -> its Unix time in ns, rounded down.  Its seconds wrap every 136 years; no answer is from
+    """An NTP stamp -> TAI since 1970, rounded down.  Its seconds wrap every 136 years; no answer is from
     before this program's release, whatever this clock says."""
-    sec = RELEASE_SEC + ((stamp >> 32) - NTP_UNIX_SEC - RELEASE_SEC) % 2**32
+    sec = RELEASE_SEC + ((stamp >> 32) - NTP_UNIX_SEC - RELEASE_SEC) % 2**32 + TAI_MINUS_CLOCK_SEC["utc"]
     return sec * 10**9 + ((stamp & 0xffffffff) * 10**9 >> 32)
 
 
@@ -547,33 +495,33 @@ def answers(query, packet):
     return len(packet) >= NTP.size and NTP.unpack_from(packet)[8] == NTP.unpack_from(query)[-1]
 
 
-def decode_answer(packet, ahead_ns):
-    """-> Answer; ValueError, Dismissed.  A right clock on our scale is ahead_ns ahead of Unix time."""
+def decode_answer(server, packet):
+    """-> Answer; ValueError."""
     flags, stratum, _, precision, delay, dispersion, reference, _, _, received, sent = NTP.unpack_from(packet)
     leap, version, mode = flags >> 6, flags >> 3 & 7, flags & 7
     if mode not in (2, 4) or version == 0:
         raise ValueError("answer of mode %d, version %d" % (mode, version))
-    word = "".join(chr(byte) if 32 < byte < 127 else "?" for byte in reference.rstrip(b"\0"))
-    if stratum == 0 and word in KISSES:
-        raise Dismissed("kiss-o'-death " + word, KISSES[word])
-    if stratum == 0 and word:
-        raise ValueError("stratum 0, %s" % word)
-    if leap == 3 or not 1 <= stratum <= 15:
+    if stratum == 0:
+        word = "".join(chr(byte) if 32 < byte < 127 else "?" for byte in reference.rstrip(b"\0"))
+        if word in ("RATE", "DENY", "RSTR"):
+            server.over = True
+            if word != "RATE":
+                server.samples.clear()
+            raise ValueError("kiss-o'-death " + word)
+        raise ValueError("the server is not synchronised: stratum 0, " + (word or "no reason"))
+    if leap == 3 or stratum > 15:
         raise ValueError("the server is not synchronised")
     if not received or not sent:
         raise ValueError("answer without time")
-    distance_ns = (delay // 2 + dispersion) * 10**9 >> 16
-    if distance_ns > MOST_DISTANCE_NS:
-        raise ValueError("the server is up to %.1f s off" % (distance_ns / 1e9))
-    if precision > 0:
-        raise ValueError("the server's clock is precise to %d s only" % 2**precision)
     # A server randomises the bits below its precision, so that each stamp is off by up to that.
-    coarse_ns = (10**9 >> -precision) + 1
+    coarse_ns = int(10**9 * 2.0**precision) + 1
+    distance_ns = (delay // 2 + dispersion) * 10**9 >> 16
+    if distance_ns + coarse_ns > MOST_DISTANCE_NS:
+        raise ValueError("the server is up to %.1f s off" % ((distance_ns + coarse_ns) / 1e9))
     received_ns, sent_ns = stamp_ns(received), stamp_ns(sent)
     if sent_ns < received_ns - coarse_ns:
         raise ValueError("answer sent before the query came")
-    return Answer(received_ns + ahead_ns + coarse_ns, sent_ns + ahead_ns - coarse_ns, distance_ns, stratum,
-                  reference.hex())
+    return Answer(received_ns + coarse_ns, sent_ns - coarse_ns, distance_ns, stratum, reference.hex())
 # ==== end shared ====
 
 
@@ -591,11 +539,9 @@ def parse_key(text, ident):
         raise ValueError("it is not there")
     if len(words) != 3 or words[1] not in KEY_TYPES:
         raise ValueError("its line is not the number, %s, and the key" % " or ".join(KEY_TYPES))
-    form, colon, digits = words[2].partition(":")
-    if colon and form == "HEX":
-        secret = bytes.fromhex(digits)
-    else:
-        secret = (digits if colon and form == "ASCII" else words[2]).encode("latin-1")
+    form, _, rest = words[2].partition(":")
+    secret = (bytes.fromhex(rest) if form == "HEX" else
+              (rest if form == "ASCII" else words[2]).encode("latin-1"))
     if len(secret) < LEAST_KEY_BYTES:
         raise ValueError("it has %d bytes, and %d are the least" % (len(secret), LEAST_KEY_BYTES))
     return Key(ident, words[1], secret)
@@ -603,7 +549,7 @@ def parse_key(text, ident):
 
 def read_key(path, ident):
     """-> the Key of that number in chrony's key file; OSError, ValueError."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         if os.fstat(file.fileno()).st_mode & 0o007:
             raise ValueError("others can read or write it")
         return parse_key(file.read(10**6).decode("latin-1"), ident)
@@ -615,9 +561,20 @@ def mac(key, message):
     return struct.pack(">I", key.ident) + hashlib.new(key.kind, key.secret + message).digest()[:MAC_BYTES]
 
 
-def is_authentic(packet, key):
-    import hmac
-    return hmac.compare_digest(packet[NTP.size:], mac(key, packet[:NTP.size]))
+def make_query(server):
+    query, key = ntp_query(), server.settings.key
+    return query + mac(key, query) if key else query
+
+
+def decode(server, query, packet):
+    if not answers(query, packet):
+        return None
+    key = server.settings.key
+    if key:
+        import hmac
+        if not hmac.compare_digest(packet[NTP.size:], mac(key, packet[:NTP.size])):
+            raise ValueError("answer not authenticated with the key")
+    return decode_answer(server, packet)
 
 
 def main(argv):
@@ -625,39 +582,27 @@ def main(argv):
         doing = "write output"
         if begin(argv):
             return 0
+        doing = "tell this clock's scale"
         settings = Settings(argv[1:], 123, "46k:K:")
-        ident = settings.letters.get("-K", "")
-        if ("-k" in settings.letters) is not (ident.isdecimal() and 0 < int(ident) < 2**32):
+        ident, path = settings.letters.get("-K", ""), settings.letters.get("-k")
+        if (path is not None) is not (ident.isdecimal() and 0 < int(ident) < 2**32):
             raise getopt.GetoptError("")
         if os.isatty(1):
             complain("usage", "the result is 16 raw bytes: " + USAGE)
             return 100
-        doing = "tell this clock's scale"
-        ahead_ns = (TAI_MINUS_CLOCK_SEC["utc"] - TAI_MINUS_CLOCK_SEC[clock_scale()]) * 10**9
-        key = None
+        settings.key = None
         if ident:
-            doing = "take key %s from %s" % (ident, settings.letters["-k"])
-            key = read_key(settings.letters["-k"], int(ident))
-            mac(key, b"")
-
-        def signed_query(server):
-            query = make_query()
-            return query + mac(key, query) if key else query
-
-        def decode(server, query, packet):
-            if not answers(query, packet):
-                return None
-            if key and not is_authentic(packet, key):
-                raise ValueError("answer not authenticated with the key")
-            return decode_answer(packet, ahead_ns)
+            doing = "take key %s from %s" % (ident, path)
+            settings.key = read_key(path, int(ident))
+            mac(settings.key, b"")
         doing = "get the time from " + ", ".join(settings.hosts)
-        packet = measure(find_servers(settings), settings, signed_query, decode)
+        packet = measure(settings)
         doing = "write output"
         emit(packet)
     except getopt.GetoptError:
         complain("usage", USAGE)
         return 100
-    except (OSError, OverflowError, RuntimeError, ValueError, struct.error) as err:
+    except (OSError, OverflowError, RuntimeError, ValueError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
     return 0

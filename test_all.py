@@ -406,27 +406,23 @@ class Rogue:
         self.socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.bind((address, port))
         self.port = self.socket.getsockname()[1]
-        self.thread = threading.Thread(target=self.serve, daemon=True)
+        threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self):
         while True:
             query, self.client = self.socket.recvfrom(2048)
             if not query:
-                return
+                return self.socket.close()
             self.queries.append(query)
             for packet in self.answer(query, len(self.queries)):
                 with contextlib.suppress(OSError):  # it asks no more
                     self.socket.sendto(packet, self.client)
 
     def __enter__(self):
-        self.thread.start()
         return self
 
     def __exit__(self, *_):
-        with socket.socket(self.socket.family, socket.SOCK_DGRAM) as stop:
-            stop.sendto(b"", self.socket.getsockname())
-        self.thread.join(PATIENCE_SEC)
-        self.socket.close()
+        self.socket.sendto(b"", self.socket.getsockname())
 
 
 def ntp_stamp(unix_ns):
@@ -450,22 +446,23 @@ def tai_answer(query, off_ns=0):
 
 both = pytest.mark.parametrize("name, answer", [("sntpclock", ntp_answer), ("taiclock", tai_answer)],
                                ids=["sntpclock", "taiclock"])
+in_both = pytest.mark.parametrize("module", [SNTP, TAI], ids=["sntpclock", "taiclock"])
 
 
 def ask(name, port, *args, hosts=("127.0.0.1",), **env):
     return run(name, "-p", port, *args, *hosts, **env)
 
 
-def offset_of(done):
-    """What came out, in ns."""
-    assert done.returncode == 0, done.stderr
-    return SNTP.unpack(done.stdout)[0]
-
-
 def result_of(done):
-    """-> (offset, spread, root distance) in ns; the last two are rounded up to their digits."""
-    offset_ns = offset_of(done)
-    return (offset_ns, *VIEW.unpack_quality(SNTP.unpack(done.stdout)[1]))
+    """What came out -> (offset, spread, root distance) in ns; the last two are rounded up to their digits."""
+    assert done.returncode == 0, done.stderr
+    offset_ns, last = SNTP.unpack(done.stdout)
+    return (offset_ns, *VIEW.unpack_quality(last))
+
+
+def is_off(done, off_ns=0, stderr="", most_ns=NEAR_NS):
+    """Did it measure that, and say only that?"""
+    return abs(result_of(done)[0] - off_ns) < most_ns and done.stderr == stderr
 
 
 def refused(done, words):
@@ -474,21 +471,27 @@ def refused(done, words):
     assert re.search(words + r"\n$", done.stderr), done.stderr
 
 
-def free_port(address="127.0.0.1"):
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as free:
+def free_port(address="127.0.0.1", kind=socket.SOCK_DGRAM):
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as free:
         free.bind((address, 0))
         return free.getsockname()[1]
 
 
-@pytest.mark.parametrize("scale, missing_sec", [("utc", 0), ("tai", 27)])
 @both
-def test_the_result_is_the_servers_offset(name, answer, scale, missing_sec):
+def test_the_result_is_the_servers_offset(name, answer):
     """On the tai scale this clock, which shows UTC, is 27 s slow."""
-    for off_ns in 0, 123456789, -3 * 3600 * SECOND_NS - 5:
+    for scale, off_ns, slow_sec in ("utc", 0, 0), ("utc", 123456789, 0), ("tai", -10**13 - 5, 27):
         with Rogue(lambda query, n: [answer(query, off_ns)]) as server:
             value_ns, spread_ns, _ = result_of(ask(name, server.port, CLOCK_SCALE=scale))
-        assert abs(value_ns - off_ns - missing_sec * SECOND_NS) <= spread_ns < NEAR_NS
+        assert abs(value_ns - off_ns - slow_sec * SECOND_NS) <= spread_ns < NEAR_NS
         assert len(server.queries) == len(set(server.queries)) == 10, "a cookie came twice"
+    with Rogue(lambda query, n: [answer(query, SECOND_NS)], "::1") as server:
+        for host in "::1", "::1%1":
+            assert is_off(ask(name, server.port, hosts=[host]), SECOND_NS)
+    with Rogue(lambda query, n: [answer(query, SECOND_NS)]) as server:
+        began = time.monotonic()
+        assert is_off(ask(name, server.port, "-r", 3, "-h", 200, hosts=["0"]), SECOND_NS)
+        assert time.monotonic() - began >= 0.4 and len(server.queries) == 3
 
 
 def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
@@ -498,32 +501,22 @@ def test_the_scale_is_the_environments_or_the_zones(monkeypatch):
             june = time.struct_time((1972, 6, 30, 23, 59, second, 4, 182, 0))
             patch.setattr(TAI.time, "localtime", lambda _: june)
             assert TAI.TAI_MINUS_CLOCK_SEC[TAI.clock_scale()] == offset_sec
-    refused(ask("taiclock", 1, CLOCK_SCALE="gps"), "this clock's scale: CLOCK_SCALE is neither utc nor tai")
+    for name in "sntpclock", "taiclock", "ntsclock":
+        refused(ask(name, 1, CLOCK_SCALE="gps"), "this clock's scale: CLOCK_SCALE is neither utc nor tai")
 
 
 @pytest.mark.parametrize("spread_ns, distance_ns, last", [
-    (20123000, 250000, 720133400), (1, 0, 10000000), (999, 0, 299900000), (10**9, 0, 910000000), (0, 0, 0),
+    (20123000, 250000, 720133400), (1, 0, 10000000), (999, 0, 299900000), (10**9, 0, 910000000),
     (10001, 0, 410010000), (9999001, 0, 710000000), (9999 * 10**6, 0, 999990000), (9999 * 10**6 + 1, 0, 0),
-    (1000, 1, 310000100), (1000, 1179, 310000100), (1000, 1180, 310000200), (1000, 1500 * 10**6, 310008700),
-    (1000, 11787686348, 310009900), (1000, 11787686349, 0)])
-def test_what_a_mark_tells_of_itself_is_rounded_up(spread_ns, distance_ns, last):
-    packed = SNTP.pack_quality(spread_ns, distance_ns)
+    (1000, 1, 310000100), (1000, 1178, 310000100), (1000, 1180, 310000200), (1000, 1500 * 10**6, 310008700)])
+@in_both
+def test_what_a_mark_tells_of_itself_is_rounded_up(module, spread_ns, distance_ns, last):
+    packed = module.pack_quality(spread_ns, distance_ns)
     assert packed // 100 == last // 100 and packed % 97 == (1 if last else 0)
     if packed:
         told = VIEW.unpack_quality(packed)
         assert spread_ns <= told[0] <= spread_ns * 1.001 + 1
         assert distance_ns <= told[1] <= max(distance_ns * 1.18, 1180)
-
-
-@both
-def test_exchanges_pause_and_addresses(name, answer):
-    with Rogue(lambda query, n: [answer(query, SECOND_NS)]) as server:
-        began = time.monotonic()
-        assert abs(offset_of(ask(name, server.port, "-r", 3, "-h", 200, hosts=["0"])) - SECOND_NS) < NEAR_NS
-        assert time.monotonic() - began >= 0.4 and len(server.queries) == 3
-    with Rogue(lambda query, n: [answer(query, SECOND_NS)], "::1") as server:
-        for host in "::1", "::1%1":
-            assert abs(offset_of(ask(name, server.port, hosts=[host])) - SECOND_NS) < NEAR_NS
 
 
 @both
@@ -536,68 +529,56 @@ def test_what_fails_often_is_told_once_with_a_count(name, answer):
     with Rogue(lambda query, n: [answer(query)] if n != 2 else []) as server:
         for verbosity, line in (1, "%s: warning: unable to ask 127.0.0.1: timed out\n" % name), (0, ""):
             del server.queries[:]
-            done = ask(name, server.port, "-r", 3, "-t", 200, "-v", verbosity)
-            assert abs(offset_of(done)) < NEAR_NS and done.stderr == line
-
-
-@both
-def test_silent_servers_cost_their_timeouts_and_no_more_than_the_total(name, answer):
-    with Rogue(lambda query, n: []) as silent:
-        for args, least_sec in (("-r3", "-t100"), 0.3), (("-r9", "-t300", "-T800"), 0.6):
-            del silent.queries[:]
-            began = time.monotonic()
-            refused(ask(name, silent.port, *args), r"timed out \([23] times\)")
-            assert least_sec <= time.monotonic() - began < least_sec + 3 and len(silent.queries) in (2, 3)
-        with Rogue(lambda query, n: [answer(query)], "127.0.0.2", silent.port):
-            done = ask(name, silent.port, "-t", 500, "-r", 2, hosts=["127.0.0.1", "127.0.0.2"])
-            assert abs(offset_of(done)) < NEAR_NS
+            assert is_off(ask(name, server.port, "-r", 3, "-t", 200, "-v", verbosity), stderr=line)
 
 
 def test_the_total_bounds_names_and_pauses_too(monkeypatch, capfdbinary):
-    """getaddrinfo() can't be interrupted, so that a thread waits for it."""
+    """getaddrinfo() can't be interrupted, so that a thread waits for it, while others are asked."""
     def slow(host, *args, find=socket.getaddrinfo, **options):
         return time.sleep(60) if host == b"slow" else find(host, *args, **options)
     monkeypatch.setattr(SNTP.socket, "getaddrinfo", slow)
-    with Rogue(lambda query, n: [ntp_answer(query)]) as server:
-        for args, size, said in ((["-T500", "slow"], 0, b": no usable answer; slow: timed out\n"),
-                                 (["-T3000", "slow", "127.0.0.1"], 16, b": unable to ask slow: timed out\n"),
-                                 (["-T3000", "-h900", "0"], 16, b"")):
+    with Rogue(lambda query, n: [ntp_answer(query)]) as server, \
+            Rogue(lambda query, n: [], "127.0.0.2", server.port) as silent:
+        for args, size, said, queries in (
+                ("slow", 0, b": no usable answer; slow: timed out\n", [0]),
+                ("slow 127.0.0.1", 16, b": unable to ask slow: timed out\n", [10]),
+                ("-t350 127.0.0.2 0", 16, b": unable to ask 127.0.0.2: timed out (3 times)\n", [10]),
+                ("-h400 0", 16, b"", [2, 3])):
             began = time.monotonic()
             del server.queries[:]
-            assert SNTP.main(["sntpclock", "-p%d" % server.port] + args) == (0 if size else 111)
+            assert SNTP.main(["", "-T1000", "-p%d" % server.port] + args.split()) == (0 if size else 111)
             out, err = capfdbinary.readouterr()
-            assert len(out) == size and err.endswith(said) and time.monotonic() - began < 10
-        assert 2 <= len(server.queries) <= 4
+            assert len(out) == size and err.endswith(said) and len(server.queries) in queries, args
+            assert 0.4 < time.monotonic() - began < 10
+        assert len(silent.queries) == 3
 
 
-@both
-def test_wrong_usage(name, answer):
+@in_both
+def test_wrong_usage(module):
     for line in ("", "-r 0 0", "-r x 0", "-r", "-p 65536 0", "-p 0 0", "-e nan 0", "-e -1 0", "-t inf 0",
-                 "-T -1 0", "-l -1 0", "-h -1 0", "-v -1 0", "-x 0", "--force 0", "-h 5"):
-        done = run(name, *line.split())
-        assert done.returncode == 100 and done.stderr.startswith("%s: usage: %s [" % (name, name)), line
+                 "-T 1.2.3 0", "-x 0", "--force 0", "-h 5"):
+        done = run(module.PROGRAM, *line.split())
+        assert done.returncode == 100, line
+        assert done.stderr.startswith("%s: usage: %s [" % (module.PROGRAM, module.PROGRAM)), line
     for words in "-fr7 a b", "-r7 -f -- a b", "-f -r 7 a b":
-        settings = SNTP.Settings(words.split(), 123)
-        assert (settings.exchanges, settings.force, settings.hosts) == (7, True, ["a", "b"]), words
-    settings = SNTP.Settings(["-p", "65535", "a"], 1)
-    assert (settings.wait_ns, settings.total_ns, settings.limit_ns) == (10**9, 10**10, 172800 * 10**9)
-    settings = SNTP.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
+        settings = module.Settings(words.split(), 123)
+        assert (settings.exchanges, settings.most_ns, settings.hosts) == (7, module.ANY, ["a", "b"]), words
+    settings = module.Settings(["-p", "65535", "a"], 1)
+    assert (settings.wait_ns, settings.total_ns, settings.most_ns) == (10**9, 10**10, 172800 * 10**9)
+    settings = module.Settings("-e 0.25 -t 1 -T 2 -h 0 -l 0.5 a".split(), 9)
     assert (settings.most_spread_ns, settings.wait_ns, settings.total_ns) == (250000, 10**6, 2 * 10**6)
-    assert (settings.pause_ns, settings.limit_ns, settings.port) == (0, 43200 * 10**9, 9)
+    assert (settings.pause_ns, settings.most_ns, settings.port) == (0, 43200 * 10**9, 9)
 
 
-@pytest.mark.parametrize("off_ns, late_sec, args, words, enough", [
-    (-181440 * SECOND_NS, 0, (), ": this clock is 2.1 days ahead; `clockctl set` sets it", ("-l", 2.2)),
-    (2192 * 86400 * SECOND_NS, 0, (), ": this clock is 6.0 years behind; `clockctl set` sets it", ("-l", 0)),
-    (0, 0.02, ("-e", 5), r": time uncertainty too large, 0\.0\d+ s", ("-e", 500))])
-def test_what_exceeds_its_limit_is_refused_and_f_overrides(off_ns, late_sec, args, words, enough):
-    def answer(query, n):
-        time.sleep(late_sec)
-        return [ntp_answer(query, off_ns)]
-    with Rogue(answer) as server:
+@pytest.mark.parametrize("off_ns, args, words, enough", [
+    (-181440 * SECOND_NS, (), ": this clock is 2.1 days ahead; `clockctl set` sets it", ("-l", 2.2)),
+    (2192 * 86400 * SECOND_NS, (), ": this clock is 6.0 years behind; `clockctl set` sets it", ("-l", 0)),
+    (0, ("-e", 0.001), r": time uncertainty too large, 0\.00\d+ s", ("-e", 500))])
+def test_what_exceeds_its_limit_is_refused_and_f_overrides(off_ns, args, words, enough):
+    with Rogue(lambda query, n: [ntp_answer(query, off_ns)]) as server:
         refused(ask("sntpclock", server.port, "-r", 2, *args), words)
         for more in (*args, "-f"), enough:
-            assert abs(offset_of(ask("sntpclock", server.port, "-r", 2, *more)) - off_ns) < NEAR_NS
+            assert is_off(ask("sntpclock", server.port, "-r", 2, *more), off_ns)
 
 
 @both
@@ -617,8 +598,7 @@ def test_answers_that_are_late_doubled_forged_or_from_elsewhere_do_not_count(nam
     with Rogue(late) as server:
         refused(ask(name, server.port, "-r", 3, "-t", 100), r"timed out \(3 times\)")
     with Rogue(forged) as server, elsewhere:
-        done = ask(name, server.port)
-        assert abs(offset_of(done)) < NEAR_NS and done.stderr == "" and len(server.queries) == 10
+        assert is_off(ask(name, server.port)) and len(server.queries) == 10
 
 
 @both
@@ -633,15 +613,16 @@ def test_several_servers_are_asked_at_once_and_falsetickers_are_named(name, answ
         return together
     one, two, three = hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
     with Rogue(serve(0)) as server, Rogue(serve(SECOND_NS), two, server.port), \
-            Rogue(serve(0), three, server.port):
+            Rogue(serve(0), three, server.port), Rogue(lambda query, n: [], "127.0.0.5", server.port):
         done = ask(name, server.port, "-r", 5, "-t", 9000, "-T", 59000, hosts=hosts)
-        assert abs(offset_of(done)) < NEAR_NS
+        assert abs(result_of(done)[0]) < NEAR_NS
         said = re.fullmatch(name + r": warning: 127.0.0.2, falseticker: offset (\+\d+) ns, .*\n", done.stderr)
         assert abs(int(said.group(1)) - SECOND_NS) < NEAR_NS
         for hosts in [one, two], [two, one, "127.1", "127.0.1"]:  # one asked under three names has one vote
             refused(ask(name, server.port, "-r", 1, hosts=hosts), ": no majority of the servers agrees")
-        done = ask(name, server.port, "-r", 1, hosts=[one, "127.0.0.4"])
-        assert abs(offset_of(done)) < NEAR_NS and "127.0.0.4" in done.stderr, "who is dead has no vote"
+        for dead, why in ("127.0.0.4", "Connection refused"), ("127.0.0.5", "timed out"):  # it has no vote
+            assert is_off(ask(name, server.port, "-r1", "-t500", hosts=[one, dead]),
+                          stderr="%s: warning: unable to ask %s: %s\n" % (name, dead, why))
 
 
 @both
@@ -650,27 +631,27 @@ def test_s_keeps_what_each_server_said(name, answer, tmp_path):
     (tmp_path / "elsewhere").write_text("before")
     for planted in "sources", "sources.tmp":
         (tmp_path / planted).symlink_to("elsewhere")
-    with Rogue(lambda query, n: [answer(query)]) as server, Rogue(
-            lambda query, n: [answer(query, -SECOND_NS)], "127.0.0.2", server.port), Rogue(
-            lambda query, n: [answer(query)], "127.0.0.3", server.port):
-        hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4", "a.invalid"]
+    hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4", "a.invalid"]
+    with Rogue(lambda query, n: [answer(query)]) as server, \
+            Rogue(lambda query, n: [answer(query, -SECOND_NS)], hosts[1], server.port), \
+            Rogue(lambda query, n: [answer(query)], hosts[2], server.port):
         done = ask(name, server.port, "-v", 2, "-s", tmp_path, hosts=hosts)
         lines = (tmp_path / "sources").read_text().splitlines()
         assert ask(name, server.port, "-s", tmp_path / "none").stderr == (
             "%s: warning: unable to write %s/none/sources: No such file or directory\n" % (name, tmp_path))
-    times = [line.split()[0] for line in lines]
-    assert len(set(times)) == 1 and abs(int(times[0]) - time.time()) < LIMIT_SEC
-    right = r" %s 127.0.0.%s (-?\d+) (\d+) (\d+) 0 %s %s"
-    for line, host, off_ns, verdict in ((lines[0], 1, 0, "agreed"), (lines[1], 2, -SECOND_NS, "falseticker"),
-                                        (lines[2], 3, 0, "agreed")):
-        numbers = re.fullmatch(right % (kind, host, about, verdict), line[len(times[0]):]).groups()
-        value_ns, spread_ns, delay_ns = map(int, numbers)
+    began = "%s %s " % (lines[0].split()[0], kind)
+    assert abs(int(began.split()[0]) - time.time()) < LIMIT_SEC
+    for line, host, off_ns, kind, verdict in (
+            (lines[0], hosts[0], 0, "info", "agreed"), (lines[2], hosts[2], 0, "info", "agreed"),
+            (lines[1], hosts[1], -SECOND_NS, "warning", "falseticker")):
+        numbers = re.fullmatch(began + host + r" (-?\d+) (\d+) (\d+) 0 %s %s" % (about, verdict), line)
+        value_ns, spread_ns, delay_ns = map(int, numbers.groups())
         assert abs(value_ns - off_ns) <= spread_ns and delay_ns < 2 * NEAR_NS
-        said = "127.0.0.%d, %s: offset %+d ns, spread %d ns, delay %d ns, root distance 0 ns, stratum %s, " \
-               "reference %s\n" % (host, verdict, value_ns, spread_ns, delay_ns, *about.split())
-        assert "%s: %s: %s" % (name, "info" if verdict == "agreed" else "warning", said) in done.stderr
-    assert lines[3] == "%s %s 127.0.0.4 - - - - - - failed: Connection refused" % (times[0], kind)
-    assert lines[4].startswith("%s %s a.invalid - - - - - - failed: " % (times[0], kind))
+        said = "%s: %s: %s, %s: offset %+d ns, spread %d ns, delay %d ns, root distance 0 ns, stratum %s, " \
+               "reference %s\n"
+        assert said % (name, kind, host, verdict, *map(int, numbers.groups()), *about.split()) in done.stderr
+    assert lines[3] == began + "127.0.0.4 - - - - - - failed: Connection refused"
+    assert lines[4].startswith(began + "a.invalid - - - - - - failed: ") and len(lines) == 5
     assert (tmp_path / "elsewhere").read_text() == "before" and sorted(os.listdir(str(tmp_path))) == [
         "elsewhere", "sources"]
     assert stat.S_IMODE(os.lstat(str(tmp_path / "sources")).st_mode) == 0o644
@@ -688,8 +669,8 @@ def test_signals_end_it_at_once(name, answer):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/pts/ptmx"), reason="no terminals here")
-@both
-def test_a_terminal_gets_no_raw_bytes(name, answer):
+@pytest.mark.parametrize("name", ("sntpclock", "taiclock", "ntsclock"))
+def test_a_terminal_gets_no_raw_bytes(name):
     ours, theirs = os.openpty()
     done = subprocess.run(command_of(name, "0"), stdout=theirs, stderr=subprocess.PIPE, timeout=PATIENCE_SEC)
     assert done.returncode == 100
@@ -699,27 +680,29 @@ def test_a_terminal_gets_no_raw_bytes(name, answer):
     os.close(theirs)
 
 
-def test_the_range_of_the_most():
-    for ranges, wanted in (([(0, 10)], ((0, 10), 1)), ([(0, 10), (5, 20), (50, 60)], ((5, 10), 2)),
-                           ([(0, 10), (20, 30)], ((0, 30), 1)), ([(0, 30), (5, 10), (20, 25)], ((5, 25), 2)),
-                           ([(0, 10), (10, 20)], ((10, 10), 2)), ([(0, 10), (7, 3)], ((0, 10), 1)),
-                           ([(0, 10), (5, 20), (-5, 8)], ((5, 8), 3))):
-        assert SNTP.vote([SNTP.Range(*pair) for pair in ranges]) == wanted
+@in_both
+def test_the_range_of_the_most(module):
+    for ranges, wanted in (([(0, 10)], (0, 10, 1)), ([(0, 10), (5, 20), (50, 60)], (5, 10, 2)),
+                           ([(0, 10), (20, 30)], (0, 30, 1)), ([(0, 30), (5, 10), (20, 25)], (5, 25, 2)),
+                           ([(0, 10), (10, 20)], (10, 10, 2)), ([(0, 10), (5, 20), (-5, 8)], (5, 8, 3))):
+        assert module.vote(ranges) == wanted
 
 
-def test_what_real_time_can_have_gained_on_the_clock():
-    then = SNTP.Reading(10**18, 5)
+@in_both
+def test_what_real_time_can_have_gained_on_the_clock(module):
+    then = module.Reading(10**18, 5)
     for clock_ns, tick_ns, wanted in (
             (10**9, 10**9, (0, 0)), (10**9, 10**9 + 300, (0, 300)), (10**9, 10**9 - 300, (-300, 0)),
             (10**9, 10**9 + 251000, (0, 251000)), (10**9 + 251000, 10**9, (-251000, 0)),
             (10**9 + 251001, 10**9, (-752001, 249999)), (0, 10**9, (999499000, 1000501000))):
-        now = SNTP.Reading(then.clock_ns + clock_ns, then.tick_ns + tick_ns)
-        assert SNTP.gained(then, now) == wanted
+        now = module.Reading(then.clock_ns + clock_ns, then.tick_ns + tick_ns)
+        assert module.gained(then, now) == wanted
 
 
 @pytest.mark.parametrize("ppm, step_ns", [(500, 0), (-500, 0), (5000, 0), (-80000, 0), (0, 0), (0, -10**9),
                                           (0, 10**9)])
-def test_a_slew_or_step_during_the_measurement_is_allowed_for(ppm, step_ns):
+@in_both
+def test_delays_and_a_slew_or_step_move_the_result_by_no_more_than_the_spread(module, ppm, step_ns):
     """Exchanges of 20 ms, up to 6 s before the end; the clock is slewed, or stepped 3 s before it."""
     rng, end_ns = random.Random(SEED), 6 * 10**9
     for _ in range(200):
@@ -727,52 +710,53 @@ def test_a_slew_or_step_during_the_measurement_is_allowed_for(ppm, step_ns):
 
         def read(real_ns):
             clock_ns = 10**18 + real_ns - offset_ns + real_ns * ppm // 10**6 + step_ns * (real_ns > 3 * 10**9)
-            return SNTP.Reading(clock_ns, real_ns + round(real_ns * counter_ppm / 10**6))
+            return module.Reading(clock_ns, real_ns + round(real_ns * counter_ppm / 10**6))
         start_ns = rng.randrange(end_ns - 20 * 10**6)
         there_ns = 10**18 + start_ns + rng.randrange(20 * 10**6)
-        sample = SNTP.Sample(SNTP.Answer(there_ns, there_ns, 0, 1, "-"), read(start_ns),
-                             read(start_ns + 20 * 10**6), None)
-        least_ns, most_ns = SNTP.sample_range(sample, read(end_ns))
-        assert least_ns <= 10**18 + end_ns - read(end_ns).clock_ns <= most_ns < least_ns + 27 * 10**6
+        came = read(start_ns + 20 * 10**6)
+        sample = module.Sample(module.Answer(there_ns, there_ns, 0, 1, "-"), read(start_ns), came, came)
+        value_ns, spread_ns, *_ = module.weigh([sample], read(end_ns), 0)
+        assert abs(10**18 + end_ns - read(end_ns).clock_ns - value_ns) <= spread_ns < 13500000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kernel stamps are Linux's")
 def test_the_kernel_stamps_what_arrives():
-    def decode(_, query, packet):
-        return SNTP.answers(query, packet) and SNTP.decode_answer(packet, 0)
     with Rogue(lambda query, n: [ntp_answer(query)] * 2 * (n != 3)) as rogue:
-        settings = SNTP.Settings(["-r6", "-t100", "-v0", "0"], rogue.port)
-        server, = servers = SNTP.find_servers(settings)
-        SNTP.measure(servers, settings, lambda server: SNTP.make_query(), decode)
+        settings = SNTP.Settings(["-r6", "-t100", "0"], rogue.port)
+        settings.key = None
+        server = SNTP.Server(settings, "0", ("127.0.0.1", rogue.port))
+        SNTP.ask(server)
     assert len(server.samples) == 5 and server.failures == {"timed out": 1}
     last = server.samples[-1]  # a busy Linux takes some ms to begin with the stamps
     for before, after in (last.sent, last.came), (last.came, last.woke):
         assert before.clock_ns < after.clock_ns and before.tick_ns < after.tick_ns
     least_ns = min(sample.came.clock_ns - sample.sent.clock_ns for sample in server.samples)
-    assert server.result.delay_ns in range(least_ns, least_ns + 70)
+    assert SNTP.weigh(server.samples, last.woke, 0).delay_ns in range(least_ns, least_ns + 70)
 
 
 @pytest.mark.parametrize("stamp_ns, woke, came", [
     (None, (3000, 2050), (3000, 2050)), (0, (3000, 2050), (3000, 2050)), (2500, (3000, 2050), (2500, 1550)),
-    (1000, (3000, 2050), (1000, 50)), (999, (3000, 2050), (3000, 2050)), (3000, (3000, 2050), (3000, 2050)),
-    (3001, (3000, 2050), (3000, 2050)),
-    (1500, (9000, 2050), (9000, 2050))])  # somebody stepped the clock after the kernel stamped it
-def test_a_kernel_stamp_counts_only_between_our_own(stamp_ns, woke, came):
+    (1000, (3000, 2050), (1000, 50)), (999, (3000, 2050), (3000, 2050)), (3001, (3000, 2050), (3000, 2050)),
+    (999, (3000, 9050), (3000, 9050)),
+    (6950, (9000, 2050), (9000, 2050))])  # somebody stepped the clock after the kernel stamped it
+@in_both
+def test_a_kernel_stamp_counts_only_between_our_own(module, stamp_ns, woke, came):
     ancillary = [(socket.IPPROTO_IP, 35, b"?" * 16), (socket.SOL_SOCKET, 11, b"?" * 16)]
     if stamp_ns is not None:
-        ancillary.append((socket.SOL_SOCKET, 35, SNTP.TIMESPEC.pack(stamp_ns and 1, stamp_ns)))
-    sent, woke, came = [SNTP.Reading(10**9 + clock_ns, tick_ns)
+        ancillary.append((socket.SOL_SOCKET, 35, struct.pack("@ll", stamp_ns and 1, stamp_ns)))
+    sent, woke, came = [module.Reading(10**9 + clock_ns, tick_ns)
                         for clock_ns, tick_ns in ((1000, 50), woke, came)]
-    assert SNTP.arrival(ancillary, sent, woke) == came
+    assert module.arrival(ancillary, sent, woke) == came
 
 
-def test_clocks_are_read_again_when_the_scheduler_came_between(monkeypatch):
-    for took, wanted in (([900], 0), ([1001, 800], 1), ([9000, 3000, 5000], 1), ([9000, 9000, 1000, 1], 2)):
+@in_both
+def test_clocks_are_read_again_when_the_scheduler_came_between(module, monkeypatch):
+    for took, wanted in (([900], 0), ([1001, 800], 1), ([9000, 9000, 1000, 1], 2), ([9000, 9000, 5000], 2)):
         ticks = iter([tick for n, ns in enumerate(took) for tick in (n * 10**6, n * 10**6 + ns)])
         clocks = iter(range(len(took)))
-        monkeypatch.setattr(SNTP.time, "clock_gettime_ns", lambda _: next(ticks))
-        monkeypatch.setattr(SNTP.time, "time_ns", lambda: next(clocks))
-        assert SNTP.read_clocks() == (wanted, wanted * 10**6 + took[wanted] // 2)
+        monkeypatch.setattr(module.time, "clock_gettime_ns", lambda _: next(ticks))
+        monkeypatch.setattr(module.time, "time_ns", lambda: next(clocks))
+        assert module.read_clocks() == (wanted, wanted * 10**6 + took[wanted] // 2)
         monkeypatch.undo()
 
 
@@ -785,104 +769,70 @@ def test_public_addresses_are_spared(near, addresses, monkeypatch):
     monkeypatch.setattr(SNTP.time, "sleep", paused.append)
     for address in addresses.split():
         assert SNTP.is_near(address) is near
-    server = SNTP.Server("a", (address, 1))
-    SNTP.ask(server, SNTP.Settings(["a"], 1), lambda server: bytes(48), None)  # nothing can be sent
+    settings = SNTP.Settings(["a"], 1)
+    settings.key = None
+    server = SNTP.Server(settings, "a", (address, 1))
+    SNTP.ask(server)  # nothing can be sent
     assert (sum(server.failures.values()), paused) == ((10, 9 * [0]) if near else (4, 3 * [2]))
 
 
 def test_a_name_with_many_addresses_is_as_many_servers_up_to_four(monkeypatch):
     found = [(socket.AF_INET6, socket.SOCK_DGRAM, 17, "", ("2001:db8::%d" % n, 123, 0, 0)) for n in (1, 2)] \
         + [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("192.0.2.%d" % n, 123)) for n in range(1, 5)]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: list(found))
-    settings = SNTP.Settings(["pool.example", "again.example"], 123)
-    assert [server.name for server in SNTP.find_servers(settings)] == [
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    host = SNTP.Server(SNTP.Settings(["pool.example"], 123), "pool.example")
+    assert [server.name for server in SNTP.find_servers(host)] == [
         "pool.example/" + address for address in ("2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
-
-
-@pytest.mark.parametrize("to_sec, back_sec", [(0.05, 0), (0, 0.05), (0.02, 0.08)])
-@both
-def test_a_delayer_moves_the_result_by_no_more_than_the_spread(name, answer, to_sec, back_sec):
-    """Somebody on the path holds up each packet, for half of those times to the whole."""
-    rng = random.Random(SEED)
-
-    def late(query, n):
-        time.sleep(to_sec * rng.uniform(0.5, 1))
-        packet = answer(query)
-        time.sleep(back_sec * rng.uniform(0.5, 1))
-        return [packet]
-    with Rogue(late) as server:
-        value_ns, spread_ns, _ = result_of(ask(name, server.port, "-r", 5))
-    assert abs(value_ns) <= spread_ns and 0.2 < spread_ns / 1e9 / (to_sec + back_sec) < 1.05
 
 
 # ==== sntpclock =====================================================================================
 
-class Chronyd:
-    """A real one on a free port, which can't touch the clock."""
-
-    def __init__(self, home, *lines, port=None):
-        need("chronyd")
-        self.home, self.port, self.lines = home, port or free_port(), lines or ("local stratum 1",)
-
-    def __enter__(self):
-        conf = self.home / "chrony.conf"
-        conf.write_text("port %d\ncmdport 0\nbindcmdaddress /\nuser %s\nallow\npidfile %s\n%s\n" % (
-            self.port, getpass.getuser(), self.home / "chronyd.pid", "\n".join(self.lines)))
-        self.process = subprocess.Popen(without_the_right(["chronyd", "-U", "-x", "-d", "-f", str(conf)]),
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.settimeout(0.1)
-            probe.connect(("127.0.0.1", self.port))
-
-            def answered():
-                assert self.process.poll() is None, self.process.stdout.read().decode()
-                with contextlib.suppress(OSError):
-                    probe.send(SNTP.make_query())
-                    return probe.recv(100)
-            try:
-                until(answered)
-            except BaseException:
-                self.__exit__()
-                raise
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
+@contextlib.contextmanager
+def chronyd(home, *lines, port=None):
+    """A real one -> its port.  It can't touch the clock."""
+    need("chronyd")
+    port, conf = port or free_port(), home / "chrony.conf"
+    conf.write_text("port %d\ncmdport 0\nbindcmdaddress /\nuser %s\nallow\npidfile %s\n%s\n" % (
+        port, getpass.getuser(), home / "chronyd.pid", "\n".join(lines)))
+    command = without_the_right(["chronyd", "-U", "-x", "-d", "-f", str(conf)])
+    with process(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
+        def answered():
+            assert server.poll() is None, server.stdout.read().decode()
+            return ask("sntpclock", port, "-r1", "-t100").stdout
+        until(answered)
+        yield port
 
 
 @pytest.mark.parametrize("precision, most_ns", [("", 10**6), ("clockprecision 1e-3", 2 * 10**6)])
 def test_a_real_chronyd_and_one_with_a_coarse_clock(precision, most_ns, tmp_path):
     """The latter randomises what is below a millisecond: half of the time it seems to send first."""
-    with Chronyd(tmp_path, "local stratum 1", precision) as server:
+    with chronyd(tmp_path, "local stratum 1", precision) as port:
         for hosts in ["127.0.0.1"], ["::1"], ["127.0.0.1", "::1"]:
-            done = ask("sntpclock", server.port, "-v", 2, hosts=hosts)
+            done = ask("sntpclock", port, "-v", 2, hosts=hosts)
             value_ns, spread_ns, distance_ns = result_of(done)
             assert abs(value_ns) <= spread_ns < most_ns and distance_ns == 0 and "warning" not in done.stderr
             assert done.stderr.count("ns, root distance 0 ns, stratum 1, reference 7f7f0101\n") == len(hosts)
 
 
-def test_a_chronyd_that_is_not_synchronised(tmp_path):
-    with Chronyd(tmp_path, "maxupdateskew 1") as server:
-        refused(ask("sntpclock", server.port), r"; 127.0.0.1: the server is not synchronised \(10 times\)")
+SERVER_ASKED = SNTP.Server(None, "somebody")
 
 
-def decoded(ahead_ns=0, **fields):
-    query = SNTP.make_query()
+def decoded(**fields):
+    query = SNTP.ntp_query()
     packet = ntp_answer(query, **fields)
-    return SNTP.decode_answer(packet, ahead_ns) if SNTP.answers(query, packet) else None
+    return SNTP.decode_answer(SERVER_ASKED, packet) if SNTP.answers(query, packet) else None
 
 
 @pytest.mark.parametrize("fields, words", [
     (dict(flags=0xe4), "the server is not synchronised"), (dict(stratum=16), "is not synchronised"),
-    (dict(stratum=0, refid=bytes(4)), "the server is not synchronised"),
+    (dict(stratum=0, refid=bytes(4)), "the server is not synchronised: stratum 0, no reason"),
     (dict(stratum=0, refid=b"INIT"), "stratum 0, INIT"), (dict(stratum=0, refid=b"\n\x1b[m"), r"0, \?\?\[m"),
     (dict(flags=0x23), "answer of mode 3, version 4"), (dict(flags=0x25), "mode 5"), (dict(flags=4), "n 0"),
     (dict(receive=0), "answer without time"), (dict(transmit=0), "answer without time"),
     (dict(receive=ntp_stamp(10**18 + 2000), transmit=ntp_stamp(10**18)), "sent before the query came"),
     (dict(receive=5 * 2**22 + 2**60, transmit=2**60, precision=-10), "sent before the query came"),
-    (dict(precision=1), "precise to 2 s only"), (dict(precision=127), "precise to"),
-    (dict(delay=3 * 2**16 + 2), "up to 1.5 s off"), (dict(delay=2**16, dispersion=2**16 + 1), "1.5 s off"),
+    (dict(precision=1), "up to 2.0 s off"), (dict(precision=127), "s off"),
+    (dict(delay=3 * 2**16), "up to 1.5 s off"), (dict(delay=2**16, dispersion=2**16), "1.5 s off"),
     (dict(delay=2**32 - 1, dispersion=2**32 - 1), "up to 98304.0 s off")])
 def test_answers_that_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
@@ -891,60 +841,55 @@ def test_answers_that_are_refused(fields, words):
 
 def test_answers_that_are_taken():
     for fields in (dict(flags=0x1c), dict(flags=0x5c), dict(flags=0x9c), dict(flags=0x0a), dict(stratum=15),
-                   dict(delay=3 * 2**16), dict(precision=0), dict(precision=-128)):
+                   dict(delay=3 * 2**16 - 2), dict(precision=0), dict(precision=-128)):
         assert decoded(**fields)
-    assert decoded(originate=1) is None and not SNTP.answers(SNTP.make_query(), bytes(47))
+    assert decoded(originate=1) is None and not SNTP.answers(SNTP.ntp_query(), bytes(47))
     base = 2**64 - 2**40
-    for precision, ahead_ns, early in ((-10, 0, 0), (-10, 27 * 10**9, 2**22), (-32, 0, 0), (-128, 0, 0)):
-        answer = decoded(ahead_ns, precision=precision, receive=base + early, transmit=base, delay=2**16,
-                         dispersion=1)
-        at_ns, coarse_ns = SNTP.stamp_ns(base) + ahead_ns, (10**9 >> -precision) + 1
-        early_ns = early * 10**9 >> 32
+    for precision, early in (-10, 0), (-10, 2**22), (-32, 0), (-128, 0):
+        answer = decoded(precision=precision, receive=base + early, transmit=base, delay=2**16, dispersion=1)
+        at_ns, coarse_ns, early_ns = SNTP.stamp_ns(base), (10**9 >> -precision) + 1, early * 10**9 >> 32
         assert answer == (at_ns + early_ns + coarse_ns, at_ns - coarse_ns, 500015258, 1, "54455354")
 
 
-def test_a_server_that_claims_more_time_than_passed_is_refused():
-    def boast(query, n):
-        return [ntp_answer(query, transmit=ntp_stamp(time.time_ns() + SECOND_NS))]
-    with Rogue(boast) as server:
-        refused(ask("sntpclock", server.port, "-r", 1), "its answer took longer than we waited for it")
-
-
-@pytest.mark.parametrize("first", (1, 3))
-@pytest.mark.parametrize("word, usable", [("DENY", False), ("RSTR", False), ("RATE", True)])
-def test_a_kiss_of_death_ends_that_servers_part(word, usable, first):
-    with Rogue(lambda query, n: [ntp_answer(query) if n < first else ntp_answer(
-            query, stratum=0, refid=word.encode(), flags=0xe4)]) as server:
-        done = ask("sntpclock", server.port)
-    assert len(server.queries) == first
-    if usable and first == 3:
-        assert offset_of(done) and done.stderr == (
-            "sntpclock: warning: unable to ask 127.0.0.1: kiss-o'-death %s\n" % word)
-    else:
-        refused(done, ": no usable answer; 127.0.0.1: kiss-o'-death " + word)
-
-
 def test_the_era_is_the_one_that_holds_the_release():
-    for sec in (SNTP.RELEASE_SEC, SNTP.RELEASE_SEC + 1, 2**32 - 2208988800 - 1, 2**32 - 2208988800,
-                SNTP.RELEASE_SEC + 2**32 - 1):
-        assert SNTP.stamp_ns(ntp_stamp(sec * 10**9)) == sec * 10**9
-    assert SNTP.stamp_ns(ntp_stamp(SNTP.RELEASE_SEC * 10**9) - 1) == (SNTP.RELEASE_SEC + 2**32) * 10**9 - 1
+    first = SNTP.RELEASE_SEC
+    for sec in first, 2**32 - 2208988800 - 1, 2**32 - 2208988800, first + 2**32 - 1:
+        assert SNTP.stamp_ns(ntp_stamp(sec * 10**9)) == (sec + 37) * 10**9
+    assert SNTP.stamp_ns(ntp_stamp(first * 10**9) - 1) == (first + 37 + 2**32) * 10**9 - 1
 
 
-@pytest.mark.parametrize("one, two, agree", [(0x4000, 0x4000, True), (0x4000, 0x2000, True),
-                                             (0x1000, 0x1000, False)])
-def test_ranges_are_widened_by_the_root_distance(one, two, agree):
+@pytest.mark.parametrize("fields, said, last", [
+    (dict(stratum=0, refid=b"DENY"), "kiss-o'-death DENY", True),
+    (dict(stratum=0, refid=b"RSTR"), "kiss-o'-death RSTR", True),
+    (dict(stratum=0, refid=b"RATE"), "kiss-o'-death RATE", True),
+    (dict(receive=ntp_stamp(2 * 10**18), transmit=ntp_stamp(2 * 10**18 + 10**9)),
+     "it says that its answer took longer than we waited for it", False)])
+@pytest.mark.parametrize("before", (0, 2))
+def test_only_kisses_of_death_end_that_servers_part(fields, said, last, before):
+    """What came before counts, but after DENY and RSTR."""
+    with Rogue(lambda query, n: [ntp_answer(query, **(fields if n == before + 1 else {}))]) as server:
+        done = ask("sntpclock", server.port, "-r", 3)
+    assert len(server.queries) == (before + 1 if last else 3)
+    if "RATE" in said and before or not last:
+        assert is_off(done, stderr="sntpclock: warning: unable to ask 127.0.0.1: %s\n" % said)
+    else:
+        refused(done, ": no usable answer; 127.0.0.1: " + said)
+
+
+@pytest.mark.parametrize("one, two, wanted_ns", [
+    (0x4000, 0x4000, (150000000, 1, 250000000)), (0x4000, 0x2000, (212500000, 1, 125000000)),
+    (0x8000, 0x2000, (337500000, 37500000, 125000000)), (0x1000, 0x1000, None)])
+def test_ranges_are_widened_by_the_root_distance(one, two, wanted_ns):
     """Each is sure of itself to some us, and 0.3 s from the other: that is within what both admit, or not."""
     with Rogue(lambda query, n: [ntp_answer(query, dispersion=one)]) as server, Rogue(
             lambda query, n: [ntp_answer(query, 3 * 10**8, delay=2 * two)], "127.0.0.2", server.port):
         done = ask("sntpclock", server.port, hosts=["127.0.0.1", "127.0.0.2"])
-    if not agree:
-        return refused(done, ": no majority of the servers agrees")
-    value_ns, spread_ns, distance_ns = result_of(done)
-    least_ns, most_ns = 3 * 10**8 - two * 10**9 / 65536, one * 10**9 / 65536
-    assert abs(value_ns - (least_ns + most_ns) / 2) < NEAR_NS
-    assert 1 <= distance_ns / (min(one, two) * 10**9 >> 16) < 1.18
-    assert abs(max((most_ns - least_ns) / 2 - (min(one, two) * 10**9 >> 16), 1) - spread_ns) < NEAR_NS
+    if wanted_ns:
+        value_ns, spread_ns, distance_ns = result_of(done)
+        assert abs(value_ns - wanted_ns[0]) < NEAR_NS and abs(spread_ns - wanted_ns[1]) < NEAR_NS
+        assert 1 <= distance_ns / wanted_ns[2] < 1.18
+    else:
+        refused(done, ": no majority of the servers agrees")
 
 
 HEX_KEY = "HEX:" + bytes(range(16)).hex()
@@ -962,7 +907,6 @@ KEYS = """# keys, as chronyc keygen writes them
     ("7 SHA1 fifteen-bytes-1", "15 bytes"), ("7 SHA1 ASCII:fifteen-bytes-1", "15 bytes"),
     ("7 SHA1 HEX:" + 15 * "00", "15 bytes"), ("7 SHA1 HEX:0g", "non-hexadecimal"),
     ("7 SHA256", "its line is not the number, MD5 or SHA1 or SHA256 or SHA384 or SHA512, and the key"),
-    ("7 chrysanthemum-and-lotus", "its line is not"),
     ("7 AES128 " + HEX_KEY, "its line is not"), ("7 SHA256 %s x" % HEX_KEY, "its line is not"),
     ("7", "its line is not"), ("#7 MD5 " + HEX_KEY, "is not there"), ("77 MD5 " + HEX_KEY, "is not there")])
 def test_keys_that_are_refused(line, said):
@@ -979,12 +923,11 @@ def keys(tmp_path):
 
 
 def test_authentication_with_a_real_chronyd(keys, tmp_path):
-    with Chronyd(tmp_path, "local stratum 1", "keyfile %s" % keys) as server:
+    with chronyd(tmp_path, "local stratum 1", "keyfile %s" % keys) as port:
         for ident in range(1, 6):
-            done = ask("sntpclock", server.port, "-k", keys, "-K", ident)
-            assert abs(offset_of(done)) < NEAR_NS and done.stderr == "", ident
+            assert is_off(ask("sntpclock", port, "-k", keys, "-K", ident)), ident
         keys.write_text(KEYS.replace("933F", "933E"))
-        refused(ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r1", "-t300"), "timed out|with the key")
+        refused(ask("sntpclock", port, "-k", keys, "-K", 2, "-r1", "-t300"), "timed out|with the key")
 
 
 def test_key_files_and_options_that_are_refused(keys, tmp_path):
@@ -1002,10 +945,10 @@ def test_key_files_and_options_that_are_refused(keys, tmp_path):
 def test_only_what_is_authenticated_counts(keys):
     key, other = SNTP.read_key(str(keys), 2), SNTP.read_key(str(keys), 1)
     for tamper in (lambda answer: answer, lambda answer: answer + bytes(4),
-                   lambda answer: answer + SNTP.mac(key, answer)[:-1] + b"?",
+                   lambda answer: answer + SNTP.mac(key, answer)[:-1],
                    lambda answer: answer + SNTP.mac(other, answer),
                    lambda answer: answer + SNTP.mac(key, answer) + b"?",
-                   lambda answer: answer + SNTP.mac(key, answer[:-1] + b"?")):
+                   lambda answer: answer + SNTP.mac(key, answer + b"?")):
         with Rogue(lambda query, n: [tamper(ntp_answer(query, stratum=0, refid=b"DENY"))]) as server:
             done = ask("sntpclock", server.port, "-k", keys, "-K", 2, "-r", 2)
         refused(done, r"answer not authenticated with the key \(2 times\)")
@@ -1018,14 +961,12 @@ def test_labels_that_are_taken():
     """The label of Unix second 1483228800, the first after the last leap second, is 2^62 and 37 s more."""
     query, other = TAI.make_query(None), TAI.make_query(None)
     assert len(query) == 32 and query[:20] == other[:20] == b"ctai" + bytes(16) and query[20:] != other[20:]
-    for label, tai_minus_clock_sec, wanted in (
-            ("40000000586846a5" + "00000005" + "00000000", 37, (5, 5)),
-            ("40000000586846a5" + "00000005" + "00000001", 37, (6, 5)),  # an attosecond is no lie
-            ("40000000586846a5" + "00000005" + "3b9ac9ff", 10, (27 * 10**9 + 6, 27 * 10**9 + 5))):
-        packet = b"stai" + bytes.fromhex(label) + query[20:]
-        answer = TAI.decode_answer(query, packet, tai_minus_clock_sec * 10**9)
-        received_ns, sent_ns = (1483228800 * 10**9 + ns for ns in wanted)
-        assert answer == (received_ns, sent_ns, 0, "-", "-")
+    for atto, more_ns in ("00000000", 0), ("00000001", 1), ("3b9ac9ff", 1):  # an attosecond is no lie
+        packet = b"stai" + bytes.fromhex("40000000586846a5" + "00000005" + atto) + query[20:]
+        sent_ns = 1483228837 * 10**9 + 5
+        assert TAI.decode(None, query, packet) == (sent_ns + more_ns, sent_ns, 0, "-", "-")
+    with Rogue(lambda query, n: [tai_answer(query)[:16] + query[16:]]) as server:  # as an s6-taiclockd does
+        assert is_off(ask("taiclock", server.port, "-r", 20))
 
 
 def test_what_is_no_answer_is_ignored_and_what_is_no_label_refused():
@@ -1033,19 +974,13 @@ def test_what_is_no_answer_is_ignored_and_what_is_no_label_refused():
     right = tai_answer(query)
     changed = [right[:at] + bytes([right[at] ^ 1]) + right[at + 1:] for at in (0, 1, 2, 3, 20, 31)]
     for packet in [query, right[:-1], right + b"?", b"", bytes(32)] + changed:
-        assert TAI.decode_answer(query, packet, 0) is None
+        assert TAI.decode(None, query, packet) is None
     for label in bytes(8) + b"\xff" * 8, b"\x80" + bytes(15), bytes(8) + bytes.fromhex("000000003b9aca00"):
         with pytest.raises(ValueError, match="not a TAI64NA"):
-            TAI.decode_answer(query, b"stai" + label + query[20:], 0)
+            TAI.decode(None, query, b"stai" + label + query[20:])
     for label in bytes(16), b"\x7f" + b"\xff" * 7 + bytes(8):  # true labels of absurd times
         with Rogue(lambda query, n: [b"stai" + label + query[20:]]) as server:
-            assert re.search("is [0-9]{3,}.* years", ask("taiclock", server.port, "-r", 1).stderr)
-
-
-def test_an_s6_taiclockd_writes_12_bytes_of_the_label():
-    with Rogue(lambda query, n: [tai_answer(query)[:16] + query[16:]]) as server:
-        done = ask("taiclock", server.port, "-r", 20)
-    assert abs(offset_of(done)) < NEAR_NS and done.stderr == ""
+            refused(ask("taiclock", server.port, "-r", 1), "is [0-9]{3,}.* years .*")
 
 
 def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
@@ -1055,8 +990,8 @@ def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
         sample = TAI.Sample(answer, *[TAI.Reading(ns, ns) for ns in (100, 160, woke_ns)])
         later = TAI.Sample(answer, *[TAI.Reading(ns, ns) for ns in (100, 160, 999)])
         for samples in [sample], [sample, later], [later, sample]:
-            assert TAI.weigh(samples, sample.came)[:3] == (offset_ns, spread_ns, 60)
-        assert SNTP.weigh([sample], sample.came)[:3] == (20, 30, 60)
+            assert TAI.weigh(samples, sample.came, 7)[:3] == (offset_ns - 7, spread_ns, 60)
+        assert SNTP.weigh([sample], sample.came, 0)[:3] == (20, 30, 60)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -1069,13 +1004,14 @@ def test_taiclock_asks_taiclockd(address):
     assert abs(value_ns) <= spread_ns < 10**6
 
 
-NTP_QUERY, TAI_QUERY = SNTP.make_query(), TAI.make_query(None)
+NTP_QUERY, TAI_QUERY = SNTP.ntp_query(), TAI.make_query(None)
 DECODERS += [
-    ("sntpclock: an answer", lambda data: SNTP.answers(NTP_QUERY, data) and SNTP.decode_answer(data, 0),
-     [ntp_answer(NTP_QUERY), ntp_answer(NTP_QUERY) + bytes(20)], (ValueError, SNTP.Dismissed)),
+    ("sntpclock: an answer", lambda data: SNTP.decode_answer(SERVER_ASKED, data.ljust(48)),
+     [ntp_answer(NTP_QUERY), ntp_answer(NTP_QUERY) + bytes(20)], ValueError),
+    ("sntpclock: its cookie", lambda data: SNTP.answers(NTP_QUERY, data), [ntp_answer(NTP_QUERY)], ()),
     ("sntpclock: a key file", lambda data: SNTP.parse_key(data.decode("latin-1"), 2), [KEYS.encode()],
      ValueError),
-    ("taiclock: an answer", lambda data: TAI.decode_answer(TAI_QUERY, data, 0), [tai_answer(TAI_QUERY)],
+    ("taiclock: an answer", lambda data: TAI.decode(None, TAI_QUERY, data), [tai_answer(TAI_QUERY)],
      ValueError),
 ]
 
@@ -1084,40 +1020,30 @@ DECODERS += [
 
 NTS = load("ntsclock")
 DAY_SEC, YEAR_SEC = 86400, 365 * 86400
-CMAC_KEY = "2b7e151628aed2a6abf7158809cf4f3c"
-CMAC_TEXT = ("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411"
-             "e5fbc1191a0a52eff69f2445")
+CMAC_TEXT = "6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411"
 
 
-def encrypt(key, text):
-    return NTS.Aes(key).encrypt(int(text.hex(), 16)).to_bytes(16, "big")
-
-
-def cmac(key, text):
-    return NTS.cmac(NTS.Aes(key), text).to_bytes(16, "big")
-
-
-def seal(*associated):
-    return lambda key, text: NTS.Siv(key).seal([bytes.fromhex(part) for part in associated], text)
-
-
-@pytest.mark.parametrize("function, key, text, expected", [  # FIPS 197 C.1; RFC 4493; RFC 5297 A.1 and A.2
-    (encrypt, "000102030405060708090a0b0c0d0e0f", "00112233445566778899aabbccddeeff",
-     "69c4e0d86a7b0430d8cdb78070b4c55a"),
-    (cmac, CMAC_KEY, "", "bb1d6929e95937287fa37d129b756746"),
-    (cmac, CMAC_KEY, CMAC_TEXT[:32], "070a16b46b4d4144f79bdd9dd04a287c"),
-    (cmac, CMAC_KEY, CMAC_TEXT[:80], "dfa66747de9ae63030ca32611497c827"),
-    (seal("101112131415161718191a1b1c1d1e1f2021222324252627"),
-     "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff", "112233445566778899aabbccddee",
-     "85632d07c6e8f37f950acd320a2ecc9340c02b9690c4dc04daef7f6afe5c"),
-    (seal("00112233445566778899aabbccddeeffdeaddadadeaddadaffeeddccbbaa99887766554433221100",
-          "102030405060708090a0", "09f911029d74e35bd84156c5635688c0"),
-     "7f7e7d7c7b7a79787776757473727170404142434445464748494a4b4c4d4e4f",
-     b"this is some plaintext to encrypt using SIV-AES".hex(),
-     "7bdb6e3b432667eb06f4d14bff2fbd0fcb900f2fddbe404326601965c889bf17"
-     "dba77ceb094fa663b7a3f748ba8af829ea64ad544a272e9c485b62a3fd5c0d")])
-def test_the_vectors_of_the_standards(function, key, text, expected):
-    assert function(bytes.fromhex(key), bytes.fromhex(text)).hex() == expected
+def test_the_vectors_of_the_standards():
+    """FIPS 197 C.1, RFC 4493, RFC 5297 A.1 and A.2."""
+    block = NTS.Aes(bytes(range(16))).encrypt(0x00112233445566778899aabbccddeeff)
+    assert block == 0x69c4e0d86a7b0430d8cdb78070b4c55a
+    aes = NTS.Aes(bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c"))
+    for size, code in ((0, 0xbb1d6929e95937287fa37d129b756746), (16, 0x070a16b46b4d4144f79bdd9dd04a287c),
+                       (40, 0xdfa66747de9ae63030ca32611497c827)):
+        assert NTS.cmac(aes, bytes.fromhex(CMAC_TEXT)[:size]) == code
+    for key, associated, plain, sealed in (
+            ("fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff",
+             ["101112131415161718191a1b1c1d1e1f2021222324252627"],
+             bytes.fromhex("112233445566778899aabbccddee"),
+             "85632d07c6e8f37f950acd320a2ecc9340c02b9690c4dc04daef7f6afe5c"),
+            ("7f7e7d7c7b7a79787776757473727170404142434445464748494a4b4c4d4e4f",
+             ["00112233445566778899aabbccddeeffdeaddadadeaddadaffeeddccbbaa99887766554433221100",
+              "102030405060708090a0", "09f911029d74e35bd84156c5635688c0"],
+             b"this is some plaintext to encrypt using SIV-AES",
+             "7bdb6e3b432667eb06f4d14bff2fbd0fcb900f2fddbe404326601965c889bf17"
+             "dba77ceb094fa663b7a3f748ba8af829ea64ad544a272e9c485b62a3fd5c0d")):
+        siv, parts = NTS.Siv(bytes.fromhex(key)), [bytes.fromhex(part) for part in associated]
+        assert siv.seal(parts, plain).hex() == sealed and siv.open(parts, bytes.fromhex(sealed)) == plain
 
 
 class Authority:
@@ -1129,7 +1055,7 @@ class Authority:
         (home / "ca.conf").write_text(
             "[ca]\ndefault_ca=here\n[here]\ndatabase=index\nrand_serial=yes\nnew_certs_dir=.\npolicy=any\n"
             "default_md=sha256\nunique_subject=no\n[any]\ncommonName=supplied\n")
-        (home / "index").write_text("")
+        (home / "index").touch()
         self.make_key("ca", "-x509", "-days", str(days), "-addext", "basicConstraints=critical,CA:TRUE",
                       "-addext", "keyUsage=critical,keyCertSign,cRLSign")
         self.make_key("host")
@@ -1163,7 +1089,7 @@ def authority(tmp_path_factory):
 
 
 def ke_records(*records):
-    return b"".join(NTS.RECORD.pack(kind, len(body)) + body for kind, body in records + ((0x8000, b""),))
+    return b"".join(NTS.HEAD.pack(kind, len(body)) + body for kind, body in records + ((0x8000, b""),))
 
 
 def sealed_answer(siv, query, header, cookies=()):
@@ -1172,7 +1098,7 @@ def sealed_answer(siv, query, header, cookies=()):
     return message + NTS.field(NTS.AUTHENTICATOR, struct.pack(">HH", 16, len(sealed)) + nonce + sealed)
 
 
-def bare_kiss(query, word=b"NTSN"):
+def bare_kiss(query, word):
     return ntp_answer(query, stratum=0, refid=word) + NTS.field(NTS.IDENTIFIER, NTS.identifier_of(query))
 
 
@@ -1189,20 +1115,18 @@ class NtsHost:
         self.context.set_alpn_protocols(["ntske/1"])
         self.context.keylog_filename = path
         self.keys, self.used, self.sessions = {}, [], 0
-        self.tcp, self.udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.ntp, self.tcp = Rogue(self.answer, ntp_address), socket.socket()
         self.tcp.bind(("127.0.0.1", 0))
-        self.udp.bind((ntp_address, 0))
         self.tcp.listen(5)
-        self.port, self.ntp_port = self.tcp.getsockname()[1], self.udp.getsockname()[1]
+        self.port = self.tcp.getsockname()[1]
+        threading.Thread(target=self.establish, daemon=True).start()
 
     def __enter__(self):
-        for loop in (self.establish, self.serve):
-            threading.Thread(target=loop, daemon=True).start()
         return self
 
     def __exit__(self, *_):
         self.tcp.shutdown(socket.SHUT_RDWR)  # which ends accept()
-        self.udp.sendto(b"", self.udp.getsockname())
+        self.ntp.__exit__()
         assert len(set(self.used)) == len(self.used), "a cookie came twice"
 
     def establish(self):
@@ -1219,39 +1143,32 @@ class NtsHost:
                         os.ftruncate(self.keylog, 0)
                         keys = [NTS.Siv(key) for key in NTS.export_keys(secret)]
                         self.sessions += 1
-                        self.talk(tls, self.grant(self.new_cookies(keys, 8)))
-
-    def grant(self, cookies):
-        return ke_records((0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (7, struct.pack(">H", self.ntp_port)),
-                          *[(5, cookie) for cookie in cookies])
+                        self.talk(tls, ke_records(
+                            (0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (7, struct.pack(">H", self.ntp.port)),
+                            *[(5, cookie) for cookie in self.new_cookies(keys, 8)]))
 
     def new_cookies(self, keys, count):
         cookies = [os.urandom(100) for _ in range(count)]
         self.keys.update(dict.fromkeys(cookies, keys))
         return cookies
 
-    def serve(self):
-        while True:
-            query, client = self.udp.recvfrom(2000)
-            if not query:
-                return self.udp.close()
-            (one, _, _), (two, _, cookie), *_, (_, start, body) = fields = NTS.split_fields(query, 48)
-            assert (one, two) == (NTS.IDENTIFIER, NTS.COOKIE)
-            self.used.append(cookie)
-            query_siv, answer_siv = keys = self.keys[cookie]
-            assert query_siv.open([query[:start], body[4:20]], body[20:]) == b""
-            good = sealed_answer(answer_siv, query, ntp_answer(query, self.off_ns),
-                                 self.new_cookies(keys, len(fields) - 2))
-            for packet in self.reply(self, answer_siv, query, good):
-                self.udp.sendto(packet, client)
+    def answer(self, query, n):
+        (one, _, _), (two, _, cookie), *_, (_, start, body) = fields = NTS.split_fields(query, 48)
+        assert (one, two) == (NTS.IDENTIFIER, NTS.COOKIE)
+        self.used.append(cookie)
+        query_siv, answer_siv = keys = self.keys[cookie]
+        assert query_siv.open([query[:start], body[4:20]], body[20:]) == b""
+        good = sealed_answer(answer_siv, query, ntp_answer(query, self.off_ns),
+                             self.new_cookies(keys, len(fields) - 2))
+        return self.reply(self, answer_siv, query, good)
 
 
 @contextlib.contextmanager
 def nts_chronyd(home, authority, port=None):
     """A real one -> its port, the same for NTP and key establishment; each start has new keys."""
-    port = port or free_port()
+    port = port or free_port(kind=socket.SOCK_STREAM)
     lines = "ntsport %d\nntsservercert %s\nntsserverkey %s" % (port, *authority.good)
-    with Chronyd(home, "local stratum 1", lines, port=port):
+    with chronyd(home, "local stratum 1", lines, port=port):
         until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         yield port
 
@@ -1263,26 +1180,22 @@ def chronyd_port(tmp_path_factory, authority):
 
 
 def nts_args(authority, port, *args, host="127.0.0.1"):
-    return ["-p", str(port), "-c", authority.path, "-r", "2", "-l", "0"] + [str(arg) for arg in args] + [host]
+    return [str(arg) for arg in ("-p", port, "-c", authority.path, "-r2", "-l0", *args, host)]
 
 
 def nts_run(authority, port, *args, host="127.0.0.1", **env):
     return run("ntsclock", *nts_args(authority, port, *args, host=host), **env)
 
 
-@pytest.mark.parametrize("suite", ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384"))
-def test_a_real_chronyd_tells_the_time_by_nts(suite, chronyd_port, authority, tmp_path):
-    (tmp_path / "conf").write_text(
-        "openssl_conf=a\n[a]\nssl_conf=b\n[b]\nsystem_default=c\n[c]\nCiphersuites=" + suite)
-    done = nts_run(authority, chronyd_port, "-v", 2, host="localhost", OPENSSL_CONF=str(tmp_path / "conf"))
-    assert abs(offset_of(done)) < 10**7
-    assert "warning" not in done.stderr and "new keys, 8 cookies" in done.stderr
-    assert 0 < VIEW.unpack_quality(NTS.unpack(done.stdout)[1])[0] < 10**7
-
-
-def test_a_thousand_exchanges_in_a_row_renew_their_cookies(chronyd_port, authority, tmp_path):
-    done = nts_run(authority, chronyd_port, "-r", 1000, "-T", 60000, "-s", tmp_path)
-    assert abs(offset_of(done)) < 10**7 and done.stderr == ""
+def test_a_real_chronyd_tells_the_time_by_nts(chronyd_port, authority, tmp_path):
+    """By both hashes of TLS 1.3, and a thousand times in a row."""
+    for suite in "TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384":
+        (tmp_path / "conf").write_text(
+            "openssl_conf=a\n[a]\nssl_conf=b\n[b]\nsystem_default=c\n[c]\nCiphersuites=" + suite)
+        done = nts_run(authority, chronyd_port, "-v2", host="localhost", OPENSSL_CONF=str(tmp_path / "conf"))
+        assert abs(result_of(done)[0]) <= result_of(done)[1] < 10**7
+        assert "warning" not in done.stderr and "new keys, 8 cookies" in done.stderr
+    assert is_off(nts_run(authority, chronyd_port, "-r", 1000, "-T", 60000, "-s", tmp_path), most_ns=10**7)
     assert len(NTS.parse_keys((tmp_path / "nts").read_text()).cookies) == NTS.COOKIES
     assert " nts 127.0.0.1 " in (tmp_path / "sources").read_text()
 
@@ -1292,17 +1205,17 @@ def test_a_server_with_new_keys_is_asked_for_them_once(authority, tmp_path):
     for words in ("", "timed out"):  # a NAK may be forged: the answer is waited for
         with nts_chronyd(tmp_path, authority, port) as port:
             done = nts_run(authority, port, "-s", tmp_path, "-r", 3, "-v", 2)
-            assert abs(offset_of(done)) < 10**7
+            assert abs(result_of(done)[0]) < 10**7
             assert done.stderr.count("new keys") == 1 and words in done.stderr
 
 
 def exchange_with(port, authority):
-    """-> (NtsServer, query, answer)."""
+    """-> (Server, query, answer)."""
     settings = NTS.Settings(nts_args(authority, port), 4460, "c:")
-    server = NTS.NtsServer(NTS.establish("127.0.0.1", settings), True)
-    query = NTS.query_of(server, settings)
+    settings.stored, settings.servers = {}, []
+    server, = NTS.find_servers(NTS.Server(settings, "127.0.0.1"))
+    query = NTS.make_query(server)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(PATIENCE_SEC)
         sock.sendto(query, server.address)
         return server, query, sock.recv(2000)
 
@@ -1318,23 +1231,22 @@ def test_no_answer_counts_that_is_not_the_servers_to_its_last_bit(chronyd_port, 
         wrong.append(answer + more)
     wrong += [answer[:48] + answer[b:] + answer[a:b], answer[:48] + answer[b:], answer[:b] + other_answer[b:],
               other_answer, answer[:a + 4] + NTS.identifier_of(other_query) + answer[b:]]
-    assert [packet for packet in wrong if NTS.decode(server, query, packet, 0)] == []
-    assert NTS.decode(server, other_query, answer, 0) is None is NTS.decode(other, query, answer, 0)
-    assert len(server.keys.cookies) == 7 and NTS.decode(server, query, answer, 0)
+    assert [packet for packet in wrong if NTS.decode(server, query, packet)] == []
+    assert NTS.decode(server, other_query, answer) is None is NTS.decode(other, query, answer)
+    assert len(server.keys.cookies) == 7 and NTS.decode(server, query, answer)
     assert len(server.keys.cookies) == 8
 
 
+NOT_VALID = "its certificate is valid from .* to .*, and its time is "
+
+
 @pytest.mark.parametrize("certificate, off_sec, words", [
-    ({}, 0, None),
-    (dict(since_sec=20 * YEAR_SEC, until_sec=21 * YEAR_SEC), int(20.5 * YEAR_SEC), None),
-    ({}, 2 * YEAR_SEC, "its certificate is valid from .* to .*, and its time is "),
-    (dict(since_sec=-3600), -7200, "its certificate is valid from .* to .*, and its time is "),
-    (dict(since_sec=-9 * DAY_SEC, until_sec=-DAY_SEC), 0, "its certificate is valid from .* to .*, and"),
+    ({}, 0, None), (dict(since_sec=20 * YEAR_SEC, until_sec=21 * YEAR_SEC), int(20.5 * YEAR_SEC), None),
+    ({}, 2 * YEAR_SEC, NOT_VALID), (dict(since_sec=-3600), -7200, NOT_VALID),
+    (dict(since_sec=-9 * DAY_SEC, until_sec=-DAY_SEC), 0, NOT_VALID),
     (dict(names="DNS:time.example.org"), 0, "TLS: .*mismatch"),
-    ("self-signed", 0, "TLS: self.signed certificate"),
-    ("another", 0, "TLS: unable to get local issuer certificate"),
-    ("old authority", YEAR_SEC, "its certificate is valid from .* to .*, and"),
-])
+    ("self-signed", 0, "TLS: self.signed certificate"), ("old authority", YEAR_SEC, NOT_VALID),
+    ("another", 0, "TLS: unable to get local issuer certificate")])
 def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(
         certificate, off_sec, words, authority, tmp_path):
     if certificate == "old authority" and sys.version_info < (3, 10):
@@ -1353,7 +1265,7 @@ def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(
     if words:
         refused(done, words + ".*")
     else:
-        assert abs(offset_of(done) - off_sec * 10**9) < 10**9
+        assert is_off(done, off_sec * 10**9, most_ns=10**9)
 
 
 def test_stored_keys_are_used_for_28_days_and_within_the_certificates_time(authority, tmp_path):
@@ -1362,7 +1274,6 @@ def test_stored_keys_are_used_for_28_days_and_within_the_certificates_time(autho
             server.off_ns = days * DAY_SEC * 10**9
             done = nts_run(authority, server.port, "-s", tmp_path)
             assert server.sessions == sessions and (done.returncode == 0) is (days < 365)
-    assert "its certificate is valid from" in done.stderr
 
 
 def drip(tls, grant):
@@ -1375,23 +1286,22 @@ GOOD = NTPV4, SIV, COOKIE = (0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (5, bytes(10
 
 
 @pytest.mark.parametrize("talk, words", [
-    (drip, "timed out"), (lambda tls, grant: tls.sendall((NTS.RECORD.pack(99, 1000) + bytes(1000)) * 99),
+    (drip, "timed out"), (lambda tls, grant: tls.sendall((NTS.HEAD.pack(99, 1000) + bytes(1000)) * 99),
                           "its answer never ends"),
     (lambda tls, grant: time.sleep(2), "timed out"),
     (lambda tls, grant: None, "its answer is cut short|eof"),
     (lambda tls, grant: tls.sendall(grant[:-1]), "its answer is cut short|eof"),
-    (lambda tls, grant: tls.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "its answer is cut short|eof"),
     ([(0x8002, b"\0\0")], "it says: it does not know a critical record"),
-    ([(0x8002, b"\0\1")], "bad request"),
-    ([(0x8002, b"\0\2")], "it says: internal error"), ([(0x8002, b"\0\x09")], "it says: error 9"),
+    ([(0x8002, b"\0\1")], "it says: bad request"), ([(0x8002, b"\0\x09")], "it says: error 9"),
     ([*GOOD, (0x8003, b"\0\1")], "it says: warning 1"),
     ([*GOOD, (0x8063, b"")], "unknown critical record, 99"),
     ([(0x8001, b""), SIV, COOKIE], "it does not offer NTPv4"), ([(0x8001, b"\0\1"), SIV, COOKIE], "NTPv4"),
     ([NTPV4, (0x8004, b""), COOKIE], "AEAD_AES_SIV_CMAC_256"), ([NTPV4, (4, b"\0\x10"), COOKIE], "AEAD_AES"),
-    ([NTPV4, *GOOD], "it sent record 1 twice"), ([NTPV4, SIV], "it sent no cookie"),
+    ([NTPV4, *GOOD], "does not offer NTPv4"), ([NTPV4, SIV], "it sent no cookie"),
     ([NTPV4, SIV, (5, b""), (5, bytes(3)), (5, bytes(4096))], "it sent no cookie"),
     ([*GOOD, (7, b"\0\0")], "of no server"), ([*GOOD, (7, b"\1")], "of no server"),
-    ([*GOOD, (6, b"\x1b[2J")], "of no server"), ([*GOOD, (6, b"\xff")], "codec")])
+    ([*GOOD, (6, b"\x1b[2J")], "of no server"), ([*GOOD, (6, b"\xff")], "of no server"),
+    ([*GOOD, (6, b"one"), (6, b"two")], "of no server")])
 def test_a_key_establishment_that_goes_wrong_is_a_line_in_time(talk, words, authority):
     def answer(tls, grant):
         talk(tls, grant) if callable(talk) else tls.sendall(ke_records(*talk))
@@ -1402,35 +1312,30 @@ def test_a_key_establishment_that_goes_wrong_is_a_line_in_time(talk, words, auth
     refused(done, ": no usable answer; 127.0.0.1: key establishment: .*(%s).*" % words)
 
 
-def test_other_tls_is_refused(authority):
-    with NtsHost(authority.good) as server:
+def test_the_ntp_server_is_where_key_establishment_says_and_other_tls_is_refused(authority):
+    def elsewhere(tls, grant):
+        tls.sendall(NTS.HEAD.pack(6, 9) + b"127.0.0.2" + NTS.HEAD.pack(0x4001, 2) + bytes(2) + grant)
+    with NtsHost(authority.good, talk=elsewhere, ntp_address="127.0.0.2") as server:
+        done = nts_run(authority, server.port, "-v", 2)
+        assert result_of(done) and "127.0.0.1/127.0.0.2, agreed: " in done.stderr and len(server.used) == 2
         server.context.set_alpn_protocols(["http/1.1"])
         refused(nts_run(authority, server.port), "it does not speak ntske/1|TLS: .*application.*")
         server.context.maximum_version = ssl.TLSVersion.TLSv1_2
         refused(nts_run(authority, server.port), "TLS: .*version")
 
 
-def test_the_ntp_server_is_where_key_establishment_says(authority):
-    def elsewhere(tls, grant):
-        tls.sendall(NTS.RECORD.pack(6, 9) + b"127.0.0.2" + NTS.RECORD.pack(0x4001, 2) + bytes(2) + grant)
-    with NtsHost(authority.good, talk=elsewhere, ntp_address="127.0.0.2") as server:
-        done = nts_run(authority, server.port, "-v", 2)
-        assert offset_of(done) and "127.0.0.1/127.0.0.2, agreed: " in done.stderr and len(server.used) == 2
-
-
 @pytest.mark.parametrize("reply, words", [
-    (lambda host, siv, query, good: [bare_kiss(query), good], ""),
+    (lambda host, siv, query, good: [bare_kiss(query, b"NTSN"), good], ""),
     (lambda host, siv, query, good: [bare_kiss(query, b"RATE"), bare_kiss(query, b"DENY"), good],
      "was not authentic"),
-    (lambda host, siv, query, good: [good[:-1] + b"!", good, good], "was not authentic"),
+    (lambda host, siv, query, good: [good[:-1] + bytes([good[-1] ^ 1]), good, good], "was not authentic"),
     (lambda host, siv, query, good: [sealed_answer(siv, query, ntp_answer(query, stratum=0, refid=b"DENY"))],
      "fatal: .*kiss-o'-death DENY"),
     (lambda host, siv, query, good: [good] if len(host.used) == 1 else [
         sealed_answer(siv, query, ntp_answer(query, stratum=0, refid=b"RATE"))],
      "warning: .*kiss-o'-death RATE"),
-    (lambda host, siv, query, good: [bare_kiss(query)], "fatal: .*does not know our keys any more"),
-    (lambda host, siv, query, good: [ntp_answer(query)], "fatal: .*no usable answer"),
-    (lambda host, siv, query, good: [], "fatal: .*no usable answer")])
+    (lambda host, siv, query, good: [bare_kiss(query, b"NTSN")], "fatal: .*does not know our keys any more"),
+    (lambda host, siv, query, good: [ntp_answer(query)], "fatal: .*no usable answer")])
 def test_only_what_is_authentic_counts(reply, words, authority):
     with NtsHost(authority.good, reply=reply) as server:
         done = nts_run(authority, server.port, "-t", 300)
@@ -1439,14 +1344,12 @@ def test_only_what_is_authentic_counts(reply, words, authority):
 
 
 def test_a_week_of_hourly_marks_takes_one_key_establishment(authority, tmp_path, capfd):
+    """One packet in ten is lost; a busy machine may lose some more."""
     rng = random.Random(SEED)
-    def lossy(host, siv, query, good):
-        return [good] * (rng.random() > 0.1)
-    with NtsHost(authority.good, reply=lossy) as server:
-        for _ in range(7 * 24):
-            words = nts_args(authority, server.port, "-s", tmp_path, "-r", 4, "-t", 50, "-v", 0)
-            assert NTS.main(["ntsclock"] + words) == 0, capfd.readouterr().err
-        assert server.sessions == 1 and len(server.used) == 4 * 7 * 24
+    with NtsHost(authority.good, reply=lambda _, siv, query, good: [good] * (rng.random() > 0.1)) as server:
+        words = nts_args(authority, server.port, "-s", tmp_path, "-r", 4, "-t", 50, "-v", 0)
+        marks = [NTS.main(["ntsclock"] + words) for _ in range(7 * 24)]
+    assert marks.count(0) > 150 and server.sessions == 1 and len(server.used) == 4 * 7 * 24
 
 
 def test_a_killed_run_leaves_no_cookie_and_two_at_once_share_none(authority, tmp_path):
@@ -1462,37 +1365,30 @@ def test_a_killed_run_leaves_no_cookie_and_two_at_once_share_none(authority, tmp
         assert server.sessions >= 3
 
 
-def test_a_folder_that_is_missing_is_a_warning(chronyd_port, authority, tmp_path):
-    done = nts_run(authority, chronyd_port, "-s", tmp_path / "none")
-    assert offset_of(done) and "warning: unable to write %s/none/nts: No such file" % tmp_path in done.stderr
+SPOILT = {  # what is put in place of dir/nts
+    "link": lambda path: (path.rename(str(path) + ".own"), path.symlink_to(str(path) + ".own")),
+    "fifo": lambda path: (path.unlink(), os.mkfifo(str(path), 0o600)),
+    "owner": lambda path: os.chown(str(path), 65534, -1),
+    "directory": lambda path: os.chown(str(path.parent), 65534, -1), "mode": lambda path: path.chmod(0o640),
+    "empty": lambda path: path.write_text(""), "torn": lambda path: path.write_text(path.read_text()[:-7]),
+    "endless": lambda path: path.write_text(path.read_text() * 999)}
 
 
-def spoil(path, kind):
-    """Put something else in place of dir/nts."""
-    text, own = path.read_text(), str(path) + ".own"
-    if kind in ("link", "fifo"):
-        path.rename(own)
-        os.symlink(own, str(path)) if kind == "link" else os.mkfifo(str(path), 0o600)
-    elif kind in ("owner", "directory"):
-        os.chown(str(path if kind == "owner" else path.parent), 65534, -1)
-    elif kind == "mode":
-        path.chmod(0o640)
-    else:
-        path.write_text({"empty": "", "torn": text[:-7], "zeros": "\0" * 999, "endless": text * 999}[kind])
-
-
-@pytest.mark.parametrize("kind", "link fifo owner mode directory empty torn zeros endless".split())
+@pytest.mark.parametrize("kind", SPOILT)
 def test_a_damaged_or_foreign_store_is_as_good_as_none(kind, authority, tmp_path):
     if kind in ("owner", "directory") and os.getuid() != 0:
         pytest.skip("only root can give files away")
     with NtsHost(authority.good) as server:
         nts_run(authority, server.port, "-s", tmp_path)
-        spoil(tmp_path / "nts", kind)
+        SPOILT[kind](tmp_path / "nts")
         before = (tmp_path / "nts").lstat()
-        assert offset_of(nts_run(authority, server.port, "-s", tmp_path)) and server.sessions == 2
+        done = nts_run(authority, server.port, "-s", tmp_path)
+        assert result_of(done) and server.sessions == 2
     after = (tmp_path / "nts").lstat()
     assert stat.S_ISREG(after.st_mode) and after.st_mode & 0o777 == 0o600
     assert (before.st_mtime_ns == after.st_mtime_ns) is (kind == "directory")  # another user's is left alone
+    assert done.stderr == ("ntsclock: warning: no keys are kept, since %s is another user's\n" % tmp_path
+                           if kind == "directory" else "")
 
 
 @pytest.mark.parametrize("memory", [True, False])
@@ -1513,11 +1409,24 @@ def test_no_secret_leaves_the_program(memory, authority, tmp_path, monkeypatch, 
 
 
 NTS_SIV = NTS.Siv(bytes(range(32)))
-NTS_QUERY = NTS.seal_query(NTS_SIV, NTS.make_query(), bytes(32), bytes(100), 7, bytes(16))
-NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, ntp_answer(NTS_QUERY), [bytes(100)] * 8)
 NTS_KEYS = NTS.Keys("host", 4460, "::1", 123, 0, 1, bytes(32), bytes(32), [bytes(100)])
+
+
+@pytest.mark.parametrize("size, cookies, placeholders", [
+    (100, 8, 0), (100, 7, 1), (100, 1, 7), (300, 1, 2), (548, 1, 1), (552, 1, 0), (1024, 1, 0)])
+def test_a_query_asks_for_the_cookies_that_lack_and_fits_into_a_packet(size, cookies, placeholders):
+    server = NTS.Server(None, "host")
+    server.keys, server.spent = NTS_KEYS._replace(cookies=[bytes(size)] * cookies), None
+    query = NTS.make_query(server)
+    assert [kind for kind, _, _ in NTS.split_fields(query, 48)] == (
+        [NTS.IDENTIFIER, NTS.COOKIE] + placeholders * [NTS.PLACEHOLDER] + [NTS.AUTHENTICATOR])
+    assert len(query) <= 1232 and len(server.keys.cookies) == cookies - 1
+
+
+NTS_QUERY = NTS.ntp_query() + NTS.field(NTS.IDENTIFIER, bytes(32)) + NTS.field(NTS.COOKIE, bytes(100))
+NTS_ANSWER = sealed_answer(NTS_SIV, NTS_QUERY, ntp_answer(NTS_QUERY), [bytes(100)] * 8)
 DECODERS += [
-    ("ntsclock: key establishment", lambda data: NTS.read_grant(io.BytesIO(data)),
+    ("ntsclock: key establishment", NTS.read_grant,
      [ke_records(*GOOD, (6, b"a.example.org"), (7, b"\0\x7b"))], ValueError),
     ("ntsclock: extension fields", lambda data: NTS.split_fields(data, 48), [NTS_QUERY, NTS_ANSWER],
      ValueError),
@@ -1525,7 +1434,7 @@ DECODERS += [
     ("ntsclock: authenticator", lambda data: NTS.open_answer(NTS_SIV, data), [NTS_ANSWER], ValueError),
     ("ntsclock: stored keys", lambda data: NTS.parse_keys(data.decode()),
      [NTS.format_keys(NTS_KEYS).encode()], ValueError),
-    ("ntsclock: secrets of a session", lambda data: NTS.secret_of(data),
+    ("ntsclock: secrets of a session", NTS.secret_of,
      [b"# by OpenSSL\nEXPORTER_SECRET %s %s\n" % (b"0" * 64, b"f" * 96)], ValueError),
 ]
 
