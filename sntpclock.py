@@ -409,6 +409,8 @@ def keep(settings, name, text, mode=0o644):
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             os.fchmod(file.fileno(), mode)  # whatever the umask
             file.write(text.encode(errors="replace"))
+            file.flush()
+            os.fsync(file.fileno())
         os.rename(temporary, path)
     except OSError as err:
         settings.tell(1, "unable to write %s: %s" % (path, reason(err)))
