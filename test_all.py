@@ -1527,24 +1527,20 @@ VECTORS = (  # what is sent, how many bytes come back
     (b"ctai" * 5, 20), (b"ctai" * 5 + b"x", 21), (b"ctai" + bytes(252), 256), (b"ctai" * 76, 256))
 QUERY = VECTORS[6][0]
 LACKS = {  # what the system lacks, without which there are no batches, or no IPv6
-    "nothing": "pass", "ctypes": "sys.modules['ctypes'] = None",
+    "nothing": "", "ctypes": "sys.modules['ctypes'] = None",
     "recvmmsg": "import ctypes, types\n"
                 "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)",
     "ipv6": "import socket; socket.has_dualstack_ipv6 = lambda: False"}
+TWO = ("-i", "127.0.0.1", "-i", "::1")
 two_loops = pytest.mark.parametrize("lack", ("nothing", "ctypes"))
-one_or_two_sockets = pytest.mark.parametrize(
-    "args", [(), ("-i", "127.0.0.1", "-i", "::1")], ids=["one socket", "two sockets"])
 
 
 @contextlib.contextmanager
 def taiclockd(*args, lack="nothing", says=b"", **env):
     """A server on a free port -> its process, with its first line as `start`, and its `port`; it says no more
     than that."""
-    command = command_of("taiclockd", "-p", "0", *args)
-    if lack != "nothing":
-        command[2:2] = ["-c", "import runpy, sys\n%s\nsys.argv = sys.argv[1:]\n"
-                        "runpy.run_path(sys.argv[0], run_name='__main__')" % LACKS[lack]]
-    with process(command, env=dict(UTC_ENV, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+    with process(command_with(LACKS[lack], "taiclockd", "-p", "0", *args), env=dict(UTC_ENV, **env),
+                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
         server.start = server.stdout.readline().decode()
         assert server.start.startswith("start: serving on "), server.stderr.read()
         server.port = int(re.search(r"port (\d+)", server.start).group(1))
@@ -1560,11 +1556,11 @@ def client_of(port, host="127.0.0.1"):
     return sock
 
 
-def check_reply(query, reply, before_ns):
+def check_reply(query, reply, before_ns, tai_minus_clock_sec=37):
     """The reply is the query with a label from between then and now."""
     assert len(reply) == min(len(query), 256) and reply[:4] == b"stai" and reply[20:] == query[20:256]
     sec, nano, atto = struct.unpack(">QII", reply[4:20])
-    assert before_ns <= (sec - 2**62 - 37) * 10**9 + nano <= time.time_ns() and atto == 0
+    assert before_ns <= (sec - 2**62 - tai_minus_clock_sec) * 10**9 + nano <= time.time_ns() and atto == 0
 
 
 def exchange(sock, datagrams):
@@ -1578,19 +1574,22 @@ def exchange(sock, datagrams):
     return replies[:-1]
 
 
-@pytest.mark.parametrize("lack", ("nothing", "ctypes", "recvmmsg"))
-@pytest.mark.parametrize("host", ("127.0.0.1", "::1"))
-@one_or_two_sockets
-def test_taiclockd_answers_the_vectors_of_the_specification(lack, args, host):
-    with taiclockd(*args, lack=lack) as server, client_of(server.port, host) as sock:
-        places = [address + " port %d" % server.port for address in args[1::2] or ["::"]]
-        assert server.start == "start: serving on %s\n" % ", ".join(places)
+@pytest.mark.parametrize("lack, args, scale, hosts", [
+    ("nothing", (), "utc", TWO[1::2]), ("nothing", TWO, "tai", TWO[1::2]), ("ctypes", (), "tai", TWO[1::2]),
+    ("ctypes", TWO, "utc", TWO[1::2]), ("recvmmsg", (), "utc", TWO[1::2]), ("ipv6", (), "utc", TWO[1:2])])
+def test_taiclockd_answers_the_vectors_of_the_specification(lack, args, scale, hosts):
+    with taiclockd(*args, lack=lack, CLOCK_SCALE=scale) as server:
+        places = args[1::2] or ["0.0.0.0" if lack == "ipv6" else "::"]
+        assert server.start == "start: serving on %s\n" % ", ".join(
+            "%s port %d" % (place, server.port) for place in places)
         before_ns = time.time_ns()
-        for query, size in VECTORS:
-            replies = exchange(sock, [query])
-            assert list(map(len, replies)) == [size] * (size is not None), query
-            for reply in replies:
-                check_reply(query, reply, before_ns)
+        for host in hosts:
+            with client_of(server.port, host) as sock:
+                for query, size in VECTORS:
+                    replies = exchange(sock, [query])
+                    assert list(map(len, replies)) == [size] * (size is not None), query
+                    for reply in replies:
+                        check_reply(query, reply, before_ns, {"utc": 37, "tai": 10}[scale])
         comm = "/proc/%d/comm" % server.pid
         assert not os.path.exists(comm) or until(lambda: open(comm).read() == "taiclockd\n")
 
@@ -1612,11 +1611,11 @@ def hostile_datagram(rng):
 
 
 @two_loops
-@one_or_two_sockets
+@pytest.mark.parametrize("args", [(), TWO], ids=["one socket", "two sockets"])
 def test_taiclockd_gives_each_query_of_a_mix_its_own_reply_and_the_rest_none(lack, args):
     rng = random.Random(SEED)
     with taiclockd(*args, lack=lack) as server, contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(client_of(server.port, ("127.0.0.1", "::1")[i % 2])) for i in range(20)]
+        socks = [stack.enter_context(client_of(server.port, TWO[i % 4])) for i in range(1, 41, 2)]
         with halted(server):  # the second 64 come to lie where the first left a query's mark
             for datagram in [b"ctai"] * 64 + [b""] * 64:
                 socks[0].send(datagram)
@@ -1677,35 +1676,29 @@ def test_taiclockd_does_not_grow_under_a_flood_and_term_ends_it(lack, sec):
             server.terminate()
 
 
-def test_taiclockd_serves_on_ipv4_where_there_is_no_ipv6():
-    with taiclockd(lack="ipv6") as server, client_of(server.port) as sock:
-        assert server.start == "start: serving on 0.0.0.0 port %d\n" % server.port
-        assert exchange(sock, []) == []
-
-
 @pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1"), ("-r",)])
 def test_taiclockd_says_who_has_its_port(args):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
         done = run("taiclockd", "-p", port, *args)
-        assert (done.returncode, done.stdout) == (111, b"")
-        said = "taiclockd: fatal: unable to bind %s port %d: Address already in use" % (
-            "127.0.0.1" if "-i" in args else "::", port)
-        assert done.stderr == said + " by process %d\n" % os.getpid() * os.path.exists("/proc/net/udp")
+        who = ", which process %d has" % os.getpid() if os.path.exists("/proc/net/udp") else ""
+        assert (done.returncode, done.stdout, done.stderr) == (
+            111, b"", "taiclockd: fatal: unable to bind %s port %d%s: Address already in use\n" % (
+                "127.0.0.1" if "-i" in args else "::", port, who))
 
 
 def test_taiclockd_names_the_user_of_another_users_process(monkeypatch):
     table = "sl local_address\n1: 00000000:0FAE 00000000:0000 07 0:0 0:0 0 1234 0 999999999\n"
     monkeypatch.setattr(SERVER, "open", lambda _: io.StringIO(table), raising=False)
-    assert (SERVER.holders(4014), SERVER.holders(4015)) == ("a process of user 1234", "")
+    assert (SERVER.holders(4014), SERVER.holders(4015)) == (", which a process of user 1234 has", "")
 
 
 def test_taiclockds_share_a_port_by_option_and_tell_it():
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(taiclockd("-r"))
         second = stack.enter_context(taiclockd("-r", "-p", first.port))
-        assert second.start.endswith(" port %d, which process %d has too\n" % (first.port, first.pid))
+        assert second.start.endswith(" port %d, which process %d has\n" % (first.port, first.pid))
         socks = [stack.enter_context(client_of(first.port)) for _ in range(50)]  # of 50 ports
         with halted(first):
             for sock in socks:
@@ -1716,92 +1709,97 @@ def test_taiclockds_share_a_port_by_option_and_tell_it():
             sock.recv(256)
 
 
-def test_taiclockd_tells_each_reason_of_its_silence(capfd):
-    now_sec, status, release_sec = [0], [0x40], SERVER.RELEASE_SEC
-    clock = SERVER.Clock(True, 37, lambda: now_sec[0] * 10**9 + 5, lambda: {"status": status[0]})
+def test_taiclockd_tells_each_reason_of_its_silence(monkeypatch, capfd):
+    clock, release_sec = SERVER.Clock(True, 37), SERVER.RELEASE_SEC
     unset = "silent: the clock shows a time before this program's release; it was never set\n"
     unsynchronised = "silent: the kernel says that its clock is not synchronised\n"
-    for now_sec[0], status[0], said, answers in (
-            (10, 0x40, unset, False), (11, 0x40, "", False), (release_sec - 1, 0, "", False),
-            (release_sec, 0x41, unsynchronised, False), (release_sec + 1, 0x40, "", False),
-            (release_sec + 2, 0x2001, "answering: the clock can be trusted now\n", True),
-            (release_sec + 2, 0x40, "", True),  # it is asked once a second
-            (release_sec + 3, 0x40, unsynchronised, False), (10, 0, unset, False)):
-        assert (clock.head() is not None, capfd.readouterr().err) == (
-            answers, said and "taiclockd: info: " + said)
+    for sec, state, said, label in (
+            (10, 5, unset, None), (11, 5, "", None), (release_sec - 1, 0, "", None),
+            (release_sec, 5, unsynchronised, None), (release_sec + 1, 5, "", None),
+            (release_sec + 2, 0, "answering: the clock can be trusted now\n", "400000006ae68127"),
+            (release_sec + 2, 5, "", "400000006ae68127"),  # it is asked once a second
+            (release_sec + 3, 5, unsynchronised, None), (10, 0, unset, None)):
+        monkeypatch.setattr(SERVER.time, "time_ns", lambda: sec * 10**9 + 5)
+        monkeypatch.setattr(SERVER, "kernel_state", lambda: state)
+        head = label and b"stai" + bytes.fromhex(label + "00000005" + "00000000")
+        assert (clock.head(), capfd.readouterr().err) == (head, said and "taiclockd: info: " + said)
 
 
-@pytest.mark.parametrize("kind", (SERVER.Single, SERVER.Batches))
-def test_taiclockd_is_silent_while_its_clock_is_not_set_and_rests_after_errors(kind, monkeypatch):
-    now_sec, pauses = [0], []
-    clock = SERVER.Clock(False, 37, lambda: now_sec[0] * 10**9)
+@pytest.mark.parametrize("maker", (lambda sock: functools.partial(SERVER.answer_one, sock),
+                                   lambda sock: SERVER.Batches(sock).answer))
+def test_taiclockd_is_silent_while_its_clock_is_not_set_and_rests_after_errors(maker, monkeypatch):
+    pauses, clock = [], SERVER.Clock(False, 37)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setblocking(False)
-        server = kind(sock)
+        answer = maker(sock)
         with client_of(sock.getsockname()[1]) as client:
-            for now_sec[0], datagram, counts in (
+            for now_sec, datagram, counts in (
                     (0, QUERY, (1, 1, 0)), (SERVER.RELEASE_SEC, b"x", (1, 0, 0)),
                     (SERVER.RELEASE_SEC, QUERY[:31] + b"x", (1, 1, 1))):
+                monkeypatch.setattr(SERVER.time, "time_ns", lambda: now_sec * 10**9)
                 client.send(datagram)
-                assert server.serve(clock) == counts
+                assert answer(clock) == counts
             assert client.recv(256)[20:] == datagram[20:]
         monkeypatch.setattr(SERVER.time, "sleep", pauses.append)
-        assert server.serve(clock) == (0, 0, 0)  # there is nothing
-        assert pauses == [0.01]
+        assert (answer(clock), pauses) == ((0, 0, 0), [0.01])  # there is nothing
 
 
-def test_taiclockd_tells_its_counts_once_an_hour(capfd):
+def test_taiclockd_tells_its_counts_once_an_hour(monkeypatch, capfd):
     now_sec = [0]
-    counts = SERVER.Counts(lambda: now_sec[0])
-    for now_sec[0], counted, said in (
-            (0, (64, 60, 50), ""), (3599, (1, 1, 1), ""),
-            (3600, (1, 1, 1), "52 answered, 4 ignored, 10 refused"), (7199, (2, 2, 1), ""),
-            (7200, (1, 0, 0), "1 answered, 1 ignored, 1 refused")):
-        counts.add(*counted)
-        assert capfd.readouterr().err == (said and "taiclockd: info: count: %s\n" % said)
+    rows = iter([(0, (64, 60, 50)), (3599, (1, 1, 1)), (3600, (1, 1, 1)),
+                 (7199, (2, 2, 1)), (7200, (1, 0, 0))])
 
+    class Recorded:
+        def __init__(self, sock):
+            pass
 
-def inheriting(fd):
-    """The command of a taiclockd with that descriptor as its descriptor 3, as systemd passes a socket."""
-    code = ("import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
-            "os.execv(sys.argv[1], sys.argv[1:])" % fd)
-    return [sys.executable, "-c", code] + command_of("taiclockd")
+        def answer(self, clock):
+            now_sec[0], counts = next(rows)
+            return counts
+    monkeypatch.setattr(SERVER, "Batches", Recorded)
+    monkeypatch.setattr(SERVER.time, "monotonic", lambda: now_sec[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, pytest.raises(StopIteration):
+        SERVER.serve([sock], None)
+    assert capfd.readouterr().err == ("taiclockd: info: count: 52 answered, 4 ignored, 10 refused\n"
+                                      "taiclockd: info: count: 1 answered, 1 ignored, 1 refused\n")
 
 
 def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
+    inherit = "os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, socket.socket() as tcp:
         sock.bind(("127.0.0.1", 0))
         sock.setblocking(False)
-        port, fd = sock.getsockname()[1], sock.fileno()
-        with process(inheriting(fd), pass_fds=[fd], stdout=subprocess.PIPE) as server:
-            assert server.stdout.readline().decode() == "start: serving on 127.0.0.1 port %d\n" % port
-            with client_of(port) as client:
-                exchange(client, [])
-        done = subprocess.run(inheriting(tcp.fileno()), pass_fds=[tcp.fileno()], stderr=subprocess.PIPE)
-        assert done.returncode == 111 and done.stderr == (
-            b"taiclockd: fatal: unable to take the sockets of LISTEN_FDS: not all of them are UDP sockets\n")
+        port = sock.getsockname()[1]
+        for each, said in ((sock, "start: serving on 127.0.0.1 port %d\n" % port),
+                           (tcp, "taiclockd: fatal: unable to take the sockets of LISTEN_FDS: "
+                                 "not all of them are UDP sockets\n")):
+            with process(command_with(inherit % each.fileno(), "taiclockd"), pass_fds=[each.fileno()],
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
+                assert server.stdout.readline().decode() == said
+                if each is tcp:
+                    assert server.wait(PATIENCE_SEC) == 111
+                else:
+                    with client_of(port) as client:
+                        exchange(client, [])
 
 
-def test_taiclockd_obeys_clock_serve_and_clock_scale(monkeypatch):
+def test_taiclockd_asks_the_kernel_where_it_can():
+    assert SERVER.kernel_state() in (-1, 0, 5)
     says = b"taiclockd: info: silent: the kernel does not say whether its clock is synchronised\n"
     with taiclockd(lack="ctypes", CLOCK_SERVE="synced", says=says) as server:
         until(lambda: select.select([server.stderr], [], [], 0)[0])
-    for env, said in ((dict(CLOCK_SERVE="sync"), "obey CLOCK_SERVE: it is neither synced nor empty"),
-                      (dict(CLOCK_SCALE="x"), "tell the clock's scale: CLOCK_SCALE is neither utc nor tai")):
-        done = run("taiclockd", "-p", 0, **env)
-        assert (done.returncode, done.stderr) == (111, "taiclockd: fatal: unable to %s\n" % said)
-    for scale, label in (("utc", "400000006b0d07a5"), ("tai", "400000006b0d078a")):
-        monkeypatch.setenv("CLOCK_SCALE", scale)
-        offset_sec = SERVER.TAI_MINUS_CLOCK_SEC[SERVER.clock_scale()]
-        clock = SERVER.Clock(False, offset_sec, lambda: 1796016000 * 10**9 + 5)
-        assert clock.head().hex() == b"stai".hex() + label + "00000005" + "00000000"
 
 
-@pytest.mark.parametrize("args", ["-p 65536", "-p x", "-p -1", "-j 2", "-p", "192.0.2.1"])
-def test_taiclockd_refuses_wrong_arguments(args):
-    done = run("taiclockd", *args.split())
-    assert (done.returncode, done.stderr) == (100, "taiclockd: usage: %s\n" % SERVER.USAGE)
+@pytest.mark.parametrize("args, env, status, said", [
+    (args, {}, 100, "usage: " + SERVER.USAGE)
+    for args in ("-p 65536", "-p x", "-p -1", "-j 2", "-p", "here")] + [
+    ("", dict(CLOCK_SERVE="sync"), 111, "fatal: unable to obey CLOCK_SERVE: it is neither synced nor empty"),
+    ("", dict(CLOCK_SCALE="x"), 111,
+     "fatal: unable to tell the clock's scale: CLOCK_SCALE is neither utc nor tai")])
+def test_taiclockd_refuses_wrong_arguments_and_variables(args, env, status, said):
+    done = run("taiclockd", *args.split(), **env)
+    assert (done.returncode, done.stderr) == (status, "taiclockd: %s\n" % said)
 
 
 def taken_for_a_query(data):
