@@ -1530,7 +1530,6 @@ LACKS = {  # what the system lacks, without which there are no batches, or no IP
                 "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)",
     "ipv6": "import socket; socket.has_dualstack_ipv6 = lambda: False"}
 TWO = ("-i", "127.0.0.1", "-i", "::1")
-two_loops = pytest.mark.parametrize("lack", ("nothing", "ctypes"))
 
 
 @contextlib.contextmanager
@@ -1613,12 +1612,15 @@ def resident_kb(pid):
         return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
 
 
-@two_loops
+@pytest.mark.parametrize("lack", ("nothing", "ctypes"))
 @pytest.mark.parametrize("args", [(), TWO], ids=["one socket", "two sockets"])
-@pytest.mark.parametrize("rounds", [5, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.long)])
 def test_taiclockd_gives_each_query_of_a_flood_its_own_reply_and_does_not_grow(lack, args, rounds):
-    rng, sizes_kb = random.Random(SEED), []
+    rng, sizes_kb, raw = random.Random(SEED), [], None
     with taiclockd(*args, lack=lack) as server, contextlib.ExitStack() as stack:
+        with contextlib.suppress(PermissionError):  # which root has
+            raw = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP))
+        from_port_0 = struct.pack(">4H", 0, server.port, 40, 0) + QUERY  # to which nothing can be sent
         socks = [stack.enter_context(client_of(server.port, TWO[i % 4])) for i in range(1, 41, 2)]
         for number in (1, 2, 63, 64, 65, 100) * rounds:
             before_ns, sent = time.time_ns(), {sock: [] for sock in socks}
@@ -1627,6 +1629,8 @@ def test_taiclockd_gives_each_query_of_a_flood_its_own_reply_and_does_not_grow(l
                     sock, datagram = rng.choice(socks), hostile_datagram(rng)
                     sock.send(datagram)
                     sent[sock].append(datagram)
+                    if raw and rng.random() < 0.1:
+                        raw.sendto(from_port_0, ("127.0.0.1", 0))
             for sock, datagrams in sent.items():
                 queries = [each for each in datagrams if len(each) >= 20 and each.startswith(b"ctai")]
                 replies = exchange(sock, [])
@@ -1635,22 +1639,6 @@ def test_taiclockd_gives_each_query_of_a_flood_its_own_reply_and_does_not_grow(l
                     check_reply(query, reply, before_ns)
             sizes_kb.append(resident_kb(server.pid))
         assert sizes_kb[-1] <= sizes_kb[5] + 64
-
-
-@two_loops
-def test_taiclockd_drops_only_the_reply_that_can_not_be_sent(lack):
-    try:
-        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
-    except PermissionError:
-        pytest.skip("not root: no raw socket")
-    with raw, taiclockd(lack=lack) as server, client_of(server.port) as sock:
-        for place in (0, 5, 9):
-            with halted(server):
-                for number in range(10):
-                    if number == place:  # from port 0, to which nothing can be sent
-                        raw.sendto(struct.pack(">4H", 0, server.port, 40, 0) + QUERY, ("127.0.0.1", 0))
-                    sock.send(QUERY)
-            assert len(exchange(sock, [])) == 10
 
 
 @pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1"), ("-r",)])
@@ -1763,22 +1751,13 @@ def test_taiclockd_asks_the_kernel_where_it_can():
 
 @pytest.mark.parametrize("args, env, status, said", [
     (args, {}, 100, "usage: " + SERVER.USAGE)
-    for args in ("-p 65536", "-p x", "-p -1", "-j 2", "-p", "here")] + [
+    for args in ("-p 65536", "-p -1", "-j 2", "-p", "here")] + [
     ("", dict(CLOCK_SERVE="sync"), 111, "fatal: unable to obey CLOCK_SERVE: it is neither synced nor empty"),
     ("", dict(CLOCK_SCALE="x"), 111,
      "fatal: unable to tell the clock's scale: CLOCK_SCALE is neither utc nor tai")])
 def test_taiclockd_refuses_wrong_arguments_and_variables(args, env, status, said):
     done = run("taiclockd", *args.split(), **env)
     assert (done.returncode, done.stderr) == (status, "taiclockd: %s\n" % said)
-
-
-def taken_for_a_query(data):
-    assert SERVER.is_query(bytearray(data), 0, len(data)) == (len(data) >= 20 and data.startswith(b"ctai"))
-
-
-DECODERS += [
-    ("taiclockd's query", taken_for_a_query, [b"ctai" + bytes(28), b"ctai" * 5, b"ctai" * 64], ()),
-]
 
 
 # ==== the estimator =========================================================================
