@@ -751,7 +751,8 @@ def compare_servers(processes, size, outstanding):
         for name, (process, port) in processes.items():
             before_ns = cpu_ns(process.pid)
             answered, sec = ask(port, size, outstanding)
-            figures[name].append(((cpu_ns(process.pid) - before_ns) / 1000 / answered, answered / sec))
+            used_us = (cpu_ns(process.pid) - before_ns) / 1000
+            figures[name].append((used_us / max(answered, 1), answered / sec))
     ours = figures["taiclockd.py"]
     for name, rows in figures.items():
         share = statistics.median(row[0] / our[0] for row, our in zip(rows, ours))

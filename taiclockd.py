@@ -112,7 +112,6 @@ def clock_scale():
 # ==== end shared ====
 
 
-PORT = 4014
 QUERY_MIN, QUERY_MAX = 20, 256  # the original reads 256 bytes of a longer one, and answers those
 HEAD = struct.Struct(">4sQII")  # of a reply: `stai` and the label
 LABEL_ZERO_SEC = 2**62  # the seconds of the label of 1970-01-01 00:00:00 TAI
@@ -188,43 +187,40 @@ def answer_one(sock, clock):
     return 1, query, sent
 
 
-class Batches:
-    """A socket whose datagrams are answered up to SLOTS at a time, by recvmmsg(2) and sendmmsg(2).
+def in_batches(sock):
+    """-> what answers up to SLOTS datagrams, as answer_one() does one, by recvmmsg(2) and sendmmsg(2).
 
     OSError, ImportError, AttributeError where the system can't do that.
     """
+    import ctypes  # here, since python3-minimal has none
+    libc = ctypes.PyDLL(None)  # keeps Python's lock, as there is one thread: half of a call's cost
+    recvmmsg, sendmmsg, fd = libc.recvmmsg, libc.sendmmsg, sock.fileno()
+    # elsewhere than on Linux the structures differ; a kernel without the call fails at no datagrams too
+    if not sys.platform.startswith("linux") or recvmmsg(fd, None, 0, MSG_DONTWAIT, None) != 0:
+        raise OSError("no recvmmsg")
+    memory = [bytearray(SLOTS * size) for size in (QUERY_MAX, NAME_MAX, IOVEC.size, MMSGHDR.size)]
+    packets, _, iovecs, headers = memory
+    packets_at, names_at, iovecs_at, headers_at = (
+        ctypes.addressof(ctypes.c_char.from_buffer(data)) for data in memory)
+    for slot in range(SLOTS):
+        IOVEC.pack_into(iovecs, slot * IOVEC.size, packets_at + slot * QUERY_MAX, QUERY_MAX)
+        MMSGHDR.pack_into(headers, slot * MMSGHDR.size, names_at + slot * NAME_MAX, NAME_MAX,
+                          iovecs_at + slot * IOVEC.size, 1, 0, 0, 0, 0)
+    fresh = bytes(iovecs), bytes(headers)
+    from_slot = [ctypes.c_void_p(headers_at + slot * MMSGHDR.size) for slot in range(SLOTS)]
+    words = memoryview(headers).cast("I")  # one field of all slots:
+    received_sizes = words[RECEIVED_AT // 4::MMSGHDR.size // 4]
+    name_sizes = words[NAME_SIZE_AT // 4::MMSGHDR.size // 4]
+    sizes = memoryview(iovecs).cast("N")[1::2]
 
-    def __init__(self, sock):
-        import ctypes  # here, since python3-minimal has none
-        libc = ctypes.PyDLL(None)  # keeps Python's lock, as there is one thread: half of a call's cost
-        self.recvmmsg, self.sendmmsg, self.fd = libc.recvmmsg, libc.sendmmsg, sock.fileno()
-        # elsewhere than on Linux the structures differ; a kernel without the call fails at no datagrams too
-        if not sys.platform.startswith("linux") or self.recvmmsg(self.fd, None, 0, MSG_DONTWAIT, None) != 0:
-            raise OSError("no recvmmsg")
-        memory = [bytearray(SLOTS * size) for size in (QUERY_MAX, NAME_MAX, IOVEC.size, MMSGHDR.size)]
-        self.packets, self.names, self.iovecs, self.headers = memory
-        packets_at, names_at, iovecs_at, headers_at = (
-            ctypes.addressof(ctypes.c_char.from_buffer(data)) for data in memory)
-        for slot in range(SLOTS):
-            IOVEC.pack_into(self.iovecs, slot * IOVEC.size, packets_at + slot * QUERY_MAX, QUERY_MAX)
-            MMSGHDR.pack_into(self.headers, slot * MMSGHDR.size, names_at + slot * NAME_MAX, NAME_MAX,
-                              iovecs_at + slot * IOVEC.size, 1, 0, 0, 0, 0)
-        self.fresh = bytes(self.iovecs), bytes(self.headers)
-        self.from_slot = [ctypes.c_void_p(headers_at + slot * MMSGHDR.size) for slot in range(SLOTS)]
-        words = memoryview(self.headers).cast("I")  # one field of all slots:
-        self.received = words[RECEIVED_AT // 4::MMSGHDR.size // 4]
-        self.name_sizes = words[NAME_SIZE_AT // 4::MMSGHDR.size // 4]
-        self.sizes = memoryview(self.iovecs).cast("N")[1::2]
-
-    def answer(self, clock):
-        """Take what is there, answer it in place -> as answer_one()."""
-        self.iovecs[:], self.headers[:] = self.fresh
-        received = self.recvmmsg(self.fd, self.from_slot[0], SLOTS, MSG_WAITFORONE, None)
+    def answer(clock):
+        iovecs[:], headers[:] = fresh
+        received = recvmmsg(fd, from_slot[0], SLOTS, MSG_WAITFORONE, None)
         if received <= 0:
             time.sleep(PAUSE_SEC)
             return 0, 0, 0
-        head, packets, sizes, queries = clock.head(), self.packets, self.sizes, 0
-        for slot, size in enumerate(self.received[:received]):
+        head, queries = clock.head(), 0
+        for slot, size in enumerate(received_sizes[:received]):
             at = slot * QUERY_MAX
             query = is_query(packets, at, size)
             queries += query
@@ -232,18 +228,20 @@ class Batches:
                 packets[at:at + QUERY_MIN] = head
                 sizes[slot] = size
             else:
-                self.name_sizes[slot] = 0  # what has no address is not sent
+                name_sizes[slot] = 0  # what has no address is not sent
         slot = sent = 0
         while slot < received:  # a call ends before what can't be sent, and fails if that comes first
-            done = self.sendmmsg(self.fd, self.from_slot[slot], received - slot, MSG_DONTWAIT)
+            done = sendmmsg(fd, from_slot[slot], received - slot, MSG_DONTWAIT)
             slot, sent = slot + max(done, 1), sent + max(done, 0)
         return received, queries, sent
+    answer.memory = memory  # which the kernel writes to
+    return answer
 
 
 def serve(sockets, clock):
     """Answer for ever, and tell once an hour what became of the datagrams."""
     try:
-        answers = {sock.fileno(): Batches(sock).answer for sock in sockets}
+        answers = {sock.fileno(): in_batches(sock) for sock in sockets}
     except (AttributeError, ImportError, OSError):
         answers = {sock.fileno(): functools.partial(answer_one, sock) for sock in sockets}
     poll = select.poll()
@@ -325,7 +323,7 @@ def main(argv):
         options, operands = getopt.getopt(argv[1:], "i:p:r")
         addresses = [value for option, value in options if option == "-i"]
         options = dict(options)
-        port = options.get("-p", str(PORT))
+        port = options.get("-p", "4014")
         if operands or not port.isdecimal() or int(port) > 65535:
             raise getopt.GetoptError("")
         doing, port, wanted = "obey CLOCK_SERVE", int(port), os.environ.get("CLOCK_SERVE", "")

@@ -1690,8 +1690,8 @@ def test_taiclockd_tells_each_reason_of_its_silence(monkeypatch, capfd):
         assert (clock.head(), capfd.readouterr().err) == (head, said and "taiclockd: info: " + said)
 
 
-@pytest.mark.parametrize("maker", (lambda sock: functools.partial(SERVER.answer_one, sock),
-                                   lambda sock: SERVER.Batches(sock).answer))
+@pytest.mark.parametrize("maker", (SERVER.in_batches,
+                                   lambda sock: functools.partial(SERVER.answer_one, sock)))
 def test_taiclockd_is_silent_while_its_clock_is_not_set_and_rests_after_errors(maker, monkeypatch):
     pauses, clock = [], SERVER.Clock(False, 37)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
