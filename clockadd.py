@@ -9,7 +9,7 @@ DESCRIPTION
     clients write, and adds it to the system clock.  Needs root (on Linux: CAP_SYS_TIME).  Prints
     nothing when it worked.
 
-    The clock loses no time by it, but elsewhere than on Linux, or without ctypes, a microsecond.
+    On Linux the kernel adds it, and no time is lost; elsewhere, or without ctypes, a microsecond is.
 
 OPTIONS
     -e ms   refuse a step of more than that many milliseconds, either way

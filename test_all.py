@@ -325,14 +325,12 @@ def test_clockview_shows_the_sum_and_what_a_mark_tells(ns, last, size, after, li
 @pytest.mark.parametrize("name", ("clockview", "clockadd"))
 @pytest.mark.parametrize("packet, said", [
     (b"x" * 11, "data split across packets"), (b"x" * 13, "data split across packets"),
-    (b"", "nothing came on standard input"), (None, "nothing came on standard input"),
+    (b"", "nothing came on standard input"),
     (b"\xff" * 16, "unable to read the adjustment: not a TAI64NA packet"),
     (b"\x7f" + b"\0" * 15, "unable to (show that time|set the clock): ")])
 def test_what_is_no_adjustment_is_a_line(name, packet, said):
-    command = without_the_right(command_of(name))
-    if packet is None:
-        command = ["sh", "-c", '"$@" <&-', "sh"] + command
-    done = subprocess.run(command, input=packet or b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(without_the_right(command_of(name)), input=packet, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
     assert (done.returncode, done.stdout) == (111, b"")
     assert re.fullmatch("%s: fatal: %s.*\n" % (name, said), done.stderr.decode())
 
@@ -1529,7 +1527,8 @@ LACKS = {  # what the system lacks, without which there are no batches, or no IP
     "recvmmsg": "import ctypes, types\n"
                 "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)",
     "ipv6": "import socket; socket.has_dualstack_ipv6 = lambda: False"}
-TWO = ("-i", "127.0.0.1", "-i", "::1")
+HOSTS = ("127.0.0.1", "::1")
+TWO_SOCKETS = ("-i", HOSTS[0], "-i", HOSTS[1])
 
 
 @contextlib.contextmanager
@@ -1572,10 +1571,10 @@ def exchange(sock, datagrams):
 
 
 @pytest.mark.parametrize("lack, args, scale", [
-    ("nothing", (), "utc"), ("nothing", TWO, "tai"), ("ctypes", (), "tai"), ("ctypes", TWO, "utc"),
-    ("recvmmsg", (), "utc"), ("ipv6", (), "utc")])
+    ("nothing", (), "utc"), ("nothing", TWO_SOCKETS, "tai"), ("ctypes", (), "tai"),
+    ("ctypes", TWO_SOCKETS, "utc"), ("recvmmsg", (), "utc"), ("ipv6", (), "utc")])
 def test_taiclockd_answers_the_vectors_of_the_specification(lack, args, scale):
-    everywhere, hosts = ("0.0.0.0", TWO[1:2]) if lack == "ipv6" else ("::", TWO[1::2])
+    everywhere, hosts = ("0.0.0.0", HOSTS[:1]) if lack == "ipv6" else ("::", HOSTS)
     with taiclockd(*args, lack=lack, CLOCK_SCALE=scale) as server:
         assert server.start == "start: serving on %s\n" % ", ".join(
             "%s port %d" % (place, server.port) for place in args[1::2] or [everywhere])
@@ -1607,13 +1606,8 @@ def hostile_datagram(rng):
                        b"s" + query[1:], query[:rng.randrange(4)] + b"\xff" + query[4:], b""])
 
 
-def resident_kb(pid):
-    with open("/proc/%d/status" % pid) as file:
-        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
-
-
 @pytest.mark.parametrize("lack", ("nothing", "ctypes"))
-@pytest.mark.parametrize("args", [(), TWO], ids=["one socket", "two sockets"])
+@pytest.mark.parametrize("args", [(), TWO_SOCKETS], ids=["one socket", "two sockets"])
 @pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.long)])
 def test_taiclockd_gives_each_query_of_a_flood_its_own_reply_and_does_not_grow(lack, args, rounds):
     rng, sizes_kb, raw = random.Random(SEED), [], None
@@ -1621,7 +1615,7 @@ def test_taiclockd_gives_each_query_of_a_flood_its_own_reply_and_does_not_grow(l
         with contextlib.suppress(PermissionError):  # which root has
             raw = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP))
         from_port_0 = struct.pack(">4H", 0, server.port, 40, 0) + QUERY  # to which nothing can be sent
-        socks = [stack.enter_context(client_of(server.port, TWO[i % 4])) for i in range(1, 41, 2)]
+        socks = [stack.enter_context(client_of(server.port, host)) for host in HOSTS * 10]
         for number in (1, 2, 63, 64, 65, 100) * rounds:
             before_ns, sent = time.time_ns(), {sock: [] for sock in socks}
             with halted(server):
@@ -1637,7 +1631,8 @@ def test_taiclockd_gives_each_query_of_a_flood_its_own_reply_and_does_not_grow(l
                 assert len(replies) == len(queries)
                 for query, reply in zip(queries, replies):
                     check_reply(query, reply, before_ns)
-            sizes_kb.append(resident_kb(server.pid))
+            status = pathlib.Path("/proc/%d/status" % server.pid).read_text()
+            sizes_kb.append(int(re.search(r"VmRSS:\s+(\d+)", status).group(1)))
         assert sizes_kb[-1] <= sizes_kb[5] + 64
 
 
