@@ -89,11 +89,12 @@ def unpack(packet):
 # ==== end shared ====
 
 
-# ==== shared by some: adjtimex ====
+# ==== shared by some: adjtimex and stepping ====
 # struct timex with fields of 64 bits, as clock_adjtime64 has it too, and of 32; `sec` and `frac` are its time
 TIMEX, TIMEX32 = struct.Struct("=I4x4qi4x8qi4x5qi44x"), struct.Struct("=I4ii8ii5ii44x")
 TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick "
                 "ppsfreq jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
+ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def adjtimex(**fields):
@@ -110,11 +111,6 @@ def adjtimex(**fields):
         if state >= 0:
             return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-# ==== end shared ====
-
-
-# ==== shared by some: stepping ====
-ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def step_kernel(adjtimex, delta_ns):
