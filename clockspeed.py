@@ -224,7 +224,7 @@ def adjtimex(**fields):
     import ctypes  # here, since python3-minimal has none
     libc = ctypes.CDLL(None, use_errno=True)
     calls = [(TIMEX, libc.adjtimex)]
-    if ctypes.sizeof(ctypes.c_long) == 4:  # clock_adjtime64, of no one name in the libcs; new in Linux 5.1
+    if ctypes.sizeof(ctypes.c_long) == 4:  # clock_adjtime64, which each libc names otherwise; since Linux 5.1
         number = 4405 if os.uname().machine.startswith("mips") else 405
         calls = [(TIMEX, lambda buffer: libc.syscall(number, 0, buffer)), (TIMEX32, libc.adjtimex)]
     for layout, call in calls:
