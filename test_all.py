@@ -362,7 +362,7 @@ def test_clockadd_sets_the_clock_where_the_kernel_can_not_add(monkeypatch):
 
 
 def test_one_adjtimex_call_steps_and_leaves_the_unit_alone():
-    for status, after in (0, [dict(modes=0x1000)]), (0x2000, []):
+    for status, after in (0x41, [dict(modes=0x1000)]), (0x2041, []):
         seen = []
         ADD.step_kernel(lambda **fields: seen.append(fields) or {"status": status}, -3 * 10**8)
         assert seen == [{}, dict(modes=0x2100, sec=-1, frac=7 * 10**8)] + after
