@@ -260,7 +260,7 @@ def test_shared_blocks_are_the_same_bytes_in_every_copy():
 def command_with(code, name, *args):
     """The command of a script, which runs after some code of ours."""
     python, flags, *rest = command_of(name, *args)
-    code = "import os, sys\n%s\nsys.argv = sys.argv[1:]\nexec(open(sys.argv[0]).read())" % code
+    code = "import os, sys\n%s\nsys.argv = sys.argv[1:]\nexec(open(sys.argv[0], 'rb').read())" % code
     return [python, flags, "-c", code] + rest
 
 
