@@ -12,19 +12,18 @@ DESCRIPTION
                that is told everything and the original's two points, over the seeds
     replay     makes each estimate in a log of clockspeed again from its marks, to the last digit;
                what differs is printed, and the exit status then 111
-    clients    the error of one measurement by sntpclock and taiclock, beside the other clients
+    clients    the error and cost of a mark by sntpclock and taiclock, beside the other clients
                that are installed; on loopback and over a path with jitter, on an idle and on a
-               busy machine.  Needs root, iproute2 and chronyd: it makes two network namespaces
+               busy machine
     server     CPU per reply of taiclockd, beside the original's loop in C, compiled on the spot,
                and the servers that are installed; for queries of 32 and of 28 bytes
-    nts        the error, CPU and memory of ntsclock's marks, beside sntpclock and chronyd -Q with nts
-    programs   start-up time and memory of each program, resident size of the daemons, CPU of
-               clockspeed for a mark
+    nts        the error and cost of ntsclock's marks, beside sntpclock and chronyd -Q with nts
+    programs   start-up time and memory of each program, resident size of clockspeed and its CPU
+               for a mark
 
     The figures are medians.  What is compared is measured in turns, so that whatever else the
-    machine does meanwhile counts for all; the ratios are those of turns that followed each
-    other.  The servers of `clients` have this machine's own clock, so that any offset they tell
-    is an error.
+    machine does meanwhile counts for all.  `clients` and `nts` need root, iproute2, openssl and
+    chronyd, which serves this machine's own clock, so that any offset is an error.
 
 OPTIONS
     -s seeds  simulated worlds of each kind (10: a quarter of an hour)
@@ -35,6 +34,7 @@ EXIT STATUS
 """
 import collections
 import contextlib
+import ctypes
 import getopt
 import heapq
 import importlib.machinery
@@ -44,10 +44,11 @@ import math
 import os
 import random
 import re
-import select
+import selectors
 import shutil
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -74,34 +75,28 @@ def installed(script, *args):
     return ["python3", "-IS", os.path.join(HERE, script), *args]
 
 
-def medians(rows):
-    return [statistics.median(column) for column in zip(*rows)]
-
-
-# Runs a command and tells its ms and the MB it had at most; small itself, since a child begins as its copy.
+# Runs a command and writes its cost into a file; small itself, since a child begins as its copy.
 METER = """
 import os, sys, time
 start = time.perf_counter()
-pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ,
-                      file_actions=[(os.POSIX_SPAWN_OPEN, 1, "/dev/null", 1, 0)])
-usage = os.wait4(pid, 0)[2]
-print((time.perf_counter() - start) * 1e3, usage.ru_maxrss * 1024 / 1e6)
+usage = os.wait4(os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ), 0)[2]
+print((time.perf_counter() - start) * 1e3, (usage.ru_utime + usage.ru_stime) * 1e3,
+      usage.ru_maxrss * 1024 / 1e6, file=open(sys.argv[1], "w"))
 """
 
 
-def cost(command, runs=15):
-    """-> [ms from start to end, MB at most] of a command."""
-    meter = ["python3", "-IS", "-c", METER, *command]
-
-    def measured():
-        return subprocess.run(meter, stdout=subprocess.PIPE, env=ENV, check=True).stdout.split()
-    return medians(map(float, measured()) for _ in range(runs))
+def metered(command, directory=None):
+    """Run it -> (how it ended, [ms from start to end, ms of CPU, MB at most])."""
+    with tempfile.NamedTemporaryFile() as file:
+        done = subprocess.run(["python3", "-IS", "-c", METER, file.name, *command], cwd=directory, env=ENV,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return done, list(map(float, file.read().split()))
 
 
 @contextlib.contextmanager
-def started(*command, stdout=subprocess.DEVNULL):
+def started(*command, stdout=subprocess.DEVNULL, directory=None):
     """A process that is killed at the end."""
-    process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, env=ENV)
+    process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, env=ENV, cwd=directory)
     try:
         yield process
     finally:
@@ -563,40 +558,59 @@ def bench_replay(path):
     return 111 if differing else 0
 
 
-# ==== clients =======================================================================================
-RUNS, SLOW_RUNS = 50, 6  # chronyd -Q and busybox take seconds by design
+# ==== clients, nts ==================================================================================
+RUNS, SLOW_RUNS, SLOW = 50, 6, ("chronyd", "busybox")  # which take seconds by design
 RELAY_DELAY_SEC, RELAY_JITTER_SEC = 0.5e-3, 0.3e-3  # the least and the mean of the rest, each way
-NEAR, FAR = "127.0.0.1", "10.99.99.1"
+NEAR, FAR = "127.0.0.1", "127.0.0.2"  # on the usual ports, as not all clients can choose
+RELAY = "a relay, %.1f ms + %.1f ms of jitter each way" % (RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3)
+CLONE_NEWNET = 0x40000000
+CERTIFICATE = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=bench " \
+              "-keyout host.key -out host.crt -days 9 -addext subjectAltName=IP:" + NEAR
+CHRONYD = ("chronyd", "-x", "-d", "local stratum 1", "allow", "user root", "cmdport 0", "bindcmdaddress /",
+           "bindaddress " + NEAR, "ntsntpserver " + FAR, "ntsservercert host.crt", "ntsserverkey host.key",
+           "pidfile server.pid")
+CHRONYD_QUERY = ["chronyd", "-Q", "-x", "-t", "20", "cmdport 0", "user root", "pidfile query.pid",
+                 "ntstrustedcerts host.crt"]
 
 
-def relay(address, port, upstream_port):
-    """A UDP relay to 127.0.0.1 that keeps each packet a while; not every kernel has netem."""
-    chance, poller = random.Random(1), select.poll()
+def relay(port):
+    """Relay UDP from FAR to NEAR and keep each packet a while; not every kernel has netem."""
+    chance, selector, count = random.Random(1), selectors.PollSelector(), itertools.count()
+    backs, waiting = {}, []  # a socket for each client; (when, number, function, its operands)
     front = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    front.bind((address, port))
-    poller.register(front, select.POLLIN)
-    backs, clients, waiting, count = {}, {}, [], itertools.count()
+    front.bind((FAR, port))
+    selector.register(front, selectors.EVENT_READ)
     while True:
         left_sec = waiting[0][0] - time.monotonic() if waiting else 1
-        for descriptor, _ in poller.poll(max(int(left_sec * 1000), 0)):  # spins for the last millisecond
-            if descriptor == front.fileno():
+        for key, _ in selector.select(left_sec - 1e-3):  # spins for the last millisecond
+            if key.fileobj is front:
                 packet, client = front.recvfrom(2048)
                 if client not in backs:
                     backs[client] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-                    backs[client].connect(("127.0.0.1", upstream_port))
-                    clients[backs[client].fileno()] = client
-                    poller.register(backs[client], select.POLLIN)
+                    backs[client].connect((NEAR, port))
+                    selector.register(backs[client], selectors.EVENT_READ, client)
+                send, operands = backs[client].send, (packet,)
             else:
-                client = clients[descriptor]
-                packet = backs[client].recv(2048)
+                send, operands = front.sendto, (key.fileobj.recv(2048), key.data)
             due = time.monotonic() + RELAY_DELAY_SEC + chance.expovariate(1 / RELAY_JITTER_SEC)
-            heapq.heappush(waiting, (due, next(count), packet, client, descriptor == front.fileno()))
+            heapq.heappush(waiting, (due, next(count), send, operands))
         while waiting and waiting[0][0] <= time.monotonic():
-            _, _, packet, client, forward = heapq.heappop(waiting)
-            if forward:
-                backs[client].send(packet)
-            else:
-                front.sendto(packet, client)
+            _, _, send, operands = heapq.heappop(waiting)
+            send(*operands)
+
+
+@contextlib.contextmanager
+def servers():
+    """Servers at NEAR, and behind relays at FAR, in a network that has only loopback -> their directory."""
+    ctypes.CDLL(None).unshare(CLONE_NEWNET)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+        subprocess.run(CERTIFICATE.split(), cwd=home, check=True, stderr=subprocess.DEVNULL)
+        relays = [installed("bench_all.py", "relay", port) for port in ("123", "4014")]
+        for command in (CHRONYD, installed("taiclockd.py", "-i", NEAR), *relays):
+            stack.enter_context(started("nice", "-n", "-15", *command, directory=home))  # cores of its own
+        time.sleep(2)  # for chronyd's start
+        yield home
 
 
 def packet_offset(done):
@@ -606,13 +620,8 @@ def packet_offset(done):
     view = load("clockview")
     offset_ns, last = view.unpack(done.stdout)
     quality = view.unpack_quality(last)
-    return offset_ns, quality and sum(quality)
-
-
-def original_offset(done):
-    """The same of a C original, which is off by whole seconds where the clock counts UTC."""
-    found = packet_offset(done)
-    return found and ((found[0] + 5 * 10**8) % 10**9 - 5 * 10**8, None)
+    # the C originals are off by whole seconds where the clock counts UTC
+    return (offset_ns + 5 * 10**8) % 10**9 - 5 * 10**8, quality and sum(quality)
 
 
 def number_after(pattern):
@@ -623,147 +632,67 @@ def number_after(pattern):
     return offset
 
 
-def without_kernel_stamps(script):
-    """A command that runs a client of ours without the kernel's stamps."""
-    path, asked_for, not_asked_for = os.path.join(HERE, script), "SO_TIMESTAMPNS = 35", "SO_TIMESTAMPNS = -1"
-    with open(path) as file:
-        assert asked_for in file.read(), "it asks for stamps in another way"
-    source = "import sys; sys.argv = sys.argv[1:]; exec(open(sys.argv[0]).read().replace(%r, %r))"
-    return ["python3", "-IS", "-c", source % (asked_for, not_asked_for), path, "ADDRESS"]
-
-
-def rivals(home):
-    """[(name, command with ADDRESS, done -> (offset, bound) in ns or None, runs)], in two groups; none
-    of them touches the clock."""
-    chronyd = ["chronyd", "-Q", "-x", "-t", "20", "cmdport 0", "user root", "server ADDRESS iburst",
-               "pidfile " + os.path.join(home, "query.pid")]
-    busybox = ["busybox", "ntpd", "-n", "-q", "-w", "-ddd", "-p", "ADDRESS"]
-    groups = [[("sntpclock.py", installed("sntpclock.py", "ADDRESS"), packet_offset, RUNS),
-               ("  user-space stamps", without_kernel_stamps("sntpclock.py"), packet_offset, RUNS),
-               ("ntpdig", ["ntpdig", "-j", "ADDRESS"], number_after(rb'"offset":'), RUNS),
-               ("ntpdig, 10 samples", ["ntpdig", "-j", "-p", "10", "-g", "10", "ADDRESS"],
-                number_after(rb'"offset":'), RUNS),
-               ("chronyd -Q", chronyd, number_after(rb"wrong by "), SLOW_RUNS),
-               ("busybox ntpd -qw", busybox, number_after(rb"offset:"), SLOW_RUNS),
-               ("C sntpclock", ["sntpclock", "ADDRESS"], original_offset, RUNS),
-               ("s6-sntpclock", ["s6-sntpclock", "ADDRESS"], original_offset, RUNS)],
-              [("taiclock.py", installed("taiclock.py", "ADDRESS"), packet_offset, RUNS),
-               ("  user-space stamps", without_kernel_stamps("taiclock.py"), packet_offset, RUNS),
-               ("C taiclock", ["taiclock", "ADDRESS"], original_offset, RUNS),
-               ("s6-taiclock", ["s6-taiclock", "ADDRESS"], original_offset, RUNS)]]
-    return [[client for client in group if shutil.which(client[1][0])] for group in groups]
-
-
-@contextlib.contextmanager
-def network(home):
-    """Two network namespaces joined by a veth: ours with servers on 127.0.0.1, another with servers behind
-    relays on 10.99.99.1; on the usual ports, as not all clients can choose.  -> a prefix for commands"""
-    here, there = "clockbench%d-a" % os.getpid(), "clockbench%d-b" % os.getpid()
-
-    def ip(*words):
-        subprocess.run(("ip",) + words, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    with contextlib.ExitStack() as stack:
-        def start(name, *command):
-            nice = ["nice", "-n", "-15"] if name == there else []  # another machine has cores of its own
-            stack.enter_context(started("ip", "netns", "exec", name, *nice, *command))
-
-        def start_servers(name, ntp_port, tai_port):
-            start(name, "chronyd", "-x", "-d", "local stratum 1", "allow", "user root", "cmdport 0",
-                  "bindcmdaddress /", "port %d" % ntp_port, "pidfile " + os.path.join(home, name + ".pid"))
-            start(name, *installed("taiclockd.py", "-p", str(tai_port)))
-        for name in here, there:
-            ip("netns", "add", name)
-            stack.callback(ip, "netns", "del", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", here, "link", "add", "veth0", "type", "veth", "peer", "name", "veth0", "netns", there)
-        for name, address in (here, "10.99.99.2/24"), (there, FAR + "/24"):
-            ip("-n", name, "address", "add", address, "dev", "veth0")
-            ip("-n", name, "link", "set", "veth0", "up")
-        start_servers(here, 123, 4014)
-        start_servers(there, 10123, 14014)
-        for port, upstream_port in (123, 10123), (4014, 14014):
-            start(there, sys.executable, __file__, "relay", FAR, str(port), str(upstream_port))
-        time.sleep(2)  # for chronyd's start
-        yield ["ip", "netns", "exec", here]
-
-
-def compare_clients(group, prefix, address):
-    """Print a line for each client of the group."""
-    first = None
-    for name, command, offset_of, runs in group:
-        command = prefix + [word.replace("ADDRESS", address) for word in command]
-        found = [offset_of(subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV))
-                 for _ in range(runs)]
-        found = [(abs(offset_ns), bound_ns) for offset_ns, bound_ns in filter(None, found)]
-        if not found:
-            print("%-20s no answer" % name)
+def compare_marks(clients, home):
+    """Print a line for each (name, command, done -> (offset, bound) in ns or None) that is installed."""
+    print("%-24s %8s %8s %8s %4s %7s %7s %6s %6s %7s" % (
+        "", "error us", "95%", "bound us", "over", "ms", "CPU ms", "MB", "marks", "x first"))
+    found, first_us = {name: [] for name, command, _ in clients if shutil.which(command[0])}, None
+    for turn in range(RUNS):
+        for name, command, offset_of in clients:
+            if name in found and (turn < SLOW_RUNS or command[0] not in SLOW):
+                done, cost = metered(command, home)
+                mark = offset_of(done)
+                if mark:
+                    found[name].append((abs(mark[0]) / 1e3, mark[1] and mark[1] / 1e3, *cost))
+    for name, marks in found.items():
+        if not marks:
+            print("%-24s no answer" % name)
             continue
-        errors = sorted(error for error, _ in found)
-        median, first = statistics.median(errors), first or statistics.median(errors)
-        bounds = [bound for _, bound in found if bound is not None]
-        print("%-20s %9.2f %9.2f %9s %4s %5d %7.1f" % (
-            name, median / 1e3, errors[int(len(errors) * 0.95)] / 1e3,
-            "%.2f" % (statistics.median(bounds) / 1e3) if bounds else "-",
-            sum(error > bound for error, bound in found if bound is not None) if bounds else "-",
-            len(found), median / first), flush=True)
+        errors, bounds, *costs = zip(*marks)
+        error_us = statistics.median(errors)
+        first_us = first_us or error_us
+        bound, over = ("-", "-") if None in bounds else (
+            "%.2f" % statistics.median(bounds), sum(error > bound for error, bound in zip(errors, bounds)))
+        print("%-24s %8.2f %8.2f %8s %4s %7.1f %7.1f %6.1f %6d %7.2f" % (
+            name, error_us, sorted(errors)[int(len(errors) * 0.95)], bound, over,
+            *map(statistics.median, costs), len(marks), error_us / first_us), flush=True)
 
 
 def bench_clients():
-    """|error| of one measurement in us; the bound that it told, and how many errors were over it."""
-    if os.getuid() or not shutil.which("ip") or not shutil.which("chronyd"):
-        print("needs root, iproute2 and chronyd, for two network namespaces and a server")
-        return
-    far = "a relay, %.1f ms + %.1f ms jitter each way" % (RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3)
-    with tempfile.TemporaryDirectory() as home, network(home) as prefix:
-        for place, address in ("loopback", NEAR), (far, FAR):
-            for state, hogs in ("idle", 0), ("all cores busy", os.cpu_count()):
-                print("\n%s, %s\n%-20s %9s %9s %9s %4s %5s %7s" % (
-                    place, state, "", "median", "95%", "bound", "over", "runs", "x ours"))
-                with contextlib.ExitStack() as stack:
-                    for _ in range(hogs):
-                        stack.enter_context(started(sys.executable, "-c", "while True: pass"))
-                    for group in rivals(home):
-                        compare_clients(group, prefix, address)
-        for name in ("sntpclock.py", "taiclock.py"):
-            print("\n%s, start to answer on loopback: %.0f ms, %.1f MB" % (
-                name, *cost(prefix + installed(name, NEAR))))
+    """|error| of a mark, the bound that it tells, how many errors were over that; cost."""
+    with servers() as home:
+        for address, state in itertools.product((NEAR, FAR), ("idle", "busy")):
+            print("\n%s, %s" % ("loopback" if address == NEAR else RELAY, state))
+            with contextlib.ExitStack() as stack:
+                for _ in range(os.cpu_count() if state == "busy" else 0):
+                    stack.enter_context(started(sys.executable, "-c", "while True: pass"))
+                compare_marks([
+                    ("sntpclock.py", installed("sntpclock.py", address), packet_offset),
+                    ("taiclock.py", installed("taiclock.py", address), packet_offset),
+                    ("ntpdig", ["ntpdig", "-j", "-p10", "-g10", address], number_after(rb'"offset":')),
+                    ("chronyd", CHRONYD_QUERY + ["server %s iburst" % address], number_after(rb"wrong by ")),
+                    ("busybox", ["busybox", "ntpd", "-nqwddd", "-p", address], number_after(rb"offset:")),
+                ] + [(name, [name, address], packet_offset)
+                     for name in ("sntpclock", "s6-sntpclock", "taiclock", "s6-taiclock")], home)
+
+
+def bench_nts():
+    """|error| and cost of a mark of four exchanges by NTS, sntpclock, and chronyd -Q with nts."""
+    ntsclock = installed("ntsclock.py", "-r4", "-c", "host.crt")  # key establishment at NEAR, which names FAR
+    print(RELAY)
+    with servers() as home:
+        compare_marks([
+            ("sntpclock.py", installed("sntpclock.py", "-r4", FAR), packet_offset),
+            ("ntsclock.py, stored keys", ntsclock + ["-s", ".", NEAR], packet_offset),
+            ("ntsclock.py, new keys", ntsclock + [NEAR], packet_offset),
+            ("chronyd", CHRONYD_QUERY + ["server %s iburst nts" % NEAR], number_after(rb"wrong by "))], home)
 
 
 # ==== server ========================================================================================
 SERVER_ROUNDS, ROUND_SEC = 25, 0.1
-# Sends queries of that size to a server, `outstanding` at a time, each batch by one system call.
-LOAD = r'''
-import ctypes, socket, struct, sys, time
-port, size, outstanding, sec = *map(int, sys.argv[1:4]), float(sys.argv[4])
-sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sock.connect(("127.0.0.1", port))
-sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, 200000))
-sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-libc, kept = ctypes.CDLL(None), []
-def place(data):
-    kept.append(ctypes.create_string_buffer(data, len(data)))
-    return ctypes.addressof(kept[-1])
-def headers(data):
-    return [ctypes.c_void_p(place(b"".join(
-        struct.pack("@PIPNPNi0PI0P", 0, 0, place(struct.pack("@PN", place(data), len(data))), 1, 0, 0, 0, 0)
-        for _ in range(outstanding))))][0]
-queries, replies = headers(b"ctai" + bytes(size - 4)), headers(bytes(64))
-fd, answered, lost, begin = sock.fileno(), 0, 0, time.perf_counter()
-while time.perf_counter() < begin + sec:
-    assert libc.sendmmsg(fd, queries, outstanding, 0) == outstanding
-    missing = outstanding
-    while missing:
-        received = libc.recvmmsg(fd, replies, missing, 0x10000, None)
-        if received <= 0:
-            lost += missing
-            break
-        missing -= received
-        answered += received
-print(answered, lost, time.perf_counter() - begin)
-'''
+MSG_WAITFORONE = 0x10000
 # What the original taiclockd does for each query: recvfrom, gettimeofday, sendto.
-C_SERVER = r'''
+C_SERVER = r"""
 #include <netinet/in.h>
 #include <stdio.h>
 #include <string.h>
@@ -784,7 +713,7 @@ int main(void) {
     for (i = 0; i < 4; ++i) packet[12 + i] = nano >> (24 - 8 * i);
     memset(packet + 16, 0, 4);
     sendto(fd, packet, length, 0, (void *) &address, size); } }
-'''
+"""
 
 
 @contextlib.contextmanager
@@ -794,144 +723,78 @@ def serving(command, port=None):
         yield process, port or int(re.search(rb"port (\d+)", process.stdout.readline()).group(1))
 
 
-def compare_servers(servers, size, outstanding):
-    """Print a line for each server."""
-    figures, lost = {name: [] for name in servers}, dict.fromkeys(servers, 0)
+def ask(port, size, outstanding):
+    """Send queries for ROUND_SEC, so many by one system call -> (replies, s)."""
+    libc, answered, begin = ctypes.CDLL(None), 0, time.perf_counter()
+    query = ctypes.create_string_buffer(b"ctai", size)
+    iovec = ctypes.create_string_buffer(struct.pack("@PN", ctypes.addressof(query), size))
+    header = struct.pack("@PIPNPNi0PI0P", 0, 0, ctypes.addressof(iovec), 1, 0, 0, 0, 0)  # C's struct mmsghdr
+    queries = ctypes.create_string_buffer(header * outstanding)
+    replies = ctypes.create_string_buffer(len(queries))  # without room for any: they are only counted
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect((NEAR, port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, 200000))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        while time.perf_counter() < begin + ROUND_SEC:
+            missing = libc.sendmmsg(sock.fileno(), queries, outstanding, 0)
+            while missing > 0:
+                received = libc.recvmmsg(sock.fileno(), replies, missing, MSG_WAITFORONE, None)
+                if received <= 0:  # some are lost
+                    break
+                missing -= received
+                answered += received
+    return answered, time.perf_counter() - begin
+
+
+def compare_servers(processes, size, outstanding):
+    """Print a line for each server, {name: (process, port)}."""
+    figures = {name: [] for name in processes}
     for _ in range(SERVER_ROUNDS):
-        for name, (process, port) in servers.items():
+        for name, (process, port) in processes.items():
             before_ns = cpu_ns(process.pid)
-            command = ["python3", "-IS", "-c", LOAD, *map(str, (port, size, outstanding, ROUND_SEC))]
-            load = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()
-            used_us, answered = (cpu_ns(process.pid) - before_ns) / 1000, int(load[0])
-            lost[name] += int(load[1])
-            figures[name].append((used_us / answered, answered / float(load[2])))
-    (first, ours), *others = figures.items()
+            answered, sec = ask(port, size, outstanding)
+            used_us = (cpu_ns(process.pid) - before_ns) / 1000
+            figures[name].append((used_us / max(answered, 1), answered / sec))
+    ours = figures["taiclockd.py"]
     for name, rows in figures.items():
-        print("  %d bytes, %3d outstanding  %-22s %6.2f us %8.0f/s%s" % (
-            size, outstanding, name, *medians(rows), ", %d lost" % lost[name] if lost[name] else ""), end="")
-        for other, theirs in others if name == first else ():
-            share = statistics.median(our[0] / their[0] for our, their in zip(ours, theirs))
-            print(", %.2f of %s" % (share, other), end="")
-        print(flush=True)
+        share = statistics.median(row[0] / our[0] for row, our in zip(rows, ours))
+        print("  %d bytes, %3d outstanding  %-16s %6.2f us %8.0f/s, x ours %.2f" % (
+            size, outstanding, name, *map(statistics.median, zip(*rows)), share), flush=True)
 
 
 def bench_server():
     """CPU per reply, the server's own; replies per second."""
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-        servers = {"taiclockd.py": stack.enter_context(serving(installed("taiclockd.py", "-p", "0")))}
+        processes = {"taiclockd.py": stack.enter_context(serving(installed("taiclockd.py", "-p", "0")))}
         if shutil.which("gcc"):
             binary = os.path.join(directory, "server")
             subprocess.run(["gcc", "-O2", "-xc", "-o", binary, "-"], input=C_SERVER.encode(), check=True)
-            servers["the loop in C"] = stack.enter_context(serving([binary]))
+            processes["the loop in C"] = stack.enter_context(serving([binary]))
         for name, port, args in (("taiclockd", 4014, ()), ("s6-taiclockd", 4015, ("-i", NEAR, "-p", "4015"))):
             if shutil.which(name):
-                servers[name] = stack.enter_context(serving([name, *args], port))
-        time.sleep(0.5)  # for those that don't say when they are ready
-        for name, (process, port) in list(servers.items()):
-            if process.poll() is not None:
-                print("  %s does not run; something else may have port %d" % (name, port))
-                del servers[name]
+                process, _ = stack.enter_context(serving([name, *args], port))
+                time.sleep(0.5)  # it does not say when it is ready
+                if process.poll() is None:
+                    processes[name] = process, port
+                else:
+                    print("  %s does not run; something else may have port %d" % (name, port))
         for size, outstanding in itertools.product((32, 28), (1, 8, 64, 256)):
-            compare_servers(servers, size, outstanding)
-        print("  taiclockd.py, resident after that: %.1f MB" % resident_mb(servers["taiclockd.py"][0].pid))
-
-
-# ==== nts ===========================================================================================
-NTS_RUNS, NTS_SLOW_RUNS = 60, 6
-NTS_CONF = """local stratum 1
-allow
-user root
-cmdport 0
-bindcmdaddress /
-bindaddress 127.0.0.1
-port %d
-ntsport %d
-ntsntpserver 127.0.0.2
-ntsservercert %s
-ntsserverkey %s
-pidfile %s
-"""
-NTS_CERTIFICATE = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=bench " \
-                  "-keyout host.key -out host.crt -days 9 -addext subjectAltName=IP:127.0.0.1"
-# Runs a command and writes its s of CPU and the kB it had at most into a file.
-CPU_METER = """
-import os, sys
-pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
-usage = os.wait4(pid, 0)[2]
-print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss, file=open(sys.argv[1], "w"))
-"""
-
-
-def spent(command, offset_of, home):
-    """-> (|error| in us, ms of CPU, MB at most) of a command that measures, or None."""
-    done = subprocess.run(["python3", "-IS", "-c", CPU_METER, "usage"] + command, cwd=home, env=ENV,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with open(os.path.join(home, "usage")) as file:
-        cpu_sec, most_kb = map(float, file.read().split())
-    found = offset_of(done)
-    return found and (abs(found[0]) / 1e3, cpu_sec * 1e3, most_kb * 1024 / 1e6)
-
-
-def bench_nts():
-    """|error|, CPU and memory of a mark of four exchanges by NTS, sntpclock, and chronyd -Q with nts."""
-    if not shutil.which("chronyd") or not shutil.which("openssl"):
-        print("needs chronyd and openssl")
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]  # for key establishment by TCP, and for NTP by UDP
-    asks = ["-r", "4", "-c", "host.crt", "-p", str(port), "127.0.0.1"]
-    chronyd = ["chronyd", "-Q", "-x", "-t", "20", "cmdport 0", "user root", "ntstrustedcerts host.crt",
-               "pidfile query.pid", "server 127.0.0.1 iburst nts ntsport %d" % port]
-    rows = [("sntpclock.py", installed("sntpclock.py", "-r4", "-p", str(port), "127.0.0.2"), packet_offset),
-            ("ntsclock.py, stored keys", installed("ntsclock.py", "-s", ".", *asks), packet_offset),
-            ("ntsclock.py, new keys", installed("ntsclock.py", *asks), packet_offset),
-            ("chronyd -Q with nts", chronyd, number_after(rb"wrong by ")),
-            ("sntpclock.py --version", installed("sntpclock.py", "--version"), lambda done: (0, None)),
-            ("ntsclock.py --version", installed("ntsclock.py", "--version"), lambda done: (0, None))]
-    with tempfile.TemporaryDirectory() as home:
-        subprocess.run(NTS_CERTIFICATE.split(), cwd=home, check=True, stderr=subprocess.DEVNULL)
-        conf, *paths = [os.path.join(home, name) for name in ("conf", "host.crt", "host.key", "server.pid")]
-        with open(conf, "w") as file:
-            file.write(NTS_CONF % (port, port, *paths))
-        # All answers come through the relay, since key establishment says that NTP is asked at 127.0.0.2.
-        with started("chronyd", "-x", "-d", "-f", conf), \
-                started(sys.executable, __file__, "relay", "127.0.0.2", str(port), str(port)):
-            time.sleep(2)  # for chronyd's start
-            found = {name: [] for name, _, _ in rows}
-            for turn in range(NTS_RUNS):
-                for name, command, offset_of in rows:
-                    if turn < NTS_SLOW_RUNS or not name.startswith("chronyd"):
-                        found[name] += filter(None, [spent(command, offset_of, home)])
-    print("a relay keeps each packet %.1f ms + %.1f ms of jitter\n%-24s %9s %11s %7s %6s %6s" % (
-        RELAY_DELAY_SEC * 1e3, RELAY_JITTER_SEC * 1e3, "", "error us", "x sntpclock", "CPU ms", "MB", "seen"))
-    first_us = None
-    for name, marks in found.items():
-        if not marks:
-            print("%-24s no answer" % name)
-            continue
-        error_us, cpu_ms, most_mb = medians(marks)
-        first_us = first_us or error_us
-        print("%-24s %9.2f %11.2f %7.1f %6.1f %6d" % (
-            name, error_us, error_us / first_us, cpu_ms, most_mb, len(marks)))
+            compare_servers(processes, size, outstanding)
+        print("  taiclockd.py, resident after that: %.1f MB" % resident_mb(processes["taiclockd.py"][0].pid))
 
 
 # ==== programs ======================================================================================
 PROGRAMS = ("clockview.py", "clockadd.py", "sntpclock.py", "taiclock.py", "ntsclock.py", "taiclockd.py",
             "clockspeed.py", "clockctl", "clockctl-check", "clockctl-graph")
-MARKS = 50
+STARTS, MARKS = 15, 50
 
 
 def bench_programs():
     """Start-up, resident memory, CPU; as installed."""
-    print("%-16s %6s %6s" % ("--help", "ms", "MB"))
-    for name in PROGRAMS:
-        if os.path.exists(os.path.join(HERE, name)):
-            print("%-16s %6.1f %6.1f" % (name, *cost(installed(name, "--help"))))
-    print("%-16s %6.1f %6.1f" % ("python3 alone", *cost(["python3", "-IS", "-c", "pass"])))
-    with serving(installed("taiclockd.py", "-p", "0")) as (process, _):
-        time.sleep(0.5)
-        print("taiclockd.py, resident: %.1f MB" % resident_mb(process.pid))
+    print("%-16s %6s %6s %6s" % ("--help", "ms", "CPU ms", "MB"))
+    for command in [["python3", "-IS", "-c", "pass"]] + [installed(name, "--help") for name in PROGRAMS]:
+        costs = zip(*(metered(command)[1] for _ in range(STARTS)))
+        print("%-16s %6.1f %6.1f %6.1f" % (os.path.basename(command[2]), *map(statistics.median, costs)))
     with tempfile.TemporaryDirectory() as home, started(*installed("clockspeed.py", "-n", home),
                                                         stdout=subprocess.PIPE) as process:
         process.stdout.readline()
@@ -953,8 +816,8 @@ BENCHES = {"estimator": bench_estimator, "clients": bench_clients, "server": ben
 
 
 def main(argv):
-    if argv[1:2] == ["relay"]:  # of bench_clients, in a network namespace; it runs until it is killed
-        relay(argv[2], *map(int, argv[3:]))
+    if argv[1:2] == ["relay"]:  # of servers(); it runs until it is killed
+        relay(int(argv[2]))
     if argv[1:] in (["-h"], ["--help"]):
         sys.stdout.write(__doc__)
         return 0
@@ -968,9 +831,13 @@ def main(argv):
     except (ValueError, getopt.GetoptError):
         sys.stderr.write("bench_all.py: usage: %s\n" % USAGE)
         return 100
+    able = os.getuid() == 0 and all(map(shutil.which, ("ip", "chronyd", "openssl")))
     for name in names or BENCHES:
         bench = BENCHES[name]
         print("\n== %s: %s" % (name, bench.__doc__.strip().splitlines()[0]), flush=True)
+        if name in ("clients", "nts") and not able:
+            print("needs root, iproute2, chronyd and openssl, for servers in a network of their own")
+            continue
         bench(*[seeds, [word for letter, word in options if letter == "-w"]] * (name == "estimator"))
     return 0
 

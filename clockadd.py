@@ -9,8 +9,7 @@ DESCRIPTION
     clients write, and adds it to the system clock.  Needs root (on Linux: CAP_SYS_TIME).  Prints
     nothing when it worked.
 
-    On Linux the kernel adds the adjustment itself, so that no time is lost.  Elsewhere, or without
-    ctypes, the clock is late by the microsecond between reading and setting it.
+    On Linux the kernel adds it, and no time is lost; elsewhere, or without ctypes, a microsecond is.
 
 OPTIONS
     -e ms   refuse a step of more than that many milliseconds, either way
@@ -22,12 +21,8 @@ EXIT STATUS
 SEE ALSO
     clockview, sntpclock, taiclock, clockctl
 """
-try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even while it loads
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-except KeyboardInterrupt:
-    raise SystemExit(130)
-import errno
+import _signal as signal  # which is there at once: Ctrl-C ends this program as it ends one in C,
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback, even while the rest is imported
 import getopt
 import os
 import struct
@@ -38,11 +33,8 @@ PROGRAM = "clockadd"
 USAGE = "clockadd [-e ms] [-f] < adjustment"
 
 
-# ==== shared by all: messages and TAI64NA ====
+# ==== shared by all: messages ====
 RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
-# Signed seconds, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and in
-# etc/atto; in an adjustment, which is real time minus system clock, what the mark tells of itself.
-TAI64NA = struct.Struct(">qII")
 
 
 def complain(kind, text):
@@ -66,17 +58,19 @@ def reason(err):
 
 def begin(argv):
     """Open closed descriptors 0 to 2; answer --help and --version -> whether argv asks for them; OSError."""
-    fd = 0
-    while fd < 3:  # lest a file be taken for stdout; writing a result there still fails
-        fd = os.open(os.devnull, os.O_RDONLY)
-    os.close(fd)
-    if argv[1:] in (["-h"], ["--help"]):
-        emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
-    elif argv[1:] == ["--version"]:
-        emit(("%s %s\n" % (PROGRAM, RELEASE)).encode())
-    else:
-        return False
-    return True
+    while os.open(os.devnull, os.O_RDONLY) < 3:  # lest a file be taken for stdout; writing there still fails
+        pass
+    manual = __doc__ or USAGE + "\n"  # python3 -OO has no docstrings
+    answers = {"-h": manual, "--help": manual, "--version": "%s %s\n" % (PROGRAM, RELEASE)}
+    answer = answers.get(" ".join(argv[1:]), "")
+    emit(answer.encode())
+    return bool(answer)
+# ==== end shared ====
+
+
+# ==== shared by some: TAI64NA ====
+# Signed seconds; nanoseconds counted upwards; attoseconds, or in an adjustment what the mark says of itself.
+TAI64NA = struct.Struct(">qII")
 
 
 def pack(ns, last=0):
@@ -95,35 +89,20 @@ def unpack(packet):
 # ==== end shared ====
 
 
-# ==== shared by some: a packet from stdin ====
-def read_packet():
-    """The 12 or 16 bytes on stdin, however many reads they take; fewer at its end; OSError, ValueError."""
-    with open(0, "rb", TAI64NA.size, closefd=False) as stdin:
-        packet = stdin.read(TAI64NA.size)
-    if not packet:
-        raise ValueError("nothing came on standard input")
-    return packet
-# ==== end shared ====
-
-
-# ==== shared by some: adjtimex ====
-# struct timex with 64-bit fields, as 64-bit libcs and clock_adjtime64 have it, and with 32-bit ones.
-TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
-TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
+# ==== shared by some: adjtimex and stepping ====
+# struct timex with fields of 64 bits, as clock_adjtime64 has it too, and of 32; `sec` and `frac` are its time
+TIMEX, TIMEX32 = struct.Struct("=I4x4qi4x8qi4x5qi44x"), struct.Struct("=I4ii8ii5ii44x")
 TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick "
                 "ppsfreq jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
+ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def adjtimex(**fields):
-    """adjtimex(2): sets the fields named, returns all of them and `state`; OSError, ImportError (no ctypes).
-
-    `frac` is the kernel's time.tv_usec.  Without fields it reads, for which no privilege is needed.
-    """
+    """adjtimex(2), setting the fields named -> all of them, and `state`; OSError, ImportError (no ctypes)."""
     import ctypes  # here, since python3-minimal has none
     libc = ctypes.CDLL(None, use_errno=True)
     calls = [(TIMEX, libc.adjtimex)]
-    if ctypes.sizeof(ctypes.c_long) == 4:
-        # clock_adjtime64 by its number, as the libcs disagree on its name; Linux has it from 5.1 on
+    if ctypes.sizeof(ctypes.c_long) == 4:  # clock_adjtime64, which each libc names otherwise; since Linux 5.1
         number = 4405 if os.uname().machine.startswith("mips") else 405
         calls = [(TIMEX, lambda buffer: libc.syscall(number, 0, buffer)), (TIMEX32, libc.adjtimex)]
     for layout, call in calls:
@@ -131,14 +110,7 @@ def adjtimex(**fields):
         state = call(buffer)
         if state >= 0:
             return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
-        if ctypes.get_errno() != errno.ENOSYS:
-            break
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-# ==== end shared ====
-
-
-# ==== shared by some: stepping ====
-ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def step_kernel(adjtimex, delta_ns):
@@ -170,9 +142,10 @@ def main(argv, step=step_clock):
         if operands or not limit_ms.isdecimal():
             raise getopt.GetoptError("")
         doing = "read the adjustment"
-        packet = read_packet()
-        if len(packet) not in (12, 16):
-            complain("fatal", "data split across packets")  # the original's words
+        with open(0, "rb", closefd=False) as stdin:
+            packet = stdin.read(TAI64NA.size)
+        if len(packet) not in (12, 16):  # in the original's words
+            complain("fatal", "data split across packets" if packet else "nothing came on standard input")
             return 111
         delta_ns, _ = unpack(packet)
         doing = "set the clock"

@@ -92,11 +92,8 @@ EXIT STATUS
 SEE ALSO
     clockctl
 """
-try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even while it loads
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-except KeyboardInterrupt:
-    raise SystemExit(130)
+import _signal as signal  # which is there at once: Ctrl-C ends this program as it ends one in C,
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback, even while the rest is imported
 import atexit
 import collections
 import errno
@@ -133,11 +130,8 @@ BIAS_LIMIT_PPM = 50.0  # no kernel is off the rate that it was given by more: so
 PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS, CAP_SYS_TIME, CAPABILITY_VERSION = 8, 38, 25, 0x20080522
 
 
-# ==== shared by all: messages and TAI64NA ====
+# ==== shared by all: messages ====
 RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
-# Signed seconds, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and in
-# etc/atto; in an adjustment, which is real time minus system clock, what the mark tells of itself.
-TAI64NA = struct.Struct(">qII")
 
 
 def complain(kind, text):
@@ -161,17 +155,19 @@ def reason(err):
 
 def begin(argv):
     """Open closed descriptors 0 to 2; answer --help and --version -> whether argv asks for them; OSError."""
-    fd = 0
-    while fd < 3:  # lest a file be taken for stdout; writing a result there still fails
-        fd = os.open(os.devnull, os.O_RDONLY)
-    os.close(fd)
-    if argv[1:] in (["-h"], ["--help"]):
-        emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
-    elif argv[1:] == ["--version"]:
-        emit(("%s %s\n" % (PROGRAM, RELEASE)).encode())
-    else:
-        return False
-    return True
+    while os.open(os.devnull, os.O_RDONLY) < 3:  # lest a file be taken for stdout; writing there still fails
+        pass
+    manual = __doc__ or USAGE + "\n"  # python3 -OO has no docstrings
+    answers = {"-h": manual, "--help": manual, "--version": "%s %s\n" % (PROGRAM, RELEASE)}
+    answer = answers.get(" ".join(argv[1:]), "")
+    emit(answer.encode())
+    return bool(answer)
+# ==== end shared ====
+
+
+# ==== shared by some: TAI64NA ====
+# Signed seconds; nanoseconds counted upwards; attoseconds, or in an adjustment what the mark says of itself.
+TAI64NA = struct.Struct(">qII")
 
 
 def pack(ns, last=0):
@@ -192,9 +188,8 @@ def unpack(packet):
 
 # ==== shared by some: what a mark tells of itself ====
 # The last number of an adjustment is ESSSSDDCC in decimal digits.  The spread, half the width of the range
-# that the exchanges prove, is S.SSS * 10^E ns.  The root distance, how far the server may be off true time,
-# is 10^(DD/14) us, or nothing for 00.  CC makes the number 1 modulo 97.  Any other number tells nothing: 0 as
-# most clients have it, and the true attoseconds of the C sntpclock, but for one in a hundred.
+# that the exchanges prove, is S.SSS * 10^E ns.  The root distance, how far the server may be off, is
+# 10^(DD/14) us, or nothing for 00.  CC makes the number 1 modulo 97.  Other clients' numbers tell nothing.
 def unpack_quality(last):
     """The last number of an adjustment -> (spread, root distance) in ns, or None if it tells neither."""
     exponent, digits, distance = last // 10**8, last // 10**4 % 10**4, last // 100 % 100
@@ -204,24 +199,20 @@ def unpack_quality(last):
 # ==== end shared ====
 
 
-# ==== shared by some: adjtimex ====
-# struct timex with 64-bit fields, as 64-bit libcs and clock_adjtime64 have it, and with 32-bit ones.
-TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
-TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
+# ==== shared by some: adjtimex and stepping ====
+# struct timex with fields of 64 bits, as clock_adjtime64 has it too, and of 32; `sec` and `frac` are its time
+TIMEX, TIMEX32 = struct.Struct("=I4x4qi4x8qi4x5qi44x"), struct.Struct("=I4ii8ii5ii44x")
 TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick "
                 "ppsfreq jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
+ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def adjtimex(**fields):
-    """adjtimex(2): sets the fields named, returns all of them and `state`; OSError, ImportError (no ctypes).
-
-    `frac` is the kernel's time.tv_usec.  Without fields it reads, for which no privilege is needed.
-    """
+    """adjtimex(2), setting the fields named -> all of them, and `state`; OSError, ImportError (no ctypes)."""
     import ctypes  # here, since python3-minimal has none
     libc = ctypes.CDLL(None, use_errno=True)
     calls = [(TIMEX, libc.adjtimex)]
-    if ctypes.sizeof(ctypes.c_long) == 4:
-        # clock_adjtime64 by its number, as the libcs disagree on its name; Linux has it from 5.1 on
+    if ctypes.sizeof(ctypes.c_long) == 4:  # clock_adjtime64, which each libc names otherwise; since Linux 5.1
         number = 4405 if os.uname().machine.startswith("mips") else 405
         calls = [(TIMEX, lambda buffer: libc.syscall(number, 0, buffer)), (TIMEX32, libc.adjtimex)]
     for layout, call in calls:
@@ -229,14 +220,7 @@ def adjtimex(**fields):
         state = call(buffer)
         if state >= 0:
             return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
-        if ctypes.get_errno() != errno.ENOSYS:
-            break
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-# ==== end shared ====
-
-
-# ==== shared by some: stepping ====
-ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
 
 
 def step_kernel(adjtimex, delta_ns):
@@ -254,10 +238,7 @@ TAI_MINUS_CLOCK_SEC = {"utc": 37, "tai": 10}  # since 2017; there are no leap se
 
 
 def clock_scale():
-    """What the system clock counts, utc or tai (TAI - 10 s); ValueError.
-
-    CLOCK_SCALE tells which it is, else the time zone: a right/ one shows the 23:59:60 of June 1972.
-    """
+    """utc or tai, by CLOCK_SCALE, or by the zone: a right/ one has 23:59:60 in June 1972; ValueError."""
     scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
     if scale not in TAI_MINUS_CLOCK_SEC:
         raise ValueError("CLOCK_SCALE is neither utc nor tai")

@@ -59,11 +59,8 @@ EXIT STATUS
 SEE ALSO
     taiclock, ntsclock, clockview, clockadd, clockspeed, clockctl
 """
-try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even while it loads
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-except KeyboardInterrupt:
-    raise SystemExit(130)
+import _signal as signal  # which is there at once: Ctrl-C ends this program as it ends one in C,
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback, even while the rest is imported
 import array
 import collections
 import contextlib
@@ -83,11 +80,8 @@ KIND = "ntp"  # in dir/sources
 SERVER_WAKES = False  # servers have the kernel's stamps of queries too
 
 
-# ==== shared by all: messages and TAI64NA ====
+# ==== shared by all: messages ====
 RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
-# Signed seconds, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and in
-# etc/atto; in an adjustment, which is real time minus system clock, what the mark tells of itself.
-TAI64NA = struct.Struct(">qII")
 
 
 def complain(kind, text):
@@ -111,17 +105,19 @@ def reason(err):
 
 def begin(argv):
     """Open closed descriptors 0 to 2; answer --help and --version -> whether argv asks for them; OSError."""
-    fd = 0
-    while fd < 3:  # lest a file be taken for stdout; writing a result there still fails
-        fd = os.open(os.devnull, os.O_RDONLY)
-    os.close(fd)
-    if argv[1:] in (["-h"], ["--help"]):
-        emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
-    elif argv[1:] == ["--version"]:
-        emit(("%s %s\n" % (PROGRAM, RELEASE)).encode())
-    else:
-        return False
-    return True
+    while os.open(os.devnull, os.O_RDONLY) < 3:  # lest a file be taken for stdout; writing there still fails
+        pass
+    manual = __doc__ or USAGE + "\n"  # python3 -OO has no docstrings
+    answers = {"-h": manual, "--help": manual, "--version": "%s %s\n" % (PROGRAM, RELEASE)}
+    answer = answers.get(" ".join(argv[1:]), "")
+    emit(answer.encode())
+    return bool(answer)
+# ==== end shared ====
+
+
+# ==== shared by some: TAI64NA ====
+# Signed seconds; nanoseconds counted upwards; attoseconds, or in an adjustment what the mark says of itself.
+TAI64NA = struct.Struct(">qII")
 
 
 def pack(ns, last=0):
@@ -145,10 +141,7 @@ TAI_MINUS_CLOCK_SEC = {"utc": 37, "tai": 10}  # since 2017; there are no leap se
 
 
 def clock_scale():
-    """What the system clock counts, utc or tai (TAI - 10 s); ValueError.
-
-    CLOCK_SCALE tells which it is, else the time zone: a right/ one shows the 23:59:60 of June 1972.
-    """
+    """utc or tai, by CLOCK_SCALE, or by the zone: a right/ one has 23:59:60 in June 1972; ValueError."""
     scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
     if scale not in TAI_MINUS_CLOCK_SEC:
         raise ValueError("CLOCK_SCALE is neither utc nor tai")

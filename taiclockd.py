@@ -47,13 +47,12 @@ EXIT STATUS
 SEE ALSO
     taiclock, clockspeed, clockctl
 """
-try:  # Ctrl-C ends this program as it ends one in C: without a traceback, even while it loads
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-except KeyboardInterrupt:
-    raise SystemExit(130)
-import errno
+import _signal as signal  # which is there at once: Ctrl-C ends this program as it ends one in C,
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback, even while the rest is imported
+import contextlib
+import functools
 import getopt
+import glob
 import os
 import select
 import socket
@@ -65,11 +64,8 @@ PROGRAM = "taiclockd"
 USAGE = "taiclockd [-r] [-i address] [-p port]"
 
 
-# ==== shared by all: messages and TAI64NA ====
+# ==== shared by all: messages ====
 RELEASE, RELEASE_SEC = "2026.11", 1793491200  # 2026-11-01 00:00:00 UTC: real time is never before it
-# Signed seconds, nanoseconds counted upwards, and a last number under 10^9: attoseconds in a label and in
-# etc/atto; in an adjustment, which is real time minus system clock, what the mark tells of itself.
-TAI64NA = struct.Struct(">qII")
 
 
 def complain(kind, text):
@@ -93,32 +89,13 @@ def reason(err):
 
 def begin(argv):
     """Open closed descriptors 0 to 2; answer --help and --version -> whether argv asks for them; OSError."""
-    fd = 0
-    while fd < 3:  # lest a file be taken for stdout; writing a result there still fails
-        fd = os.open(os.devnull, os.O_RDONLY)
-    os.close(fd)
-    if argv[1:] in (["-h"], ["--help"]):
-        emit((__doc__ or USAGE + "\n").encode())  # python3 -OO has no docstrings
-    elif argv[1:] == ["--version"]:
-        emit(("%s %s\n" % (PROGRAM, RELEASE)).encode())
-    else:
-        return False
-    return True
-
-
-def pack(ns, last=0):
-    """Signed nanoseconds and the last number -> 16 bytes of TAI64NA."""
-    return TAI64NA.pack(*divmod(ns, 10**9), last)
-
-
-def unpack(packet):
-    """16 bytes of TAI64NA, or 12 of TAI64N -> (signed nanoseconds, last number); ValueError."""
-    if len(packet) not in (12, 16):
-        raise ValueError("%d bytes, not 16" % len(packet))
-    sec, nano, last = TAI64NA.unpack(packet.ljust(16, b"\0"))
-    if max(nano, last) >= 10**9:
-        raise ValueError("not a TAI64NA packet")
-    return sec * 10**9 + nano, last
+    while os.open(os.devnull, os.O_RDONLY) < 3:  # lest a file be taken for stdout; writing there still fails
+        pass
+    manual = __doc__ or USAGE + "\n"  # python3 -OO has no docstrings
+    answers = {"-h": manual, "--help": manual, "--version": "%s %s\n" % (PROGRAM, RELEASE)}
+    answer = answers.get(" ".join(argv[1:]), "")
+    emit(answer.encode())
+    return bool(answer)
 # ==== end shared ====
 
 
@@ -127,10 +104,7 @@ TAI_MINUS_CLOCK_SEC = {"utc": 37, "tai": 10}  # since 2017; there are no leap se
 
 
 def clock_scale():
-    """What the system clock counts, utc or tai (TAI - 10 s); ValueError.
-
-    CLOCK_SCALE tells which it is, else the time zone: a right/ one shows the 23:59:60 of June 1972.
-    """
+    """utc or tai, by CLOCK_SCALE, or by the zone: a right/ one has 23:59:60 in June 1972; ValueError."""
     scale = os.environ.get("CLOCK_SCALE") or ("tai" if time.localtime(78796800).tm_sec == 60 else "utc")
     if scale not in TAI_MINUS_CLOCK_SEC:
         raise ValueError("CLOCK_SCALE is neither utc nor tai")
@@ -138,42 +112,9 @@ def clock_scale():
 # ==== end shared ====
 
 
-# ==== shared by some: adjtimex ====
-# struct timex with 64-bit fields, as 64-bit libcs and clock_adjtime64 have it, and with 32-bit ones.
-TIMEX = struct.Struct("=I4x4qi4x8qi4x5qi44x")
-TIMEX32 = struct.Struct("=I4ii8ii5ii44x")
-TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick "
-                "ppsfreq jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
-
-
-def adjtimex(**fields):
-    """adjtimex(2): sets the fields named, returns all of them and `state`; OSError, ImportError (no ctypes).
-
-    `frac` is the kernel's time.tv_usec.  Without fields it reads, for which no privilege is needed.
-    """
-    import ctypes  # here, since python3-minimal has none
-    libc = ctypes.CDLL(None, use_errno=True)
-    calls = [(TIMEX, libc.adjtimex)]
-    if ctypes.sizeof(ctypes.c_long) == 4:
-        # clock_adjtime64 by its number, as the libcs disagree on its name; Linux has it from 5.1 on
-        number = 4405 if os.uname().machine.startswith("mips") else 405
-        calls = [(TIMEX, lambda buffer: libc.syscall(number, 0, buffer)), (TIMEX32, libc.adjtimex)]
-    for layout, call in calls:
-        buffer = ctypes.create_string_buffer(layout.pack(*(fields.get(name, 0) for name in TIMEX_FIELDS)))
-        state = call(buffer)
-        if state >= 0:
-            return dict(zip(TIMEX_FIELDS, layout.unpack_from(buffer)), state=state)
-        if ctypes.get_errno() != errno.ENOSYS:
-            break
-    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-# ==== end shared ====
-
-
-PORT = 4014
 QUERY_MIN, QUERY_MAX = 20, 256  # the original reads 256 bytes of a longer one, and answers those
 HEAD = struct.Struct(">4sQII")  # of a reply: `stai` and the label
 LABEL_ZERO_SEC = 2**62  # the seconds of the label of 1970-01-01 00:00:00 TAI
-STA_UNSYNC = 0x40  # in the status of adjtimex(2): not synchronised
 SLOTS = 64  # datagrams in a batch; with more of them the label would be older and the system calls no cheaper
 QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel, whose own limit is usually lower
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
@@ -183,26 +124,30 @@ IOVEC = struct.Struct("@PN")  # C's struct iovec: address, size
 # C's struct mmsghdr: name, its size; iovecs, their number; control data, its size; flags; the size received.
 MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
 NAME_SIZE_AT, RECEIVED_AT = struct.calcsize("@P"), struct.calcsize("@PIPNPNi0P")
-INTERNET, NAME_MAX = (socket.AF_INET, socket.AF_INET6), 28  # bytes of struct sockaddr_in6
+NAME_MAX = 28  # bytes of struct sockaddr_in6
 MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only; for none
+TIME_ERROR = 5  # from adjtimex(2): not synchronised
 
 
-def is_query(packets, at, size):
-    """Whether the datagram of that size, which lies there, is a query."""
-    return size >= QUERY_MIN and packets.startswith(b"ctai", at)
+def kernel_state():
+    """What adjtimex(2) says of the clock; -1 where that is not Linux, or forbidden, or there is no ctypes."""
+    try:
+        import ctypes
+        return ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(256))  # zeros: it sets nothing
+    except (AttributeError, ImportError):
+        return -1
 
 
 class Clock:
     """The heads of replies, while the system clock can be trusted."""
 
-    def __init__(self, synced_only, offset_sec, now_ns=time.time_ns, kernel=adjtimex):
-        self.synced_only, self.now_ns, self.kernel = synced_only, now_ns, kernel
-        self.zero_sec = LABEL_ZERO_SEC + offset_sec
+    def __init__(self, synced_only, offset_sec):
+        self.synced_only, self.zero_sec = synced_only, LABEL_ZERO_SEC + offset_sec
         self.judged_sec, self.silence = None, ""
 
     def head(self):
         """The first bytes of a reply made now; None while the clock can't be trusted."""
-        sec, nano = divmod(self.now_ns(), 10**9)
+        sec, nano = divmod(time.time_ns(), 10**9)
         if sec != self.judged_sec:
             before, self.judged_sec, self.silence = self.silence, sec, self.doubt(sec)
             if self.silence != before:
@@ -214,92 +159,68 @@ class Clock:
         """Why the clock can't be trusted, or nothing."""
         if sec < RELEASE_SEC:
             return "the clock shows a time before this program's release; it was never set"
-        try:
-            if self.synced_only and self.kernel()["status"] & STA_UNSYNC:
-                return "the kernel says that its clock is not synchronised"
-        except (AttributeError, ImportError, OSError):  # not Linux; no ctypes; forbidden
-            return "the kernel does not say whether its clock is synchronised"
-        return ""
+        state = kernel_state() if self.synced_only else 0
+        if state == TIME_ERROR:
+            return "the kernel says that its clock is not synchronised"
+        return "the kernel does not say whether its clock is synchronised" if state < 0 else ""
 
 
-class Counts:
-    """What became of the datagrams since the last line that told it."""
-
-    def __init__(self, now_sec=time.monotonic):
-        self.now_sec, self.due_sec = now_sec, now_sec() + COUNT_SEC
-        self.answered = self.ignored = self.refused = 0
-
-    def add(self, received, queries, sent):
-        self.answered += sent
-        self.ignored += received - queries
-        self.refused += queries - sent
-        if self.now_sec() >= self.due_sec:
-            complain("info", "count: %d answered, %d ignored, %d refused" % (
-                self.answered, self.ignored, self.refused))
-            self.__init__(self.now_sec)
+def is_query(packets, at, size):
+    """Whether the datagram of that size, which lies there, is a query."""
+    return size >= QUERY_MIN and packets.startswith(b"ctai", at)
 
 
-class Single:
-    """A socket whose datagrams are answered one by one."""
-
-    def __init__(self, sock):
-        self.sock = sock
-
-    def serve(self, clock):
-        """Answer what is there -> the numbers of datagrams, of queries among them, and of replies sent."""
-        try:
-            packet, client = self.sock.recvfrom(QUERY_MAX)
-        except OSError:
-            time.sleep(PAUSE_SEC)
-            return 0, 0, 0
-        head, query, sent = clock.head(), is_query(packet, 0, len(packet)), 0
-        if head and query:
-            try:
-                self.sock.sendto(head + packet[QUERY_MIN:], MSG_DONTWAIT, client)
-                sent = 1
-            except OSError:  # a client that can't be reached, a firewall, a full buffer
-                pass
-        return 1, query, sent
+def answer_one(sock, clock):
+    """Take a datagram, answer it -> the numbers of datagrams, of queries among them, and of replies sent."""
+    try:
+        packet, client = sock.recvfrom(QUERY_MAX)
+    except OSError:
+        time.sleep(PAUSE_SEC)
+        return 0, 0, 0
+    head, query = clock.head(), is_query(packet, 0, len(packet))
+    sent = bool(head and query)
+    try:
+        if sent:
+            sock.sendto(head + packet[QUERY_MIN:], MSG_DONTWAIT, client)
+    except OSError:  # a client that can't be reached, a firewall, a full buffer
+        sent = False
+    return 1, query, sent
 
 
-class Batches:
-    """A socket whose datagrams are answered up to SLOTS at a time, by recvmmsg(2) and sendmmsg(2).
+def in_batches(sock):
+    """-> what answers up to SLOTS datagrams, as answer_one() does one, by recvmmsg(2) and sendmmsg(2).
 
     OSError, ImportError, AttributeError where the system can't do that.
     """
+    import ctypes  # here, since python3-minimal has none
+    libc = ctypes.PyDLL(None)  # keeps Python's lock, as there is one thread: half of a call's cost
+    recvmmsg, sendmmsg, fd = libc.recvmmsg, libc.sendmmsg, sock.fileno()
+    # elsewhere than on Linux the structures differ; a kernel without the call fails at no datagrams too
+    if not sys.platform.startswith("linux") or recvmmsg(fd, None, 0, MSG_DONTWAIT, None) != 0:
+        raise OSError("no recvmmsg")
+    memory = [bytearray(SLOTS * size) for size in (QUERY_MAX, NAME_MAX, IOVEC.size, MMSGHDR.size)]
+    packets, _, iovecs, headers = memory
+    packets_at, names_at, iovecs_at, headers_at = (
+        ctypes.addressof(ctypes.c_char.from_buffer(data)) for data in memory)
+    for slot in range(SLOTS):
+        IOVEC.pack_into(iovecs, slot * IOVEC.size, packets_at + slot * QUERY_MAX, QUERY_MAX)
+        MMSGHDR.pack_into(headers, slot * MMSGHDR.size, names_at + slot * NAME_MAX, NAME_MAX,
+                          iovecs_at + slot * IOVEC.size, 1, 0, 0, 0, 0)
+    fresh = bytes(iovecs), bytes(headers)
+    from_slot = [ctypes.c_void_p(headers_at + slot * MMSGHDR.size) for slot in range(SLOTS)]
+    words = memoryview(headers).cast("I")  # one field of all slots:
+    received_sizes = words[RECEIVED_AT // 4::MMSGHDR.size // 4]
+    name_sizes = words[NAME_SIZE_AT // 4::MMSGHDR.size // 4]
+    sizes = memoryview(iovecs).cast("N")[1::2]
 
-    def __init__(self, sock):
-        import ctypes  # here, since python3-minimal has none
-        libc = ctypes.PyDLL(None)  # keeps Python's lock, as there is one thread: half of a call's cost
-        self.recvmmsg, self.sendmmsg, self.fd = libc.recvmmsg, libc.sendmmsg, sock.fileno()
-        if not sys.platform.startswith("linux"):  # elsewhere the structures differ
-            raise OSError(errno.ENOSYS, "not Linux")
-        if self.recvmmsg(self.fd, None, 0, MSG_DONTWAIT, None) != 0:  # of no datagrams: does it exist?
-            raise OSError(errno.ENOSYS, "no recvmmsg")
-        memory = [bytearray(SLOTS * size) for size in (QUERY_MAX, NAME_MAX, IOVEC.size, MMSGHDR.size)]
-        packets_at, names_at, iovecs_at, headers_at = (
-            ctypes.addressof(ctypes.c_char.from_buffer(data)) for data in memory)
-        self.packets, self.names, self.iovecs, self.headers = memory
-        for slot in range(SLOTS):
-            IOVEC.pack_into(self.iovecs, slot * IOVEC.size, packets_at + slot * QUERY_MAX, QUERY_MAX)
-            MMSGHDR.pack_into(self.headers, slot * MMSGHDR.size, names_at + slot * NAME_MAX, NAME_MAX,
-                              iovecs_at + slot * IOVEC.size, 1, 0, 0, 0, 0)
-        self.fresh = bytes(self.iovecs), bytes(self.headers)
-        self.from_slot = [ctypes.c_void_p(headers_at + slot * MMSGHDR.size) for slot in range(SLOTS)]
-        words = memoryview(self.headers).cast("I")  # one field of all slots:
-        self.received = words[RECEIVED_AT // 4::MMSGHDR.size // 4]
-        self.name_sizes = words[NAME_SIZE_AT // 4::MMSGHDR.size // 4]
-        self.sizes = memoryview(self.iovecs).cast("N")[1::2]
-
-    def serve(self, clock):
-        """Answer what is there, in place -> the numbers of datagrams, of queries, and of replies sent."""
-        self.iovecs[:], self.headers[:] = self.fresh
-        received = self.recvmmsg(self.fd, self.from_slot[0], SLOTS, MSG_WAITFORONE, None)
+    def answer(clock):
+        iovecs[:], headers[:] = fresh
+        received = recvmmsg(fd, from_slot[0], SLOTS, MSG_WAITFORONE, None)
         if received <= 0:
             time.sleep(PAUSE_SEC)
             return 0, 0, 0
-        head, packets, sizes, queries = clock.head(), self.packets, self.sizes, 0
-        for slot, size in enumerate(self.received[:received]):
+        head, queries = clock.head(), 0
+        for slot, size in enumerate(received_sizes[:received]):
             at = slot * QUERY_MAX
             query = is_query(packets, at, size)
             queries += query
@@ -307,51 +228,55 @@ class Batches:
                 packets[at:at + QUERY_MIN] = head
                 sizes[slot] = size
             else:
-                self.name_sizes[slot] = 0  # what has no address is not sent
+                name_sizes[slot] = 0  # what has no address is not sent
         slot = sent = 0
         while slot < received:  # a call ends before what can't be sent, and fails if that comes first
-            done = self.sendmmsg(self.fd, self.from_slot[slot], received - slot, MSG_DONTWAIT)
+            done = sendmmsg(fd, from_slot[slot], received - slot, MSG_DONTWAIT)
             slot, sent = slot + max(done, 1), sent + max(done, 0)
         return received, queries, sent
+    answer.memory = memory  # which the kernel writes to
+    return answer
 
 
 def serve(sockets, clock):
-    """Answer for ever."""
+    """Answer for ever, and tell once an hour what became of the datagrams."""
     try:
-        servers = {sock.fileno(): Batches(sock) for sock in sockets}
+        answers = {sock.fileno(): in_batches(sock) for sock in sockets}
     except (AttributeError, ImportError, OSError):
-        servers = {sock.fileno(): Single(sock) for sock in sockets}
-    counts, poll = Counts(), select.poll()
+        answers = {sock.fileno(): functools.partial(answer_one, sock) for sock in sockets}
+    poll = select.poll()
     for sock in sockets:
         sock.setblocking(len(sockets) == 1)
         poll.register(sock, select.POLLIN)
-    while len(sockets) == 1:  # its reading waits
-        counts.add(*servers[sockets[0].fileno()].serve(clock))
+    ready = [(fd, select.POLLIN) for fd in answers]
+    answered = ignored = refused = 0
+    due_sec = time.monotonic() + COUNT_SEC
     while True:
-        for fd, _ in poll.poll():
-            counts.add(*servers[fd].serve(clock))
+        for fd, _ in ready if len(ready) == 1 else poll.poll():  # a lone socket's reading waits
+            received, queries, sent = answers[fd](clock)
+            answered += sent
+            ignored += received - queries
+            refused += queries - sent
+        if time.monotonic() >= due_sec:
+            complain("info", "count: %d answered, %d ignored, %d refused" % (answered, ignored, refused))
+            answered = ignored = refused = 0
+            due_sec = time.monotonic() + COUNT_SEC
 
 
 def holders(port):
-    """Which processes have that UDP port, in words, as far as /proc tells."""
+    """`, which process ... has`, as far as /proc tells it of that UDP port."""
     found = {}
     for table in "/proc/net/udp", "/proc/net/udp6":
-        try:
-            with open(table) as file:
-                for row in map(str.split, file):
-                    if row[1].endswith(":%04X" % port):
-                        found["socket:[%s]" % row[9]] = "a process of user " + row[7]
-        except OSError:  # no /proc, no IPv6
-            pass
-    import glob
+        with contextlib.suppress(OSError), open(table) as file:  # no /proc, no IPv6
+            for row in map(str.split, file):
+                if row[1].endswith(":%04X" % port):
+                    found["socket:[%s]" % row[9]] = "a process of user " + row[7]
     for fd in glob.glob("/proc/[0-9]*/fd/*") if found else ():
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
             link = os.readlink(fd)
-        except OSError:  # it has ended, or is another user's
-            continue
-        if link in found:
-            found[link] = "process " + fd.split("/")[2]
-    return " and ".join(sorted(set(found.values())))
+            if link in found:
+                found[link] = "process " + fd.split("/")[2]
+    return ", which %s has" % " and ".join(sorted(set(found.values()))) if found else ""
 
 
 def open_socket(address, port, shared):
@@ -371,7 +296,8 @@ def inherited_sockets():
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     sockets = [socket.socket(fileno=fd) for fd in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))]
-    if not all(sock.type == socket.SOCK_DGRAM and sock.family in INTERNET for sock in sockets):
+    internet = socket.AF_INET, socket.AF_INET6
+    if not all(sock.type == socket.SOCK_DGRAM and sock.family in internet for sock in sockets):
         raise ValueError("not all of them are UDP sockets")
     return sockets
 
@@ -390,7 +316,6 @@ def settle():
 
 
 def main(argv):
-    others = ""
     try:
         doing = "write output"
         if begin(argv):
@@ -398,31 +323,30 @@ def main(argv):
         options, operands = getopt.getopt(argv[1:], "i:p:r")
         addresses = [value for option, value in options if option == "-i"]
         options = dict(options)
-        port = options.get("-p", str(PORT))
+        port = options.get("-p", "4014")
         if operands or not port.isdecimal() or int(port) > 65535:
             raise getopt.GetoptError("")
-        doing, port = "obey CLOCK_SERVE", int(port)
-        if os.environ.get("CLOCK_SERVE", "") not in ("", "synced"):
+        doing, port, wanted = "obey CLOCK_SERVE", int(port), os.environ.get("CLOCK_SERVE", "")
+        if wanted not in ("", "synced"):
             raise ValueError("it is neither synced nor empty")
         doing = "tell the clock's scale"
-        clock = Clock(os.environ.get("CLOCK_SERVE") == "synced", TAI_MINUS_CLOCK_SEC[clock_scale()])
+        clock = Clock(wanted == "synced", TAI_MINUS_CLOCK_SEC[clock_scale()])
         doing = "take the sockets of LISTEN_FDS"
         sockets = inherited_sockets()
         others = "" if sockets else holders(port)
         everywhere = ["::" if socket.has_dualstack_ipv6() else "0.0.0.0"]
         for address in () if sockets else addresses or everywhere:
-            doing = "bind %s port %d" % (address, port)
+            doing = "bind %s port %d%s" % (address, port, others)
             sockets.append(open_socket(address, port, "-r" in options))
             port = sockets[0].getsockname()[1]  # that of -p 0, for the others too
         doing = "write output"
         where = ", ".join("%s port %d" % sock.getsockname()[:2] for sock in sockets)
-        emit(("start: serving on %s%s\n" % (where, others and ", which %s has too" % others)).encode())
+        emit(("start: serving on %s%s\n" % (where, others)).encode())
     except getopt.GetoptError:
         complain("usage", USAGE)
         return 100
     except (OSError, ValueError) as err:
-        by = " by " + others if others and getattr(err, "errno", 0) == errno.EADDRINUSE else ""
-        complain("fatal", "unable to %s: %s%s" % (doing, reason(err), by))
+        complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
     clock.head()  # says so if there will be no answers
     settle()

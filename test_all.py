@@ -250,44 +250,43 @@ def test_shared_blocks_are_the_same_bytes_in_every_copy():
     copies = {}
     for name in SCRIPTS:
         for title, block in marked_blocks(read_script(name)).items():
-            copies.setdefault(title, {}).setdefault(block, []).append(name)
-    for title, blocks in copies.items():
-        assert len(blocks) == 1, "%s differs between %s" % (title, list(blocks.values()))
-        assert len(sum(blocks.values(), [])) > 1, "%s is in one script only" % title
-    everywhere, = [blocks for title, blocks in copies.items() if title.startswith("# ==== shared by all")]
-    assert list(everywhere.values()) == [list(SCRIPTS)]
+            copies.setdefault(title, []).append((name, block))
+    for title, found in copies.items():
+        names, blocks = zip(*found)
+        assert len(set(blocks)) == 1 < len(names), "%s in %s" % (title, names)
+        assert "shared by all" not in title or names == SCRIPTS
+
+
+def command_with(code, name, *args):
+    """The command of a script, which runs after some code of ours."""
+    python, flags, *rest = command_of(name, *args)
+    code = "import os, sys\n%s\nsys.argv = sys.argv[1:]\nexec(open(sys.argv[0], 'rb').read())" % code
+    return [python, flags, "-c", code] + rest
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_begins_in_the_same_way_and_fits_the_screen(name):
-    text = read_script(name)
-    assert text.startswith('#!/usr/bin/env python3\n"""%s - ' % os.path.basename(name).replace(".py", ""))
-    assert "\ntry:  # Ctrl-C ends this program" in text and os.access(path_of(name), os.X_OK)
+def test_every_script_begins_in_the_same_way(name):
+    program, text, manual = name.replace(".py", ""), read_script(name), load(name).__doc__
+    assert text.startswith('#!/usr/bin/env python3\n"""%s - ' % program) and os.access(path_of(name), os.X_OK)
     assert max(map(len, text.splitlines())) <= 110 and "\t" not in text
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_is_the_manual_and_version_the_release(name):
-    program = name.replace(".py", "")
-    manual = run(name, "--help").stdout.decode()
     for heading in ("SYNOPSIS", "DESCRIPTION", "EXIT STATUS", "SEE ALSO"):
         assert "\n%s\n" % heading in manual
-    assert manual == run(name, "-h").stdout.decode() and manual.startswith(program + " - ")
-    assert run(name, "--version").stdout.decode() == "%s %s\n" % (program, load("clockview").RELEASE)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_whatever_is_wrong_with_the_first_steps_is_one_line(name):
-    program = name.replace(".py", "")
+    version = "%s %s\n" % (program, load("clockview").RELEASE)
+    for option, answer in (("-h", manual), ("--help", manual), ("--version", version)):
+        assert run(name, option).stdout.decode() == answer
+    without_docstrings = [sys.executable, "-OO"] + command_of(name, "--help")[1:]
+    assert subprocess.check_output(without_docstrings).decode().startswith(program)
     done = run(name, "--no-such-option")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (100, b"", 1)
     assert done.stderr.startswith("%s: usage: %s" % (program, program))
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(command_of(name, "--help"), stdout=full, stderr=subprocess.PIPE, env=UTC_ENV)
-    assert (done.returncode, done.stderr.decode()) == (
-        111, "%s: fatal: unable to write output: No space left on device\n" % program)
-    done = subprocess.run([sys.executable, "-OO"] + command_of(name, "--help")[1:], stdout=subprocess.PIPE)
-    assert done.returncode == 0 and done.stdout.decode().startswith(program)
+    for stdout, why in ((">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")):
+        done = subprocess.run(["sh", "-c", '"$@" ' + stdout, "sh"] + command_of(name, "--help"),
+                              stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr.decode()) == (
+            111, "%s: fatal: unable to write output: %s\n" % (program, why))
+    interrupt = "sys.meta_path.insert(0, type('', (), {'find_spec': lambda *_: os.kill(os.getpid(), 2)}))"
+    done = subprocess.run(command_with(interrupt, name), stderr=subprocess.PIPE)  # by the first import
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 # ==== clockview, clockadd =========================================================================
@@ -299,47 +298,39 @@ PACKETS = (("ffffffffffffffff3b9ac80c00000000", -500, 0), ("00000000000000010000
            ("0000000000000000000000003b9a06b2", 0, 999950002), ("0000000000000000000000010000c350", 1, 50000))
 
 
-@pytest.mark.parametrize("text, ns, last", PACKETS)
-def test_packets_of_the_specification(text, ns, last):
-    assert VIEW.pack(ns, last).hex() == text and VIEW.unpack(bytes.fromhex(text)) == (ns, last)
-    assert VIEW.unpack(bytes.fromhex(text)[:12]) == (ns, 0)
+def test_packets_of_the_specification():
+    release = datetime.datetime.strptime(VIEW.RELEASE + "+0000", "%Y.%m%z")
+    assert release.timestamp() == VIEW.RELEASE_SEC
+    for text, ns, last in PACKETS:
+        assert VIEW.pack(ns, last).hex() == text and VIEW.unpack(bytes.fromhex(text)) == (ns, last)
+        assert VIEW.unpack(bytes.fromhex(text)[:12]) == (ns, 0)
 
 
-def shown(packet, **env):
-    """clockview's lines -> (seconds that the clock moves, third line or None)."""
-    done = run("clockview", stdin=packet, **env)
-    assert done.returncode == 0 and done.stderr == ""
-    lines, times = done.stdout.decode().splitlines(), []
-    for line, title in zip(lines, ("before: ", "after:  ")):
-        assert re.fullmatch(title + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{9}", line)
-        sec = int(time.mktime(time.strptime(line[8:27], "%Y-%m-%d %H:%M:%S")))
-        times.append(sec * 10**9 + int(line[28:]))
-    return times[1] - times[0], (lines + [None])[2]
-
-
-@pytest.mark.parametrize("ns, last, size, line", [
-    (-250000000, 0, 16, None), (86400 * 10**9 + 1, 0, 12, None),
-    (0, 999950002, 16, "atto:   0.000000000999950002 s per tick"),
-    (1, 50000, 16, "atto:   0.000000001000050000 s per tick"),
-    (10**6, 720133918, 16, "mark:   give or take 0.020130 s by its exchanges, 0.000611 s by its server"),
-])
-def test_clockview_shows_the_sum_and_what_a_mark_tells(ns, last, size, line):
-    assert shown(VIEW.pack(ns, last)[:size], TZ=time.tzname[0] if time.timezone else "UTC") == (ns, line)
+@pytest.mark.parametrize("ns, last, size, after, line", [
+    (-250000010, 0, 16, "16:41:43.999999999", ""), (10, 999950002, 16, "16:41:44.250000019", ""),
+    (3600 * 10**9, 1, 12, "17:41:44.250000009", ""),
+    (0, 999950002, 16, "16:41:44.250000009", "atto:   0.000000000999950002 s per tick\n"),
+    (1, 0, 16, "16:41:44.250000010", "atto:   0.000000001000000000 s per tick\n"),
+    (1, 610000021, 16, "16:41:44.250000010",
+     "mark:   give or take 0.001000 s by its exchanges, 0.000000 s by its server\n"),
+    (10**6, 720133918, 16, "16:41:44.251000009",
+     "mark:   give or take 0.020130 s by its exchanges, 0.000611 s by its server\n")])
+def test_clockview_shows_the_sum_and_what_a_mark_tells(ns, last, size, after, line):
+    command = command_with("import time; time.time_ns = lambda: 1795362104250000009", "clockview")
+    shown = subprocess.check_output(command, input=VIEW.pack(ns, last)[:size], env=dict(UTC_ENV, TZ="XXX-1"))
+    assert shown.decode() == (
+        "before: 2026-11-22 16:41:44.250000009\nafter:  2026-11-22 %s\n%s" % (after, line))
 
 
 @pytest.mark.parametrize("name", ("clockview", "clockadd"))
 @pytest.mark.parametrize("packet, said", [
     (b"x" * 11, "data split across packets"), (b"x" * 13, "data split across packets"),
-    (b"", "unable to read the adjustment: nothing came on standard input"),
-    (None, "unable to read the adjustment: nothing came on standard input"),
+    (b"", "nothing came on standard input"),
     (b"\xff" * 16, "unable to read the adjustment: not a TAI64NA packet"),
-    (b"\x7f" + b"\0" * 15, "unable to (show that time|set the clock): "),
-])
+    (b"\x7f" + b"\0" * 15, "unable to (show that time|set the clock): ")])
 def test_what_is_no_adjustment_is_a_line(name, packet, said):
-    command = without_the_right(command_of(name))
-    if packet is None:
-        command = ["sh", "-c", '"$@" <&-', "sh"] + command
-    done = subprocess.run(command, input=packet or b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(without_the_right(command_of(name)), input=packet, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
     assert (done.returncode, done.stdout) == (111, b"")
     assert re.fullmatch("%s: fatal: %s.*\n" % (name, said), done.stderr.decode())
 
@@ -351,34 +342,27 @@ def without_the_right(command):
     return ["setpriv", "--bounding-set=-sys_time", "--inh-caps=-sys_time"] * (os.getuid() == 0) + command
 
 
-@pytest.mark.parametrize("options, ns, stepped", [
-    ([], -5 * 10**17, True), (["-e", "500"], 5 * 10**8, True), (["-e", "500"], -5 * 10**8 - 1, False),
-    (["-e", "500", "-f"], 10**12, True)])
-def test_clockadd_steps_unless_that_is_over_its_limit(options, ns, stepped, monkeypatch, capfd):
-    monkeypatch.setattr(ADD, "read_packet", lambda: ADD.pack(ns, 720133918))
+@pytest.mark.parametrize("words, ns, status", [
+    ("", -5 * 10**17, 0), ("-e 500", 5 * 10**8, 0), ("-e 500", -5 * 10**8 - 1, 111), ("-e 500 -f", 10**12, 0),
+    ("-e x", 1, 100), ("here", 1, 100)])
+def test_clockadd_steps_unless_that_is_over_its_limit(words, ns, status, monkeypatch, capfd):
+    monkeypatch.setattr(ADD, "open", lambda *_, **__: io.BytesIO(ADD.pack(ns, 720133918)), raising=False)
     steps = []
-    assert ADD.main(["clockadd"] + options, steps.append) == (0 if stepped else 111)
-    assert steps == [ns] * stepped
-    assert ("a step of -0.500 s is over the limit" in capfd.readouterr().err) is not stepped
-
-
-@pytest.mark.parametrize("args", (["-e", "x"], ["here"]))
-def test_clockadd_refuses_wrong_arguments(args):
-    assert ADD.main(["clockadd"] + args, None) == 100
+    assert ADD.main(["clockadd"] + words.split(), steps.append) == status
+    assert steps == [ns] * (status == 0)
+    assert ("a step of -0.500 s is over the limit" in capfd.readouterr().err) is (status == 111)
 
 
 def test_clockadd_sets_the_clock_where_the_kernel_can_not_add(monkeypatch):
-    def no_ctypes(**_):
-        raise ImportError
     times = []
-    monkeypatch.setattr(ADD, "adjtimex", no_ctypes)
+    monkeypatch.setitem(sys.modules, "ctypes", None)
     monkeypatch.setattr(ADD.time, "clock_settime_ns", lambda _, ns: times.append(ns))
     ADD.step_clock(10**12)
     assert abs(times[0] - time.time_ns() - 10**12) < PATIENCE_SEC * 10**9
 
 
 def test_one_adjtimex_call_steps_and_leaves_the_unit_alone():
-    for status, after in (0, [dict(modes=0x1000)]), (0x2000, []):
+    for status, after in (0x41, [dict(modes=0x1000)]), (0x2041, []):
         seen = []
         ADD.step_kernel(lambda **fields: seen.append(fields) or {"status": status}, -3 * 10**8)
         assert seen == [{}, dict(modes=0x2100, sec=-1, frac=7 * 10**8)] + after
@@ -1448,24 +1432,20 @@ VECTORS = (  # what is sent, how many bytes come back
     (b"ctai" * 5, 20), (b"ctai" * 5 + b"x", 21), (b"ctai" + bytes(252), 256), (b"ctai" * 76, 256))
 QUERY = VECTORS[6][0]
 LACKS = {  # what the system lacks, without which there are no batches, or no IPv6
-    "nothing": "pass", "ctypes": "sys.modules['ctypes'] = None",
+    "nothing": "", "ctypes": "sys.modules['ctypes'] = None",
     "recvmmsg": "import ctypes, types\n"
                 "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)",
     "ipv6": "import socket; socket.has_dualstack_ipv6 = lambda: False"}
-two_loops = pytest.mark.parametrize("lack", ("nothing", "ctypes"))
-one_or_two_sockets = pytest.mark.parametrize(
-    "args", [(), ("-i", "127.0.0.1", "-i", "::1")], ids=["one socket", "two sockets"])
+HOSTS = ("127.0.0.1", "::1")
+TWO_SOCKETS = ("-i", HOSTS[0], "-i", HOSTS[1])
 
 
 @contextlib.contextmanager
-def taiclockd(*args, lack="nothing", says=b"", **env):
+def taiclockd(*args, lack="nothing", says=b"", pass_fds=(), **env):
     """A server on a free port -> its process, with its first line as `start`, and its `port`; it says no more
-    than that."""
-    command = command_of("taiclockd", "-p", "0", *args)
-    if lack != "nothing":
-        command[2:2] = ["-c", "import runpy, sys\n%s\nsys.argv = sys.argv[1:]\n"
-                        "runpy.run_path(sys.argv[0], run_name='__main__')" % LACKS[lack]]
-    with process(command, env=dict(UTC_ENV, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+    than that.  What it lacks is a word of LACKS or code to run before."""
+    with process(command_with(LACKS.get(lack, lack), "taiclockd", "-p", "0", *args), pass_fds=pass_fds,
+                 env=dict(UTC_ENV, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
         server.start = server.stdout.readline().decode()
         assert server.start.startswith("start: serving on "), server.stderr.read()
         server.port = int(re.search(r"port (\d+)", server.start).group(1))
@@ -1481,11 +1461,11 @@ def client_of(port, host="127.0.0.1"):
     return sock
 
 
-def check_reply(query, reply, before_ns):
+def check_reply(query, reply, before_ns, tai_minus_clock_sec=37):
     """The reply is the query with a label from between then and now."""
     assert len(reply) == min(len(query), 256) and reply[:4] == b"stai" and reply[20:] == query[20:256]
     sec, nano, atto = struct.unpack(">QII", reply[4:20])
-    assert before_ns <= (sec - 2**62 - 37) * 10**9 + nano <= time.time_ns() and atto == 0
+    assert before_ns <= (sec - 2**62 - tai_minus_clock_sec) * 10**9 + nano <= time.time_ns() and atto == 0
 
 
 def exchange(sock, datagrams):
@@ -1499,19 +1479,22 @@ def exchange(sock, datagrams):
     return replies[:-1]
 
 
-@pytest.mark.parametrize("lack", ("nothing", "ctypes", "recvmmsg"))
-@pytest.mark.parametrize("host", ("127.0.0.1", "::1"))
-@one_or_two_sockets
-def test_taiclockd_answers_the_vectors_of_the_specification(lack, args, host):
-    with taiclockd(*args, lack=lack) as server, client_of(server.port, host) as sock:
-        places = [address + " port %d" % server.port for address in args[1::2] or ["::"]]
-        assert server.start == "start: serving on %s\n" % ", ".join(places)
+@pytest.mark.parametrize("lack, args, scale", [
+    ("nothing", (), "utc"), ("nothing", TWO_SOCKETS, "tai"), ("ctypes", (), "tai"),
+    ("ctypes", TWO_SOCKETS, "utc"), ("recvmmsg", (), "utc"), ("ipv6", (), "utc")])
+def test_taiclockd_answers_the_vectors_of_the_specification(lack, args, scale):
+    everywhere, hosts = ("0.0.0.0", HOSTS[:1]) if lack == "ipv6" else ("::", HOSTS)
+    with taiclockd(*args, lack=lack, CLOCK_SCALE=scale) as server:
+        assert server.start == "start: serving on %s\n" % ", ".join(
+            "%s port %d" % (place, server.port) for place in args[1::2] or [everywhere])
         before_ns = time.time_ns()
-        for query, size in VECTORS:
-            replies = exchange(sock, [query])
-            assert list(map(len, replies)) == [size] * (size is not None), query
-            for reply in replies:
-                check_reply(query, reply, before_ns)
+        for host in hosts:
+            with client_of(server.port, host) as sock:
+                for query, size in VECTORS:
+                    replies = exchange(sock, [query])
+                    assert list(map(len, replies)) == [size] * (size is not None), query
+                    for reply in replies:
+                        check_reply(query, reply, before_ns, {"utc": 37, "tai": 10}[scale])
         comm = "/proc/%d/comm" % server.pid
         assert not os.path.exists(comm) or until(lambda: open(comm).read() == "taiclockd\n")
 
@@ -1532,76 +1515,34 @@ def hostile_datagram(rng):
                        b"s" + query[1:], query[:rng.randrange(4)] + b"\xff" + query[4:], b""])
 
 
-@two_loops
-@one_or_two_sockets
-def test_taiclockd_gives_each_query_of_a_mix_its_own_reply_and_the_rest_none(lack, args):
-    rng = random.Random(SEED)
+@pytest.mark.parametrize("lack", ("nothing", "ctypes"))
+@pytest.mark.parametrize("args", [(), TWO_SOCKETS], ids=["one socket", "two sockets"])
+@pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.long)])
+def test_taiclockd_gives_each_query_of_a_flood_its_own_reply_and_does_not_grow(lack, args, rounds):
+    rng, sizes_kb, raw = random.Random(SEED), [], None
     with taiclockd(*args, lack=lack) as server, contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(client_of(server.port, ("127.0.0.1", "::1")[i % 2])) for i in range(20)]
-        with halted(server):  # the second 64 come to lie where the first left a query's mark
-            for datagram in [b"ctai"] * 64 + [b""] * 64:
-                socks[0].send(datagram)
-        assert exchange(socks[0], []) == []
-        for number in (1, 2, 63, 64, 65, 100) * 4:
+        with contextlib.suppress(PermissionError):  # which root has
+            raw = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP))
+        from_port_0 = struct.pack(">4H", 0, server.port, 40, 0) + QUERY  # to which nothing can be sent
+        socks = [stack.enter_context(client_of(server.port, host)) for host in HOSTS * 10]
+        for number in (1, 2, 63, 64, 65, 100) * rounds:
             before_ns, sent = time.time_ns(), {sock: [] for sock in socks}
             with halted(server):
                 for _ in range(number):
                     sock, datagram = rng.choice(socks), hostile_datagram(rng)
                     sock.send(datagram)
                     sent[sock].append(datagram)
+                    if raw and rng.random() < 0.1:
+                        raw.sendto(from_port_0, ("127.0.0.1", 0))
             for sock, datagrams in sent.items():
                 queries = [each for each in datagrams if len(each) >= 20 and each.startswith(b"ctai")]
                 replies = exchange(sock, [])
                 assert len(replies) == len(queries)
                 for query, reply in zip(queries, replies):
                     check_reply(query, reply, before_ns)
-
-
-@two_loops
-def test_taiclockd_drops_only_the_reply_that_can_not_be_sent(lack):
-    try:
-        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
-    except PermissionError:
-        pytest.skip("not root: no raw socket")
-    with raw, taiclockd(lack=lack) as server, client_of(server.port) as sock:
-        for place in (0, 5, 9):
-            with halted(server):
-                for number in range(10):
-                    if number == place:  # from port 0, to which nothing can be sent
-                        raw.sendto(struct.pack(">4H", 0, server.port, 40, 0) + QUERY, ("127.0.0.1", 0))
-                    sock.send(QUERY)
-            assert len(exchange(sock, [])) == 10
-
-
-def resident_kb(pid):
-    with open("/proc/%d/status" % pid) as file:
-        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
-
-
-@two_loops
-@pytest.mark.parametrize("sec", [1, pytest.param(60, marks=pytest.mark.long)])
-def test_taiclockd_does_not_grow_under_a_flood_and_term_ends_it(lack, sec):
-    rng = random.Random(SEED)
-    datagrams = [hostile_datagram(rng) for _ in range(1000)]
-    with taiclockd(lack=lack) as server, client_of(server.port) as sock:
-        def flood(sec):
-            deadline_sec = time.monotonic() + sec
-            while time.monotonic() < deadline_sec:
-                for datagram in datagrams:
-                    sock.send(datagram)
-        flood(0.5)
-        before_kb = resident_kb(server.pid)
-        flood(sec)
-        assert resident_kb(server.pid) <= before_kb + 64
-        with halted(server):
-            flood(0.1)  # so that its queue is full
-            server.terminate()
-
-
-def test_taiclockd_serves_on_ipv4_where_there_is_no_ipv6():
-    with taiclockd(lack="ipv6") as server, client_of(server.port) as sock:
-        assert server.start == "start: serving on 0.0.0.0 port %d\n" % server.port
-        assert exchange(sock, []) == []
+            status = pathlib.Path("/proc/%d/status" % server.pid).read_text()
+            sizes_kb.append(int(re.search(r"VmRSS:\s+(\d+)", status).group(1)))
+        assert sizes_kb[-1] <= sizes_kb[5] + 64
 
 
 @pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1"), ("-r",)])
@@ -1610,23 +1551,23 @@ def test_taiclockd_says_who_has_its_port(args):
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
         done = run("taiclockd", "-p", port, *args)
-        assert (done.returncode, done.stdout) == (111, b"")
-        said = "taiclockd: fatal: unable to bind %s port %d: Address already in use" % (
-            "127.0.0.1" if "-i" in args else "::", port)
-        assert done.stderr == said + " by process %d\n" % os.getpid() * os.path.exists("/proc/net/udp")
+        who = ", which process %d has" % os.getpid() if os.path.exists("/proc/net/udp") else ""
+        assert (done.returncode, done.stdout, done.stderr) == (
+            111, b"", "taiclockd: fatal: unable to bind %s port %d%s: Address already in use\n" % (
+                "127.0.0.1" if "-i" in args else "::", port, who))
 
 
 def test_taiclockd_names_the_user_of_another_users_process(monkeypatch):
     table = "sl local_address\n1: 00000000:0FAE 00000000:0000 07 0:0 0:0 0 1234 0 999999999\n"
     monkeypatch.setattr(SERVER, "open", lambda _: io.StringIO(table), raising=False)
-    assert (SERVER.holders(4014), SERVER.holders(4015)) == ("a process of user 1234", "")
+    assert (SERVER.holders(4014), SERVER.holders(4015)) == (", which a process of user 1234 has", "")
 
 
 def test_taiclockds_share_a_port_by_option_and_tell_it():
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(taiclockd("-r"))
         second = stack.enter_context(taiclockd("-r", "-p", first.port))
-        assert second.start.endswith(" port %d, which process %d has too\n" % (first.port, first.pid))
+        assert second.start.endswith(" port %d, which process %d has\n" % (first.port, first.pid))
         socks = [stack.enter_context(client_of(first.port)) for _ in range(50)]  # of 50 ports
         with halted(first):
             for sock in socks:
@@ -1637,101 +1578,90 @@ def test_taiclockds_share_a_port_by_option_and_tell_it():
             sock.recv(256)
 
 
-def test_taiclockd_tells_each_reason_of_its_silence(capfd):
-    now_sec, status, release_sec = [0], [0x40], SERVER.RELEASE_SEC
-    clock = SERVER.Clock(True, 37, lambda: now_sec[0] * 10**9 + 5, lambda: {"status": status[0]})
+def test_taiclockd_tells_each_reason_of_its_silence(monkeypatch, capfd):
+    clock, release_sec = SERVER.Clock(True, 37), SERVER.RELEASE_SEC
     unset = "silent: the clock shows a time before this program's release; it was never set\n"
     unsynchronised = "silent: the kernel says that its clock is not synchronised\n"
-    for now_sec[0], status[0], said, answers in (
-            (10, 0x40, unset, False), (11, 0x40, "", False), (release_sec - 1, 0, "", False),
-            (release_sec, 0x41, unsynchronised, False), (release_sec + 1, 0x40, "", False),
-            (release_sec + 2, 0x2001, "answering: the clock can be trusted now\n", True),
-            (release_sec + 2, 0x40, "", True),  # it is asked once a second
-            (release_sec + 3, 0x40, unsynchronised, False), (10, 0, unset, False)):
-        assert (clock.head() is not None, capfd.readouterr().err) == (
-            answers, said and "taiclockd: info: " + said)
+    for sec, state, said, label in (
+            (10, 5, unset, None), (11, 5, "", None), (release_sec - 1, 0, "", None),
+            (release_sec, 5, unsynchronised, None), (release_sec + 1, 5, "", None),
+            (release_sec + 2, 0, "answering: the clock can be trusted now\n", "400000006ae68127"),
+            (release_sec + 2, 5, "", "400000006ae68127"),  # it is asked once a second
+            (release_sec + 3, 5, unsynchronised, None), (10, 0, unset, None)):
+        monkeypatch.setattr(SERVER.time, "time_ns", lambda: sec * 10**9 + 5)
+        monkeypatch.setattr(SERVER, "kernel_state", lambda: state)
+        head = label and b"stai" + bytes.fromhex(label + "00000005" + "00000000")
+        assert (clock.head(), capfd.readouterr().err) == (head, said and "taiclockd: info: " + said)
 
 
-@pytest.mark.parametrize("kind", (SERVER.Single, SERVER.Batches))
-def test_taiclockd_is_silent_while_its_clock_is_not_set_and_rests_after_errors(kind, monkeypatch):
-    now_sec, pauses = [0], []
-    clock = SERVER.Clock(False, 37, lambda: now_sec[0] * 10**9)
+@pytest.mark.parametrize("maker", (SERVER.in_batches,
+                                   lambda sock: functools.partial(SERVER.answer_one, sock)))
+def test_taiclockd_is_silent_while_its_clock_is_not_set_and_rests_after_errors(maker, monkeypatch):
+    pauses, clock = [], SERVER.Clock(False, 37)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setblocking(False)
-        server = kind(sock)
+        answer = maker(sock)
         with client_of(sock.getsockname()[1]) as client:
-            for now_sec[0], datagram, counts in (
+            for now_sec, datagram, counts in (
                     (0, QUERY, (1, 1, 0)), (SERVER.RELEASE_SEC, b"x", (1, 0, 0)),
                     (SERVER.RELEASE_SEC, QUERY[:31] + b"x", (1, 1, 1))):
+                monkeypatch.setattr(SERVER.time, "time_ns", lambda: now_sec * 10**9)
                 client.send(datagram)
-                assert server.serve(clock) == counts
+                assert answer(clock) == counts
             assert client.recv(256)[20:] == datagram[20:]
         monkeypatch.setattr(SERVER.time, "sleep", pauses.append)
-        assert server.serve(clock) == (0, 0, 0)  # there is nothing
-        assert pauses == [0.01]
+        assert (answer(clock), pauses) == ((0, 0, 0), [0.01])  # there is nothing
 
 
-def test_taiclockd_tells_its_counts_once_an_hour(capfd):
+def test_taiclockd_tells_its_counts_once_an_hour(monkeypatch, capfd):
     now_sec = [0]
-    counts = SERVER.Counts(lambda: now_sec[0])
-    for now_sec[0], counted, said in (
-            (0, (64, 60, 50), ""), (3599, (1, 1, 1), ""),
-            (3600, (1, 1, 1), "52 answered, 4 ignored, 10 refused"), (7199, (2, 2, 1), ""),
-            (7200, (1, 0, 0), "1 answered, 1 ignored, 1 refused")):
-        counts.add(*counted)
-        assert capfd.readouterr().err == (said and "taiclockd: info: count: %s\n" % said)
+    rows = iter([(0, (64, 60, 50)), (3599, (1, 1, 1)), (3600, (1, 1, 1)),
+                 (7199, (2, 2, 1)), (7200, (1, 0, 0))])
 
-
-def inheriting(fd):
-    """The command of a taiclockd with that descriptor as its descriptor 3, as systemd passes a socket."""
-    code = ("import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
-            "os.execv(sys.argv[1], sys.argv[1:])" % fd)
-    return [sys.executable, "-c", code] + command_of("taiclockd")
+    def answer(sock, clock):
+        now_sec[0], counts = next(rows)
+        return counts
+    monkeypatch.setitem(sys.modules, "ctypes", None)
+    monkeypatch.setattr(SERVER, "answer_one", answer)
+    monkeypatch.setattr(SERVER.time, "monotonic", lambda: now_sec[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, pytest.raises(StopIteration):
+        SERVER.serve([sock], None)
+    assert capfd.readouterr().err == ("taiclockd: info: count: 52 answered, 4 ignored, 10 refused\n"
+                                      "taiclockd: info: count: 1 answered, 1 ignored, 1 refused\n")
 
 
 def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
+    inherit = "os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, socket.socket() as tcp:
         sock.bind(("127.0.0.1", 0))
         sock.setblocking(False)
-        port, fd = sock.getsockname()[1], sock.fileno()
-        with process(inheriting(fd), pass_fds=[fd], stdout=subprocess.PIPE) as server:
-            assert server.stdout.readline().decode() == "start: serving on 127.0.0.1 port %d\n" % port
-            with client_of(port) as client:
-                exchange(client, [])
-        done = subprocess.run(inheriting(tcp.fileno()), pass_fds=[tcp.fileno()], stderr=subprocess.PIPE)
-        assert done.returncode == 111 and done.stderr == (
-            b"taiclockd: fatal: unable to take the sockets of LISTEN_FDS: not all of them are UDP sockets\n")
+        fd, tcp_fd = sock.fileno(), tcp.fileno()
+        with taiclockd(lack=inherit % fd, pass_fds=[fd]) as server, client_of(server.port) as client:
+            assert server.start == "start: serving on 127.0.0.1 port %d\n" % sock.getsockname()[1]
+            exchange(client, [])
+        done = subprocess.run(command_with(inherit % tcp_fd, "taiclockd"), pass_fds=[tcp_fd],
+                              stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (111, b"taiclockd: fatal: unable to take the sockets of "
+                                                       b"LISTEN_FDS: not all of them are UDP sockets\n")
 
 
-def test_taiclockd_obeys_clock_serve_and_clock_scale(monkeypatch):
+def test_taiclockd_asks_the_kernel_where_it_can():
+    assert SERVER.kernel_state() in (-1, 0, 5)
     says = b"taiclockd: info: silent: the kernel does not say whether its clock is synchronised\n"
     with taiclockd(lack="ctypes", CLOCK_SERVE="synced", says=says) as server:
         until(lambda: select.select([server.stderr], [], [], 0)[0])
-    for env, said in ((dict(CLOCK_SERVE="sync"), "obey CLOCK_SERVE: it is neither synced nor empty"),
-                      (dict(CLOCK_SCALE="x"), "tell the clock's scale: CLOCK_SCALE is neither utc nor tai")):
-        done = run("taiclockd", "-p", 0, **env)
-        assert (done.returncode, done.stderr) == (111, "taiclockd: fatal: unable to %s\n" % said)
-    for scale, label in (("utc", "400000006b0d07a5"), ("tai", "400000006b0d078a")):
-        monkeypatch.setenv("CLOCK_SCALE", scale)
-        offset_sec = SERVER.TAI_MINUS_CLOCK_SEC[SERVER.clock_scale()]
-        clock = SERVER.Clock(False, offset_sec, lambda: 1796016000 * 10**9 + 5)
-        assert clock.head().hex() == b"stai".hex() + label + "00000005" + "00000000"
 
 
-@pytest.mark.parametrize("args", ["-p 65536", "-p x", "-p -1", "-j 2", "-p", "192.0.2.1"])
-def test_taiclockd_refuses_wrong_arguments(args):
-    done = run("taiclockd", *args.split())
-    assert (done.returncode, done.stderr) == (100, "taiclockd: usage: %s\n" % SERVER.USAGE)
-
-
-def taken_for_a_query(data):
-    assert SERVER.is_query(bytearray(data), 0, len(data)) == (len(data) >= 20 and data.startswith(b"ctai"))
-
-
-DECODERS += [
-    ("taiclockd's query", taken_for_a_query, [b"ctai" + bytes(28), b"ctai" * 5, b"ctai" * 64], ()),
-]
+@pytest.mark.parametrize("args, env, status, said", [
+    (args, {}, 100, "usage: " + SERVER.USAGE)
+    for args in ("-p 65536", "-p -1", "-j 2", "-p", "here")] + [
+    ("", dict(CLOCK_SERVE="sync"), 111, "fatal: unable to obey CLOCK_SERVE: it is neither synced nor empty"),
+    ("", dict(CLOCK_SCALE="x"), 111,
+     "fatal: unable to tell the clock's scale: CLOCK_SCALE is neither utc nor tai")])
+def test_taiclockd_refuses_wrong_arguments_and_variables(args, env, status, said):
+    done = run("taiclockd", *args.split(), **env)
+    assert (done.returncode, done.stderr) == (status, "taiclockd: %s\n" % said)
 
 
 # ==== the estimator =========================================================================
