@@ -3,7 +3,6 @@
 
 SYNOPSIS
     ./test_all.py [--long] [pytest options and names]
-    ./test_all.py -k taiclockd
     ./test_all.py --sync
 
 DESCRIPTION
@@ -13,10 +12,8 @@ DESCRIPTION
 
     The tests use real parts: chronyd on loopback ports, daemontools, the shells.  A test
     whose part is not installed is skipped with the reason; with CI=true in the environment
-    that is a failure, so that CI can't go green on what it did not run.
-
-    No test touches the clock of this machine: what would set it runs against a fake clock
-    here, and for real in a virtual machine (.ci/run).
+    it fails.  No test touches the clock of this machine: what would set it runs against a
+    fake clock here, and for real in a virtual machine (.ci/run).
 
 OPTIONS
     --long   run the tests that take long too: millions of inputs, a flood, a year
@@ -26,6 +23,7 @@ EXIT STATUS
     pytest's: 0 all passed, 1 some failed; 111 pytest can't be installed
 """
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,20 +35,11 @@ SCRIPTS = ("clockview.py", "clockadd.py", "sntpclock.py", "taiclock.py", "ntsclo
            "clockspeed.py", "clockctl", "clockctl-check", "clockctl-graph")
 
 
-def fail(text):
-    sys.stderr.write("test_all.py: fatal: %s\n" % text)
-    sys.exit(111)
-
-
 def install_step(command):
     """Run it -> "", or the last line that it said when it failed."""
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
-    except OSError as err:
-        return err.strerror
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said = done.stdout.decode(errors="replace").strip() or "no reason"
-    return said.split("\n")[-1].strip() if done.returncode else ""
+    return said.splitlines()[-1].strip() if done.returncode else ""
 
 
 def install_pytest():
@@ -66,46 +55,40 @@ def install_pytest():
         return python
     command = ("apt-get install -qq -y --no-install-recommends python3-pytest" if shutil.which("apt-get") else
                "apk add --quiet py3-pytest" if shutil.which("apk") else "")
+    failed = "unable to make %s: %s" % (VENV, why)
+    if command and os.getuid() == 0:
+        sys.stderr.write("test_all.py: %s; installing a package: %s\n" % (failed, command))
+        if sys.stdin.isatty():
+            input("Enter goes on, Ctrl-C stops: ")
+        why = install_step(command.split())
+        if not why:
+            return "/usr/bin/python3"
+        failed = "unable to install pytest: " + why
     mend = "as root: " + command if command else "install pytest"
-    if os.getuid() != 0 or not command:
-        fail("unable to make %s: %s; %s" % (VENV, why, mend))
-    sys.stderr.write("test_all.py: no virtual environment (%s); installing a package: %s\n" % (why, command))
-    if sys.stdin.isatty():
-        input("Enter goes on, Ctrl-C stops: ")
-    why = install_step(command.split())
-    if why:
-        fail("unable to install pytest: %s; %s" % (why, mend))
-    return "/usr/bin/python3"
+    sys.stderr.write("test_all.py: fatal: %s; %s\n" % (failed, mend))
+    sys.exit(111)
 
 
 def marked_blocks(text):
     """The shared blocks of a script: {first line: text from there to the end marker}."""
-    blocks, title = {}, None
-    for line in text.splitlines(keepends=True):
-        if line.startswith("# ==== shared"):
-            title = line
-            blocks[title] = ""
-        if title:
-            blocks[title] += line
-            if line.startswith("# ==== end shared"):
-                title = None
-    assert title is None, "%s does not end" % title.strip()
-    return blocks
+    blocks = re.findall(r"^# ==== shared.*?^# ==== end shared.*?\n", text, re.M | re.S)
+    assert len(blocks) == text.count("\n# ==== shared"), "a shared block does not end"
+    return {block.partition("\n")[0]: block for block in blocks}
 
 
 def sync():
     """Copy each shared block of the first script that has it over its other copies."""
     first = {}
     for name in SCRIPTS:
-        path = os.path.join(HERE, name)
-        with open(path) as file:
+        with open(os.path.join(HERE, name), "r+") as file:
             text = before = file.read()
-        for title, block in marked_blocks(text).items():
-            text = text.replace(block, first.setdefault(title, block))
-        if text != before:
-            with open(path, "w") as file:
+            for title, block in marked_blocks(text).items():
+                text = text.replace(block, first.setdefault(title, block))
+            if text != before:
+                file.seek(0)
                 file.write(text)
-            print("wrote " + name)
+                file.truncate()
+                print("wrote " + name)
 
 
 if __name__ == "__main__":
@@ -138,7 +121,6 @@ import json
 import pathlib
 import pwd
 import random
-import re
 import select
 import signal
 import socket
@@ -159,8 +141,9 @@ LIMIT_SEC = 120  # of each test: far over what any takes on a busy machine
 PATIENCE_SEC = 30  # for what takes milliseconds on an idle machine
 DECODERS = []  # (name, function of bytes, good inputs, what it may raise): the last section fuzzes them
 sys.dont_write_bytecode = True
-for number in (signal.SIGHUP, signal.SIGINT):  # nohup and some shells have programs ignore them
-    signal.signal(number, {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL))
+# nohup and some shells have programs ignore these
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -168,12 +151,10 @@ def limit(request):
     """No test can wait for ever."""
     def end(*_):
         raise TimeoutError("the test took more than its limit")
-    factor = 20 if request.node.get_closest_marker("long") else 1
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(factor * LIMIT_SEC)
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(LIMIT_SEC * (20 if request.node.get_closest_marker("long") else 1))
     yield
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def path_of(name):
