@@ -4388,7 +4388,7 @@ useradd:* | adduser:*) echo "$last:x:$((200 + $(wc -l </etc/passwd))):100::/:" >
 esac
 echo "${0##*/} $*" >>/asked
 """
-SET_UP = """BUSYBOX mkdir -p /bin /tmp /dev /etc /usr/local/clockspeed /srv/scan /proc/12
+SET_UP = """BUSYBOX mkdir -p /bin /tmp /dev /etc /usr/local/clockspeed /srv/scan /run/service /proc/12
 BUSYBOX --install -s /bin
 for each in svok svc sv s6-svok s6-svc s6-svscanctl groupadd useradd addgroup adduser python3 sleep; do
     ln -s /stand-in /usr/bin/$each
@@ -4415,7 +4415,7 @@ def machine(image):
     for name in libraries + [busybox]:
         image.write(name[1:])
         shutil.copy(name, str(image(name[1:])))
-    shutil.copytree(HERE, str(image("src")), ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(HERE, str(image("src")), ignore=shutil.ignore_patterns(".*", "*_all.py"))
     image.write("stand-in", STAND_IN, 0o755)
     image.write("usr/bin/process", PROCESS, 0o755)
     image.command = ["chroot", image.path, "/bin/env", "PATH=/usr/bin:/bin", "/src/svc/install"]
@@ -4425,64 +4425,39 @@ def machine(image):
     return image
 
 
-@pytest.mark.parametrize("scanner, become, add, restart, stop", [
-    ("svscan", "setuidgid", "groupadd -r", "svc -t", "svc -dx {0} {0}/log".format("/var/svc.d/clockspeed")),
-    ("runsvdir", "chpst -u", "addgroup -S", "sv restart", "sv exit /var/svc.d/clockspeed"),
-    ("s6-svscan", "s6-setuidgid", "groupadd -r", "s6-svc -r", "s6-svscanctl -an /run/service")])
-def test_on_a_host_it_does_all_that_it_says(machine, scanner, become, add, restart, stop):
-    if add == "addgroup -S":
-        machine("usr/bin/useradd").unlink()
-    machine.sh("mkdir -p /run/service /img; name=%s words='-P /run/service log:' process" % scanner)
-    args, links = ("--start", "--server", "ntp:192.0.2.7"), ["/run/service/" + name for name in SERVICES]
-    planned = machine.install("--dry-run", *args)
-    assert machine.install(*args) == planned
-    assert [line for line in planned if line.startswith("ln -s")] == [
-        "ln -s /var/svc.d/%s %s" % pair for pair in zip(SERVICES[:2], links)]
-    asked = machine.read("asked").splitlines()
-    assert [asked[0]] + [words.split()[-1] for words in asked[1:6]] == [
-        add + " nofiles", "clocksd", "clockspeed", "multilog", "view", "set"]
-    assert asked[6:] == ["s6-svscanctl -a /run/service"] * (scanner == "s6-svscan")
-    assert "exec %s clocksd" % become in machine.read("var/svc.d/taiclockd/run")
-    assert [machine(name).stat().st_uid for name in (BIN, BIN + "../adjust", BIN + "../mark", BIN + "../etc",
-                                                     "var/multilog/taiclockd")] == [0, 201, 201, 202, 203]
-    assert "ln -s /var/svc.d/taiclockd" in planned[-2] and "at each boot: " in planned[-1]
-    assert machine.install(*args) == ["nothing to do"]
-    machine.sh("ln -s /var/svc.d/taiclockd /run/service; touch /supervised")
-    for start in ([], ["--start"]):
-        machine.sh("rm /asked; touch /asked; echo '# the next version' >>/src/clockview.py")
-        restarts = ["%s %s" % (restart, link) for link in links]
-        assert machine.install("--server", "ntp:192.0.2.8%s" % len(start), *start)[3:] == [
-            "left to you: " * (not start) + line for line in restarts]
-        assert machine.read("asked").splitlines() == restarts * len(start), "nor is the clock set"
-    assert machine.install("--remove", "--root", "/img") == ["nothing to do"]
-    machine.sh("touch /stubborn")
-    assert machine.install("--remove", status=111)[-1].endswith(" stop clockspeed: it still runs after 10 s")
-    machine.sh("rm /stubborn")
-    assert machine.install("--remove", "--purge")[0] == "stop clockspeed"
-    assert machine.read("asked").splitlines()[-1] == stop and not machine("var/svc.d").exists()
-    machine.command.insert(1, "--userspec=7:7")
-    assert machine.install(status=111) == [
-        "install: fatal: unable to install: not root; --dry-run shows what would be done"]
-
-
+SVSCAN = "name=svscan words=/srv/scan process; "
+RUNIT = "rm /usr/bin/useradd; name=runsvdir words='-P /srv/scan log:' process; "
+S6 = "name=s6-svscan words=/run/service process; "
+NEXT = "svc/install --start; touch /supervised; echo '# the next version' >>clockview.py"
+RUNS = "svc/install --start; touch /supervised"
 START, SERVER = ["--start", "--dry-run"], ["--server", "ntp:192.0.2.7"]
-SCANS = "ln -s /var/svc.d/clockspeed /srv/scan/clockspeed"
-NO_SCAN = "fatal: unable to start: no supervisor is here; install daemontools, runit or s6, .*"
+SCANS, NO_SCAN = "ln -s .*/clockspeed /srv/scan/clockspeed", "fatal: .*: no supervisor is here; install .*"
 KEEPS = "fatal: unable to start: .* runs and keeps the clock; stop it first: "
 
 
 @pytest.mark.parametrize("before, args, said", [
     ("name=svscan words='-P /no /srv/scan /tmp' process", START, SCANS),
-    ("name=svscan cwd=/srv/scan process", START, SCANS),
+    ("name=svscan cwd=/srv/scan process", START, SCANS), (SVSCAN + "chmod 775 /srv", START, NO_SCAN),
     ("name=svscan words=/srv/scan uid=7 process", START, NO_SCAN),
     ("name=svscan words=/srv/scan root=/tmp process", START, NO_SCAN),
-    ("name=svscan words=/srv/scan process; chmod 775 /srv", START, NO_SCAN),
-    ("name=svscan words=/srv/scan process; chown 7 /srv/scan", START, NO_SCAN),
-    ("name=svscan words=/srv/scan process; chmod 757 /srv/scan", [], "warning: /srv/scan is scanned, but .*"),
+    (SVSCAN + "chown 7 /srv/scan", START, NO_SCAN),
+    (SVSCAN + "chmod 757 /srv/scan", [], "warning: /srv/scan is scanned, but others .*"),
     ("mkdir /etc/service", START, NO_SCAN),
     ("touch /etc/debian_version", [], ".*: apt-get install daemontools-run, which scans .*"),
     ("cp /usr/bin/svc /usr/bin/svscan; mkdir /etc/service", START, "have svscan run at boot on /etc/service"),
-    ("cp /usr/bin/svc /usr/bin/svscan; mkdir -p /service/clockspeed", [], "warning: .* is not our service.*"),
+    (SVSCAN + "mkdir /srv/scan/clockspeed", [], "warning: .*/clockspeed is not our service, .*"),
+    (SVSCAN + "svc/install --start", [], "nothing to do"),
+    (SVSCAN, [], "ln -s .*/taiclockd /srv/scan/taiclockd, if this host is to serve .*"),
+    (S6, ["--start"], "asked: s6-svscanctl -a /run/service"), (S6, [], "/run/service is made anew at .*"),
+    (SVSCAN + NEXT, ["--start"], "asked: svc -t /srv/scan/clockspeed_adjust"),
+    (SVSCAN + NEXT + "; : >/asked", [], "asked: "), (SVSCAN + NEXT, [], "svc -t /srv/scan/clockspeed"),
+    (RUNIT + NEXT, ["--start"], "asked: sv restart /srv/scan/clockspeed_adjust"),
+    (S6 + NEXT, ["--start"], "asked: s6-svc -r /run/service/clockspeed_adjust"),
+    (SVSCAN + RUNS, ["--remove"], "asked: svc -dx /var/svc.d/clockspeed /var/svc.d/clockspeed/log"),
+    (RUNIT + RUNS, ["--remove"], "asked: sv exit /var/svc.d/clockspeed"),
+    (S6 + RUNS, ["--remove"], "asked: s6-svscanctl -an /run/service"),
+    (SVSCAN + RUNS, ["--remove", "--root", "/tmp"], "nothing to do"),
+    (SVSCAN + RUNS + " /stubborn", ["--remove"], "fatal: .*stop clockspeed: it still runs after .*"),
     ("name=chronyd uid=7 process", START, KEEPS + "kill 12, and take it out of what is started at boot"),
     ("name=systemd-timesyn process", START, KEEPS.replace(".*", "systemd") + "kill 12, .*"),
     ("name=ntpd root=/tmp process", START, NO_SCAN),
@@ -4492,19 +4467,30 @@ KEEPS = "fatal: unable to start: .* runs and keeps the clock; stop it first: "
     ("echo /tmp/python3 >/python; chmod 777 /tmp", [], "fatal: unable to use /tmp/python3: others .*"),
     ("ln -s /dev/null /usr/local/clockspeed/adjust", [], "fatal: .*/adjust: it is no FIFO; remove it"),
     ("ln -s /tmp /usr/local/clockspeed/etc", [], "fatal: unable to use .*/etc: it is a link"),
+    ("svc/install; cd /usr/local/clockspeed; [ \"$(echo $(stat -c %U . adjust mark etc /var/multilog/*))\" ="
+     " 'root clocksd clocksd clockspeed multilog multilog multilog' ]", [], "nothing to do"),
+    (SVSCAN + "for dry in --dry-run ''; do svc/install --start --server ntp:a $dry >/tmp/said$dry; done;"
+     " cmp /tmp/said /tmp/said--dry-run", [], "nothing to do"),
     ("", [], "name your servers: svc/install --server ntp:HOST,..., or CLOCK_IP in .*"),
-    ("", SERVER + ["--no-set"], "asked: .* multilog"), ("name=ntpd process", SERVER, "asked: .* multilog"),
+    ("", ["--no-set"] + SERVER, "asked: useradd .* multilog"), (RUNIT, [], "asked: adduser .* multilog"),
+    ("name=ntpd process", SERVER, "asked: .* multilog"), (SVSCAN + RUNS + "; : >/asked", SERVER, "asked: "),
     ("", SERVER, "clockctl set, if the clock is more than a second off"),
     ("echo this clock is 3 ms behind it >/shown", SERVER, "asked: .*/clockctl view"),
     ("echo this clock is 3 s ahead of it >/shown", SERVER, "asked: .*/clockctl set"),
     ("rm /shown", SERVER, "asked: .*/clockctl set"),
 ])
 def test_what_it_makes_of_a_host(machine, before, args, said):
-    machine.sh(before)
+    machine.sh("cd /src; " + before)
     lines = machine.install(*args, status=111 * said.startswith("fatal"))
     asked = machine.read("asked").splitlines() or [""]
     lines = [re.sub("^(install|left to you): ", "", line) for line in lines + ["asked: " + asked[-1]]]
     assert any(re.fullmatch(said, line) for line in lines), lines
+
+
+def test_who_is_not_root_is_refused(machine):
+    machine.command.insert(1, "--userspec=7:7")
+    assert machine.install(status=111) == [
+        "install: fatal: unable to install: not root; --dry-run shows what would be done"]
 
 
 # ==== the README ====================================================================================
