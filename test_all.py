@@ -4388,13 +4388,14 @@ useradd:* | adduser:*) echo "$last:x:$((200 + $(wc -l </etc/passwd))):100::/:" >
 esac
 echo "${0##*/} $*" >>/asked
 """
-SET_UP = """BUSYBOX mkdir -p /bin /tmp /dev /etc /usr/local/clockspeed /srv/scan /run/service /proc/12
+SET_UP = r"""BUSYBOX mkdir -p /bin /tmp /dev /etc /usr/local/clockspeed /srv/scan /run/service /proc/12
 BUSYBOX --install -s /bin
 for each in svok svc sv s6-svok s6-svc s6-svscanctl groupadd useradd addgroup adduser python3 sleep; do
     ln -s /stand-in /usr/bin/$each
 done
 echo /usr/bin/python3 >/python; echo this clock is 2 s behind it >/shown
 echo root:x:0:0::/: >/etc/passwd; echo root:x:0: >/etc/group; touch /dev/null /asked
+printf 'passwd: files\ngroup: files\n' >/etc/nsswitch.conf
 """
 PROCESS = r"""#!/bin/sh
 printf 'Name:\t%s\nUid:\t%d\t%d\t0\t0\n' $name ${uid:-0} ${uid:-0} >/proc/12/status
@@ -4412,7 +4413,8 @@ def machine(image):
         pytest.skip("not root")
     busybox = shutil.which("busybox")
     libraries = re.findall(r"/\S+(?= \(0x)", subprocess.check_output(["ldd", busybox]).decode())
-    for name in libraries + [busybox]:
+    files = pathlib.Path(libraries[0]).parent.glob("libnss_files.so.2")  # an old libc reads /etc/passwd by it
+    for name in libraries + [busybox] + [str(path) for path in files]:
         image.write(name[1:])
         shutil.copy(name, str(image(name[1:])))
     shutil.copytree(HERE, str(image("src")), ignore=shutil.ignore_patterns(".*", "*_all.py"))
@@ -4430,7 +4432,7 @@ RUNIT = "rm /usr/bin/useradd; name=runsvdir words='-P /srv/scan log:' process; "
 S6 = "name=s6-svscan words=/run/service process; "
 NEXT = "svc/install --start; touch /supervised; echo '# the next version' >>clockview.py"
 RUNS = "svc/install --start; touch /supervised"
-START, SERVER = ["--start", "--dry-run"], ["--server", "ntp:192.0.2.7"]
+START, ASK = ["--start", "--dry-run"], ["--server", "ntp:192.0.2.7"]
 SCANS, NO_SCAN = "ln -s .*/clockspeed /srv/scan/clockspeed", "fatal: .*: no supervisor is here; install .*"
 KEEPS = "fatal: unable to start: .* runs and keeps the clock; stop it first: "
 
@@ -4472,12 +4474,12 @@ KEEPS = "fatal: unable to start: .* runs and keeps the clock; stop it first: "
     (SVSCAN + "for dry in --dry-run ''; do svc/install --start --server ntp:a $dry >/tmp/said$dry; done;"
      " cmp /tmp/said /tmp/said--dry-run", [], "nothing to do"),
     ("", [], "name your servers: svc/install --server ntp:HOST,..., or CLOCK_IP in .*"),
-    ("", ["--no-set"] + SERVER, "asked: useradd .* multilog"), (RUNIT, [], "asked: adduser .* multilog"),
-    ("name=ntpd process", SERVER, "asked: .* multilog"), (SVSCAN + RUNS + "; : >/asked", SERVER, "asked: "),
-    ("", SERVER, "clockctl set, if the clock is more than a second off"),
-    ("echo this clock is 3 ms behind it >/shown", SERVER, "asked: .*/clockctl view"),
-    ("echo this clock is 3 s ahead of it >/shown", SERVER, "asked: .*/clockctl set"),
-    ("rm /shown", SERVER, "asked: .*/clockctl set"),
+    ("", ["--no-set"] + ASK, "asked: useradd .* multilog"), (RUNIT, [], "asked: adduser .* multilog"),
+    ("name=ntpd process", ASK, "asked: .* multilog"), (SVSCAN + RUNS + "; : >/asked", ASK, "asked: "),
+    ("", ASK, "clockctl set, if the clock is more than a second off"),
+    ("echo this clock is 3 ms behind it >/shown", ASK, "asked: .*/clockctl view"),
+    ("echo this clock is 3 s ahead of it >/shown", ASK, "asked: .*/clockctl set"),
+    ("rm /shown", ASK, "asked: .*/clockctl set"),
 ])
 def test_what_it_makes_of_a_host(machine, before, args, said):
     machine.sh("cd /src; " + before)
