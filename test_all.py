@@ -4396,6 +4396,7 @@ done
 echo /usr/bin/python3 >/python; echo this clock is 2 s behind it >/shown
 printf 'root:x:0:0::/:\nnobody:x:7:7::/:\n' >/etc/passwd; echo root:x:0: >/etc/group
 printf 'passwd: files\ngroup: files\n' >/etc/nsswitch.conf; touch /dev/null /asked
+chmod -R go=rX /
 """
 PROCESS = r"""#!/bin/sh
 printf 'Name:\t%s\nUid:\t%d\t%d\t0\t0\n' $name ${uid:-0} ${uid:-0} >/proc/12/status
