@@ -8,11 +8,11 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 
 sys.path.insert(0, "/rig/main/.ci/vm")
-from rig import HOME, PROJECT, SERVER, ask, check, finish, raw_ns, say, serve_counter, until, wait_for_server
+from rig import (HOME, PROJECT, SERVER, Watch, ask, check, finish, raw_ns, say, serve_counter, until,
+                 wait_for_server)
 
 LOG = "/var/multilog/clockspeed/current"
 HOUR_SEC = 3600
@@ -21,29 +21,24 @@ LONG_SEC = 300  # for what takes seconds on an idle host
 RTC_SEC = 2  # the hardware clock has seconds, and is read a little later
 
 
-class Watch(threading.Thread):
-    """Looks at the system clock and the hardware clock a few times a second."""
+def look_at_clocks():
+    """-> (counter in ns, system clock's error in s, hardware clock's error in s), or None."""
+    look = ask(1)
+    with open("/sys/class/rtc/rtc0/since_epoch") as file:
+        rtc_sec = int(file.read())
+    if not look:
+        return None
+    return raw_ns(), look.offset_ns / 1e9, rtc_sec + 0.5 - (look.clock_ns + look.offset_ns) / 1e9
 
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.samples = []  # (counter in ns, system clock's error in s, hardware clock's error in s)
-        self.start()
 
-    def run(self):
-        while True:
-            look = ask(1)
-            with open("/sys/class/rtc/rtc0/since_epoch") as file:
-                rtc_sec = int(file.read())
-            if look:
-                real_sec = (look.clock_ns + look.offset_ns) / 1e9
-                self.samples.append((raw_ns(), look.offset_ns / 1e9, rtc_sec + 0.5 - real_sec))
-            time.sleep(0.2)
+def clock_off_sec():
+    return watch.samples[-1][1]
 
-    def now(self):
-        return self.samples[-1]
 
-    def since(self, tick_ns):
-        return [sample for sample in self.samples if sample[0] >= tick_ns]
+def hardware_clock_is_right(what, since_ns):
+    """All the while since then."""
+    worst = max((rtc for tick_ns, _, rtc in watch.samples if tick_ns >= since_ns), key=abs)
+    check(what, abs(worst) < RTC_SEC, "worst %+.1f s" % worst)
 
 
 def sh(command):
@@ -73,32 +68,35 @@ def running():
     return words[3].rstrip(")") if words[1:2] == ["up"] else None
 
 
+def fifo_is_there():
+    return sh("stat -c '%F %U' " + HOME + "/adjust") == "fifo clocksd\n"
+
+
 serve_counter(50, 100 * 10**9)
 wait_for_server()
 os.makedirs("/service")
 subprocess.Popen(["svscan", "/service"])
 time.sleep(1)
 say(sh("cd %s && svc/install --no-set --server ntp:%s --start" % (PROJECT, SERVER)))
-watch = Watch()
+watch = Watch(look_at_clocks, 0.2)
 until(lambda: os.path.exists(LOG) and lines("mark: "), LONG_SEC)
 for _ in range(5):
     time.sleep(6)
     mark()
-check("the first mark steps the clock", abs(watch.now()[1]) < 0.01, "off by %+.6f s" % watch.now()[1])
-check("the kernel sets the hardware clock right", until(lambda: abs(watch.now()[2]) < RTC_SEC, LONG_SEC),
-      "off by %+.1f s" % watch.now()[2])
+check("the first mark steps the clock", abs(clock_off_sec()) < 0.01, "off by %+.6f s" % clock_off_sec())
+check("the kernel sets the hardware clock right",
+      until(lambda: abs(watch.samples[-1][2]) < RTC_SEC, LONG_SEC), "off by %+.1f s" % watch.samples[-1][2])
 
 set_at_ns, steps = raw_ns(), len(lines("step: "))
 set_clock(HOUR_SEC)
-back = until(lambda: raw_ns() - set_at_ns > 10**9 and abs(watch.now()[1]) < 0.5, LONG_SEC)
+back = until(lambda: raw_ns() - set_at_ns > 10**9 and abs(clock_off_sec()) < 0.5, LONG_SEC)
 check("a clock set by hand is set back", back, "after %.0f s" % ((raw_ns() - set_at_ns) / 1e9))
 time.sleep(15)
 check("once, and says so", len(lines("step: ")) == steps + 1 and lines("moved: "))
 mark()
 time.sleep(30)
 mark()
-worst = max((rtc for _, _, rtc in watch.since(set_at_ns)), key=abs)
-check("and the hardware clock stays right all the while", abs(worst) < RTC_SEC, "worst %+.1f s" % worst)
+hardware_clock_is_right("and the hardware clock stays right all the while", set_at_ns)
 
 set_at_ns, rng = raw_ns(), random.Random()
 for _ in range(10):
@@ -106,12 +104,11 @@ for _ in range(10):
     time.sleep(rng.uniform(0, 0.01))
     set_clock(HOUR_SEC)
     time.sleep(COPIED_SEC)
-    if watch.now()[1] < -HOUR_SEC / 2:
+    if clock_off_sec() < -HOUR_SEC / 2:
         set_clock(-HOUR_SEC)
-worst = max((rtc for _, _, rtc in watch.since(set_at_ns)), key=abs)
-check("and whenever the clock is set right after a mark", abs(worst) < RTC_SEC, "worst %+.1f s" % worst)
+hardware_clock_is_right("and whenever the clock is set right after a mark", set_at_ns)
 mark()
-check("the clock is right again", abs(watch.now()[1]) < 0.01, "off by %+.6f s" % watch.now()[1])
+check("the clock is right again", abs(clock_off_sec()) < 0.01, "off by %+.6f s" % clock_off_sec())
 
 sh("mount --bind {0} {0} && mount -o remount,bind,ro {0}".format(HOME + "/etc"))
 starts = len(lines("start: "))
@@ -125,12 +122,6 @@ check("and says what it can't keep", lines("Read-only file system"))
 mark()
 check("and takes marks", lines("mark: ")[-1].rstrip().endswith("used"), lines("mark: ")[-1].strip())
 sh("umount " + HOME + "/etc")
-
-
-
-def fifo_is_there():
-    return sh("stat -c '%F %U' " + HOME + "/adjust") == "fifo clocksd\n"
-
 
 os.unlink(HOME + "/adjust")
 check("a FIFO that was deleted is made anew", until(fifo_is_there, LONG_SEC))

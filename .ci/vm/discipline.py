@@ -10,12 +10,11 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 
 sys.path.insert(0, "/rig/main/.ci/vm")
-from rig import (HOME, PROJECT, SERVER, STA_UNSYNC, ask, check, chronyd, clock_ppm, finish, hear, kernel,
-                 pair, rate_ppm, raw_ns, say, serve, tell, until, wait_for_server)
+from rig import (HOME, PROJECT, SERVER, STA_UNSYNC, Watch, ask, check, chronyd, clock_ppm, finish, hear,
+                 kernel, pair, rate_ppm, raw_ns, say, serve, tell, until, wait_for_server)
 
 BETWEEN_MARKS_SEC = (3, 5, 8, 10, 15, 20, 20, 20, 20, 20, 20)
 WATCHED_SEC = 60  # at the end of these, both clocks are judged
@@ -23,27 +22,18 @@ LOOK_NS = 10**5  # what a look at a clock that is right may show on a busy host
 LOG = "/tmp/clockspeed.log"
 
 
-class Watch(threading.Thread):
-    """Looks at the clock once a second."""
+def look_at_clock():
+    """-> (Look, maxerror in ns or None while the kernel is not synchronised), or None."""
+    before, look, now = kernel.adjtimex(), ask(4), kernel.adjtimex()
+    bound_us = max(before["maxerror"], now["maxerror"])
+    return look and (look, None if now["status"] & STA_UNSYNC else bound_us * 1000)
 
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.samples = []  # (Look, maxerror in ns or None while the kernel is not synchronised)
-        self.start()
 
-    def run(self):
-        while True:
-            before, look, now = kernel.adjtimex(), ask(4), kernel.adjtimex()
-            if look:
-                bound_us = max(before["maxerror"], now["maxerror"])
-                self.samples.append((look, None if now["status"] & STA_UNSYNC else bound_us * 1000))
-            time.sleep(1)
-
-    def rms_ns(self):
-        """Of the better half of the looks in the last minute."""
-        looks = sorted((look.unsure_ns, look.offset_ns) for look, _ in self.samples
-                       if look.tick_ns > raw_ns() - WATCHED_SEC * 10**9)
-        return statistics.mean(offset**2 for _, offset in looks[:len(looks) // 2 + 1]) ** 0.5
+def rms_ns():
+    """Of the better half of the looks in the last minute."""
+    looks = sorted((look.unsure_ns, look.offset_ns) for look, _ in watch.samples
+                   if look.tick_ns > raw_ns() - WATCHED_SEC * 10**9)
+    return statistics.mean(offset**2 for _, offset in looks[:len(looks) // 2 + 1]) ** 0.5
 
 
 def read_log():
@@ -80,14 +70,14 @@ guest = os.environ["RIG_GUEST"]
 if guest == "A":
     serve(300, 2 * 10**9)
 wait_for_server()
-watch, began = Watch(), raw_ns()
+watch = Watch(look_at_clock, 1)
 if guest == "C":
     chronyd("server %s iburst minpoll 3 maxpoll 4" % SERVER, "makestep 0.5 3", "driftfile /tmp/drift",
             steer=True)
     while True:
         time.sleep(1)
         if watch.samples:
-            tell("10.9.0.2", watch.rms_ns())
+            tell("10.9.0.2", rms_ns())
 
 subprocess.run("groupadd nofiles && useradd -r -g nofiles clocksd && useradd -r -g nofiles clockspeed &&"
                " mkdir -p %s/etc && chmod 755 /rig /rig/main" % HOME, shell=True, check=True)
@@ -104,7 +94,7 @@ for wait_sec in BETWEEN_MARKS_SEC:
     time.sleep(wait_sec)
 last = ask(40)
 server_ppm, unsure_ppm = rate_ppm(first, last)
-theirs_ns, ours_ns = hear(60), watch.rms_ns()
+theirs_ns, ours_ns = hear(60), rms_ns()
 check("from 2 s and 300 ppm off it is as right as chronyd beside it",
       theirs_ns is not None and ours_ns < 2 * theirs_ns + LOOK_NS,
       "%.1f us rms in the last minute, chronyd %.1f us" % (ours_ns / 1e3, (theirs_ns or 0) / 1e3))

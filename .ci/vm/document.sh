@@ -15,19 +15,17 @@ block() {
         sed 's/192\.0\.2\.[0-9]*/10.9.0.1/g'
 }
 blocks() { grep -c "^\`\`\`sh $1\$" README.md; }
-# follow KIND N - do what it says
+# follow KIND N COMMAND... - have the command do what it says
 follow() {
     echo "== $1 $2"
     block "$1" "$2" >/tmp/block
-    PS4='# ' bash -ex /tmp/block
+    shift 2
+    PS4='# ' "$@" /tmp/block
 }
-# follow_here KIND N - the same in this shell, as one who pastes block after block does
-follow_here() {
-    echo "== $1 $2"
-    block "$1" "$2" >/tmp/block
-    PS4='# '
+# here BLOCK - do it in this shell, as one who pastes block after block does
+here() {
     set -ex
-    . /tmp/block
+    . "$1"
     { set +ex; } 2>/dev/null
 }
 failures=0
@@ -44,7 +42,7 @@ svscan=$!
 count=$(blocks install)
 for ((n = 1; n <= count; n++)); do
     # clockctl check ends with 1 when there are warnings
-    follow install $n || { [ $? = 1 ] && grep -q 'clockctl check' /tmp/block; } || exit 1
+    follow install $n bash -ex || { [ $? = 1 ] && grep -q 'clockctl check' /tmp/block; } || exit 1
     grep -q -- --start /tmp/block || continue
     sleep 20
     clockctl status
@@ -66,7 +64,7 @@ rig 'fresh(0, -5 * 10**9)'
 # by hand
 count=$(blocks host)
 for ((n = 1; n <= count; n++)); do
-    follow_here host $n
+    follow host $n here
     grep -q 'clocksd clockctl mark' /tmp/block || continue
     for wait in 10 15 20 25; do  # more marks than the service takes
         sleep $wait

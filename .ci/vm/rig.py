@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 SERVER, PROJECT, HOME = "10.9.0.1", "/rig/main", "/usr/local/clockspeed"
@@ -108,6 +109,22 @@ def ask(exchanges=20):
                   for stamp in struct.unpack("!QQ", data[32:48]))
         looks.append((abs((t4 - t1) - (t3 - t2)), tick, t1, ((t2 - t1) + (t3 - t4)) // 2))
     return Look(*min(looks)[1:], min(looks)[0] // 2) if looks else None
+
+
+class Watch(threading.Thread):
+    """Notes what sample() returns, again and again."""
+
+    def __init__(self, sample, pause_sec):
+        super().__init__(daemon=True)
+        self.sample, self.pause_sec, self.samples = sample, pause_sec, []
+        self.start()
+
+    def run(self):
+        while True:
+            found = self.sample()
+            if found:
+                self.samples.append(found)
+            time.sleep(self.pause_sec)
 
 
 def wait_for_server():
