@@ -1182,7 +1182,8 @@ class Attempts:
         why = None
         try:
             return function(*args)
-        except (ImportError, OSError, OverflowError, RecursionError, ValueError, struct.error) as err:
+        except (AttributeError, ImportError, OSError, OverflowError, RecursionError, ValueError,
+                struct.error) as err:
             why = reason(err)
             if self.whys.get(doing) != why:
                 self.warn("%s: warning: unable to %s: %s" % (PROGRAM, doing, why))

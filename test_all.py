@@ -2467,6 +2467,15 @@ def test_where_there_is_no_adjtimex_the_clock_is_nudged(monkeypatch):
     assert calls == [("adjtime", 0, 0, None), ("adjtime", -1, 998500, None)]
 
 
+def test_a_libc_without_the_call_is_said_and_the_clock_observed(monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("ctypes"), "CDLL", lambda *_, **__: object())
+    lines = []
+    for kind in (CS.AdjtimeClock, CS.KernelClock):
+        assert CS.Attempts(lines.append)("steer the clock", kind) is None
+    assert ["clockspeed: warning: unable to steer the clock: 'object' object has no attribute '%s'" % name
+            for name in ("adjtime", "adjtimex")] == lines
+
+
 def test_a_clock_without_hardware_clock_goes_forward_to_the_last_time_known(simulate):
     known_ns = simulate(FakeKernel()).settle(4000).daemon.known_ns
     assert abs(known_ns - FakeKernel.START_NS) < 4100 * 10**9
