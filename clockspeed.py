@@ -1474,7 +1474,7 @@ def clock_error_ns():
 def find_user(name):
     """Its line of the passwd file, None for no name; ValueError when there is none."""
     try:
-        return name and pwd.getpwnam(name)
+        return None if name is None else pwd.getpwnam(name)
     except LookupError:
         raise ValueError("there is no such user") from None
 

@@ -2646,6 +2646,7 @@ def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
     (None, "file", [], {}, "use HOME/file/etc (svc/install .* mkdir -p): Not a directory"),
     (None, "link", [], {}, "use HOME/link/etc (svc/install .* mkdir -p): Not a directory"),
     (None, "", ["-u", "no-such-user"], {}, "become no-such-user: there is no such user"),
+    (None, "", ["-u", ""], {}, "become : there is no such user"),
     (None, "", ["-w", "no-such-user"], {}, "give adjust to no-such-user: there is no such user"),
     (None, "", [], {"CLOCK_SCALE": "gps"}, "start: CLOCK_SCALE is neither utc nor tai"),
     (None, "", [], {"CLOCK_ERROR": "10 apples"}, "start: CLOCK_ERROR is not a time like 0.010 or 10ms"),
