@@ -1543,7 +1543,7 @@ def main(argv):
         user = find_user(user_name)
         doing = "give adjust to %s" % writer_name
         writer = find_user(writer_name)
-        doing = "use %s/etc (svc/install makes it, and so does mkdir -p)" % path
+        doing = "use %s/etc (a directory, not a link; svc/install or mkdir -p makes it)" % path
         os.umask(0o022)
         home = Home(path)
         doing = "lock %s/etc" % path

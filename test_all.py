@@ -2642,9 +2642,9 @@ def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("make, home, options, env, said", [
-    (None, "none", [], {}, "use HOME/none/etc (svc/install .* mkdir -p): No such file or directory"),
-    (None, "file", [], {}, "use HOME/file/etc (svc/install .* mkdir -p): Not a directory"),
-    (None, "link", [], {}, "use HOME/link/etc (svc/install .* mkdir -p): Not a directory"),
+    (None, "none", [], {}, "use HOME/none/etc (a directory, not a link.*): No such file or directory"),
+    (None, "file", [], {}, "use HOME/file/etc (a directory, not a link.*): Not a directory"),
+    (None, "link", [], {}, "use HOME/link/etc (a directory, not a link.*): Not a directory"),
     (None, "", ["-u", "no-such-user"], {}, "become no-such-user: there is no such user"),
     (None, "", ["-u", ""], {}, "become : there is no such user"),
     (None, "", ["-w", "no-such-user"], {}, "give adjust to no-such-user: there is no such user"),
