@@ -1573,7 +1573,7 @@ def main(argv):
         complain("usage", USAGE)
         return 100
     except (AttributeError, ImportError, OSError, RuntimeError, ValueError) as err:
-        complain("fatal", "unable to %s: %s" % (doing, reason(err)))
+        Log(2)("%s: fatal: unable to %s: %s" % (PROGRAM, doing, reason(err)))  # it never waits
         return 111
 
 

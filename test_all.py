@@ -2765,6 +2765,7 @@ def test_a_log_that_takes_no_more_blocks_nothing(daemon):
     os.set_blocking(writer, True)
     process.mark()
     process.mark()
+    assert daemon("-n", log=writer, wait_for="").process.wait(10) == 111, "there is one already"
     os.read(reader, 65536)
     assert process.end() == 0 and re.search(rb"lost: [2-9] lines\nstop: ", os.read(reader, 65536))
     os.close(reader)
