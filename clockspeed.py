@@ -1284,6 +1284,7 @@ class Clockspeed:
         if abs(moved_ns) > MOVED_NS + ticks_ns * MOVED_PPM // 10**6:
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             self.news = True  # a slew that was on its way is lost in a step
+            self.done_ns.pop("slew", None)  # there is another one to tell of
             self.set_by_others = self.set_by_others or abs(moved_ns) > STEP_NS
 
     def lose_phase(self, rate_error_ppm, text):

@@ -2840,6 +2840,7 @@ def moved(sec):
 
 def never_stepped(simulation):
     simulation.daemon.may_step = False
+    moved(0.4)(simulation)
     moved(3600)(simulation)
 
 
@@ -2916,7 +2917,8 @@ BAD_DAYS = (
 )
 SIMILAR_DAYS = (
     ("an hour off under -S", never_stepped,
-     ("moved: somebody set the system clock by +3600.000 s", "slew: -3... s will take 83.3 d; ..."), 3600),
+     ("moved: somebody set the system clock by +0.400 s", "slew: -0.4... s will take 13.3 min; ...",
+      "moved: somebody set the system clock by +3600.000 s", "slew: -3... s will take 83.3 d; ..."), 3600),
     ("not even half a second off", moved(0.4),
      ("moved: somebody set the system clock by +0.400 s", "slew: -0.4... s will take 13.3 min; ..."), 0.001),
     ("hardly more than half a second off", moved(-0.51),
