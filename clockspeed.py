@@ -1246,6 +1246,7 @@ class Clockspeed:
         self.set_back_wait_sec = 0
         self.tick_ns, self.clock_ns = clock.read()
         self.suspended_ns, self.offset_ns, self.set_by_others = clock.suspended_ns(), 0, False
+        self.phase_lost = False  # by a suspend or a counter that went back, until a mark
         source = self.load()
         self.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
                  % (clock.doing, clock.counter, scale, *self.estimator.rate(), source))
@@ -1294,7 +1295,7 @@ class Clockspeed:
         self.bound.forget()
         self.done_ns.clear()
         self.suspended_ns, self.offset_ns, self.set_by_others = self.clock.suspended_ns(), 0, False
-        self.news = True
+        self.phase_lost = self.news = True
 
     def take(self, packets):
         """Adjustments that came out of the FIFO at once; wake() is to follow."""
@@ -1369,11 +1370,11 @@ class Clockspeed:
         wait_sec = self.clock.steer(rate_ppm, self.offset_ns, self.tick_ns, self.news)
         if self.clock.foreign:
             self.say_foreign("clock's frequency")
-        sigma_ns = most_ns = MAXERROR_NS  # where a suspend has made the last mark worthless
+        sigma_ns = most_ns = MAXERROR_NS  # where nobody knows any more
         if self.estimator.has_phase():
             sigma_ns = self.estimator.real(self.tick_ns)[1]
             most_ns = self.most_ns() or 4 * sigma_ns  # no mark tells of itself, as the C clients' don't
-        if self.last_mark:
+        if self.phase_lost or self.estimator.has_phase():  # else the kernel may know better
             self.clock.announce(sigma_ns, most_ns, self.offset_ns, self.clock_ns - self.tick_ns,
                                 TAI_MINUS_CLOCK_SEC[self.scale])
         return wait_sec

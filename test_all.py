@@ -2216,6 +2216,13 @@ def test_the_hardware_clock_is_never_written_from_a_clock_known_to_be_wrong(simu
     kernel.pass_by(3600)
     simulation.run(60)
     assert kernel.fields["status"] & 0x40 and kernel.fields["maxerror"] == 16 * 10**6, "nobody knows any more"
+    simulation.settle(60, 60)
+    (simulation.etc_path / "state").unlink()
+    simulation = simulate(kernel)
+    assert not kernel.fields["status"] & 0x40 and kernel.fields["maxerror"] < 10**6, "as it was left"
+    kernel.pass_by(3600)
+    simulation.run(60)
+    assert kernel.fields["status"] & 0x40 and kernel.fields["maxerror"] == 16 * 10**6, "nor without a mark"
 
 
 @pytest.mark.parametrize("before, copied", (("a mark", 0), ("the first mark", 1), ("a setting by 10 ms", 1)))
@@ -2361,6 +2368,7 @@ def test_an_atto_of_the_c_clockspeed_is_taken_when_it_is_newer(simulate, tmp_pat
     assert simulation.source == "rate of etc/atto, the rest of etc/state"
     assert simulation.daemon.estimator.rate() == pytest.approx((-51, 10))
     assert not simulation.daemon.estimator.has_phase() and simulation.daemon.marks["used"] == 3
+    assert not kernel.fields["status"] & 0x40, "the kernel is told nothing before a mark"
     assert simulation.daemon.known_ns > kernel.real - 5 * HOUR_NS, "what the state says besides stays"
     assert simulation.daemon.estimator.learned() == pytest.approx(learned, rel=0.2)
     for packet in (CS.pack(0, 4 * 10**8), CS.pack(0), CS.pack(-1), CS.pack(10**11), b"garbage",
