@@ -11,13 +11,15 @@ DESCRIPTION
 
     A mark is what is to be added to the system clock's reading: 16 bytes of TAI64NA in one
     write, as sntpclock and taiclock make them.  A positive offset means that the system clock
-    is behind; a positive rate, (real seconds per counter second - 1) * 10^6 ppm, that the
-    counter ticks too slowly: CLOCK_MONOTONIC_RAW, which nobody steers, else CLOCK_MONOTONIC.
+    is behind.  A rate is (real seconds per counter second - 1) * 10^6 ppm; a positive one means
+    that the counter ticks too slowly.  The counter is CLOCK_MONOTONIC_RAW, which nobody steers,
+    or CLOCK_MONOTONIC where there is no such clock.
 
     On Linux the rate goes into the kernel (adjtimex), so that the clock runs right between
     wake-ups and also after clockspeed is killed.  What the clock is off by is slewed away by
-    the kernel at 500 ppm: 1.8 s take an hour.  More would need a rate that would stay if
-    clockspeed were killed.  Elsewhere adjtime() nudges the clock every 3 seconds.
+    the kernel at 500 ppm: 1.8 s take an hour.  To slew faster it would have to set a wrong
+    rate, which would stay if clockspeed were killed.  On other systems adjtime() nudges the
+    clock every 3 seconds.
 
     A clock that is over 0.5 s off is stepped in three cases, and never with -S:
     - by one of the first 3 marks used in a boot, so that a wrong first mark does not last;
@@ -56,8 +58,8 @@ FILES (in home)
     seconds have passed, and real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm).
     Its variance is c0 + c1 t + c2 t^2 + c3 t^3 ns^2, with the factors in `variance`.
 
-    `bound` tells where real time certainly is, if the servers tell the truth.  With its own
-    tick_ns taken for t, and with C = change_ppm sqrt(max(1, t / 86400)), real time is
+    `bound` tells where real time certainly is, if the servers tell the truth.  With t counted
+    from the tick_ns in `bound`, and with C = change_ppm sqrt(max(1, t / 86400)), real time is
         from  earliest_ns + t (10^9 + 1000 max(slow_ppm - C, -1000))
         to    latest_ns   + t (10^9 + 1000 min(fast_ppm + C, 1000))
 
@@ -871,7 +873,7 @@ class Bound:
         if not self.ranges:
             return None
         first, last = self.ranges[0], self.ranges[-1]
-        ticks = max(1, last.tick_ns - first.tick_ns)
+        ticks = max(1, last.tick_ns - first.tick_ns)  # after one mark 1: it bounds no rate under LIMIT_PPM
         return dict(last._asdict(),
                     slow_ppm=(last.earliest_ns - first.latest_ns - ticks) / ticks * 1e6,
                     fast_ppm=(last.latest_ns - first.earliest_ns - ticks) / ticks * 1e6,
@@ -956,7 +958,7 @@ class AdjtimeClock(Clock):
 
     def steer(self, rate_ppm, offset_ns, tick_ns, news):
         import ctypes
-        timeval = (ctypes.c_long * 2)(*divmod(offset_ns // 1000, 10**6))  # where systems come this way
+        timeval = (ctypes.c_long * 2)(*divmod(offset_ns // 1000, 10**6))  # two longs on every such system
         libc_call("adjtime", timeval, None)  # replaces the slew before
         return BUSY_SEC
 
@@ -1197,7 +1199,7 @@ OUTCOMES = "used", "doubted", "refused"
 REAL_NS = RELEASE_SEC * 10**9, (RELEASE_SEC + 2**32) * 10**9  # real time can be in NTP's 136 years from then
 # Shapes of etc/state; what is only compared has none, Estimator and Bound look at their own.
 LAST_MARK = {"tick_ns": TIME, "offset_ns": TIME, "spread_ns": (*SPREAD, None), "distance_ns": (*SPREAD, None),
-             "outcome": (1, 0, *OUTCOMES)}
+             "outcome": (1, 0, *OUTCOMES)}  # and no number
 STATE = {"version": (2, 2), "suspended_ns": TIME, "tick_ns": TIME, "clock_ns": TIME, "known_ns": REAL_NS,
          "bias_ppm": (-BIAS_LIMIT_PPM, BIAS_LIMIT_PPM), "marks": dict.fromkeys(OUTCOMES, SPREAD)}
 
@@ -1254,7 +1256,7 @@ class Clockspeed:
             self.step(self.known_ns - self.clock_ns, "which showed a time before the last one known")
 
     def due(self, name, sec=HOURLY_SEC):
-        """Whether it is so many seconds ago that this was true, or never was."""
+        """Whether it is so many seconds ago that this said yes, or it never did."""
         if name in self.done_ns and self.tick_ns - self.done_ns[name] < sec * 10**9:
             return False
         self.done_ns[name] = self.tick_ns
