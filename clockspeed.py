@@ -1406,7 +1406,8 @@ class Clockspeed:
             return "rate of etc/atto"
         self.estimator = state["estimator"]
         same_boot = (state.get("boot_id"), state.get("scale")) == (self.boot_id or None, self.scale)
-        c_was_here = atto_ppm is not None and self.kept_atto() != state.get("atto")
+        ours = state.get("atto"), state.get("next_atto")
+        c_was_here = atto_ppm is not None and self.kept_atto() not in ours
         if c_was_here:
             self.estimator.assume_rate(atto_ppm, ATTO_PPM)
         elif not same_boot:
@@ -1435,13 +1436,14 @@ class Clockspeed:
         if self.due("state", 0 if self.news else HOURLY_SEC):
             if known:
                 self.known_ns = max(REAL_NS[0], self.real_ns())
-            atto = pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9))
-            # one mark would tell no rate
-            if self.marks["used"] > 1 and abs(rate_ppm) <= ATTO_LIMIT_PPM and atto.hex() != self.kept_atto():
-                self.attempt("write etc/atto", self.home.replace, "atto", atto)
+            # etc/state names the atto before it and the one after it: a kill may come between the two files
+            atto, kept = pack(*divmod(round(10**9 * (1 + rate_ppm / 1e6)), 10**9)), self.kept_atto()
             self.attempt("write etc/state", self.home.replace, "state", dict(
-                both, atto=self.kept_atto(), known_ns=self.known_ns, bias_ppm=self.clock.bias_ppm,
+                both, atto=kept, next_atto=atto.hex(), known_ns=self.known_ns, bias_ppm=self.clock.bias_ppm,
                 clock_ns=self.clock_ns, estimator=self.estimator.state(), bound=self.bound.state()))
+            # one mark would tell no rate
+            if self.marks["used"] > 1 and abs(rate_ppm) <= ATTO_LIMIT_PPM and atto.hex() != kept:
+                self.attempt("write etc/atto", self.home.replace, "atto", atto)
         if self.due("status", 0 if self.news else STATUS_SEC):
             wander, noise_ns = self.estimator.learned()
             wait_sec = exchanges = None

@@ -2335,6 +2335,22 @@ def test_a_restart_in_the_same_boot_goes_on_as_if_nothing_had_happened(simulate)
     assert restarted.source == "rate of etc/atto" and not kernel.steps, "no first mark of the boot"
 
 
+@pytest.mark.parametrize("name", ("state", "atto", "status"))
+def test_killed_between_two_files_it_goes_on_as_well(simulate, name):
+    kernel = FakeKernel(ppm=-42)
+    simulation = simulate(kernel).settle(64, 541, 1623)
+
+    def die(*args, replace=simulation.home.replace):
+        if args[0] == name:
+            raise KeyboardInterrupt
+        replace(*args)
+    simulation.home.replace = die
+    with pytest.raises(KeyboardInterrupt):
+        simulation.mark(0.0001)
+    restarted = simulate(kernel)
+    assert restarted.source == "phase and rate of etc/state" and restarted.lines == []
+
+
 def test_a_bound_of_an_earlier_release_is_taken_up():
     bound = CS.Bound.from_state({"ranges": [[1, 2, 3]] * 2, "ppm": [-1000.0, 1000.0, 0.0, 2.2]})
     assert bound.at(1) == (2, 3) and bound.allowed_ppm == 2.2
