@@ -2467,6 +2467,7 @@ def test_many_marks_at_once_are_a_few_and_one_line(simulate):
         simulation = simulate(FakeKernel(), str(to_sec))  # no real time is before the release or an era later
         simulation.take(CS.pack((CS.RELEASE_SEC + to_sec) * 10**9 - simulation.kernel.clock_ns()))
         assert simulation.daemon.marks["used"] == taken == 1 - simulation.daemon.marks["refused"]
+        assert to_sec != -1 or simulation.lines == ["refused: no real time is 29 d from the system clock"]
 
 
 def test_a_kernel_that_refuses_is_said_once_and_survived(simulate):
