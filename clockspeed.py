@@ -1127,6 +1127,7 @@ class Home:
         try:
             if not os.path.lexists(self.adjust):
                 os.mkfifo(self.adjust, 0o600)
+                os.lchown(self.adjust, os.fstat(self.fifo_fd).st_uid, -1)  # whose the one before it was
             there = os.lstat(self.adjust)
             if not stat.S_ISFIFO(there.st_mode):
                 raise OSError(errno.EEXIST, "it is not a FIFO; remove it: rm -r " + self.adjust)

@@ -2725,6 +2725,16 @@ def test_a_fifo_that_is_deleted_or_replaced_is_found_again(tmp_path):
 
 
 @needs_root
+def test_a_fifo_that_is_made_again_belongs_to_whom_the_one_before_did(tmp_path):
+    home = CS.Home(str(tmp_path))
+    for owner in (0, 4711, 4711):
+        home.open_adjust()
+        assert os.stat(home.adjust).st_uid == owner
+        os.chown(home.adjust, 4711, -1)
+        os.unlink(home.adjust)
+
+
+@needs_root
 def test_clockspeed_becomes_its_user_gives_only_its_own_away_and_keeps_no_more_than_it_needs(daemon):
     nobody, writer, etc = pwd.getpwnam("nobody"), pwd.getpwnam("daemon").pw_uid, daemon.home / "etc"
     etc.mkdir()
