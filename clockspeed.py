@@ -1209,7 +1209,9 @@ def parse_state(data):
     """The bytes of etc/state -> what save() made them of; ValueError, RecursionError."""
     import json  # here, as getopt is in main
     state = json.loads(data)
-    if not (fits(state, STATE) and (state.get("last_mark") is None or fits(state["last_mark"], LAST_MARK))):
+    if not (fits(state, STATE) and len(state["marks"]) == len(OUTCOMES)
+            and (state.get("last_mark") is None or fits(state["last_mark"], LAST_MARK)
+                 and len(state["last_mark"]) == len(LAST_MARK))):  # what is more would be kept and shown
         raise ValueError("damaged, or of another release")
     return dict(state, estimator=Estimator.from_state(state.get("estimator")),
                 bound=Bound.from_state(state.get("bound")))

@@ -2408,6 +2408,7 @@ def test_whatever_is_in_the_state_is_one_line_at_most(simulate):
     cases += [{key: good[key] for key in good if key != name} for name in good]
     cases += [dict(good, bias_ppm=51.0), dict(good, known_ns=(CS.RELEASE_SEC - 1) * 10**9),
               dict(good, last_mark=dict(good["last_mark"], outcome="x")), [], {"version": 2}, float("nan")]
+    cases += [dict(good, **{name: dict(good[name], more="x" * 10000)}) for name in ("marks", "last_mark")]
     cases = [json.dumps(case).encode() for case in cases] + [
         b"[" * 100000, b'{"a":' * 40000, b"", b"\0", b'{"version": ' + b"9" * 200000 + b"}"]
     for _ in range(25):
