@@ -124,7 +124,7 @@ SETTLED_NS = 5000  # below this the clock is looked at once a minute, above it e
 BUSY_SEC, SETTLED_SEC = 3, 60
 MOVED_NS, MOVED_PPM = 10**7, 2000  # a clock that moves by more, beyond any slew and rate, was set by others
 SUSPENDED_NS = 10**8  # CLOCK_BOOTTIME gains as much on CLOCK_MONOTONIC only in a suspend
-BATCH = 4  # marks taken at once, of up to 10 ms each; after so many, the FIFO rests for a second
+BATCH = 4  # marks taken at once, of up to 10 ms each; after so many or a bad one the FIFO rests for a second
 ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_TAI, ADJ_TICK = 0x2, 0x4, 0x8, 0x10, 0x80, 0x4000
 ADJ_OFFSET_SINGLESHOT, STA_UNSYNC = 0x8001, 0x40
 MAXERROR_NS = 16 * 10**9  # where the kernel itself takes a clock for unsynchronised
@@ -1303,7 +1303,8 @@ class Clockspeed:
         self.phase_lost = self.news = True
 
     def take(self, packets):
-        """Adjustments that came out of the FIFO at once; wake() is to follow."""
+        """Adjustments that came out of the FIFO at once -> how many seconds it shall rest, so that a flood
+        keeps the daemon from nothing; wake() is to follow."""
         whys = ["more than %d marks at once" % BATCH] * (len(packets) - BATCH)
         for packet in packets[-BATCH:]:  # the latest ones
             try:
@@ -1313,6 +1314,7 @@ class Clockspeed:
         if whys:
             self.marks["refused"] += len(whys)
             self.say("refused: " + whys[0] + (", and %d more" % (len(whys) - 1) if len(whys) > 1 else ""))
+        return 1 if whys or len(packets) >= BATCH else 0
 
     def mark(self, packet):
         """ValueError for what is no mark."""
@@ -1522,11 +1524,9 @@ def serve(daemon, home, signal_fd):
     rest_sec = 0
     while not select.select([signal_fd], [], [], rest_sec)[0]:
         daemon.attempt("read adjust", home.open_adjust)
-        wait_sec, packets = daemon.wake(), []
+        wait_sec, rest_sec = daemon.wake(), 0
         if home.fifo_fd in select.select([signal_fd, home.fifo_fd], [], [], wait_sec)[0]:
-            packets = home.packets()
-            daemon.take(packets)
-        rest_sec = 1 if len(packets) >= BATCH else 0  # a flood of marks keeps it from nothing
+            rest_sec = daemon.take(home.packets())
 
 
 def main(argv):
