@@ -2723,6 +2723,9 @@ def test_a_fifo_that_is_deleted_or_replaced_is_found_again(tmp_path):
             with open(home.adjust, "wb", buffering=0) as writer:
                 writer.write(b"0123456789abcdef")
         assert home.packets() == [b"0123456789abcdef"] * 2 and home.packets() == []
+    with open(home.adjust, "wb", buffering=0) as writer:
+        writer.write(b"0123456789abcdef?")
+    assert home.packets() == [b"0123456789abcdef?"], "where a mark begins can't be told any more"
 
 
 @needs_root
