@@ -3570,9 +3570,11 @@ def test_one_cause_is_one_failure_and_what_follows_says_so():
 
     def check_space():
         raise OSError(errno.EIO, "broken")
-    found = list(CHECK.findings([(check_services,), (check_clockspeed,), (check_space,)]))
+    taken_over = CHECK.check_marks, dict(STATUS, marks=[1])
+    found = list(CHECK.findings([(check_services,), (check_clockspeed,), (check_space,), taken_over]))
     assert [" ".join((topic, finding.level)) for topic, finding in found] == [
-        "services fail", "services fail", "clockspeed warn", "clockspeed ok", "space warn"]
+        "services fail", "services fail", "clockspeed warn", "clockspeed ok", "space warn", "marks warn"]
+    assert levels(CHECK.check_marks(status(next={"settling": 10**12})))[1].startswith("settling, the clock")
     assert found[2][1].todo == "that follows from services" and found[4][1].text == "unable to look: broken"
     assert [finding.level for _, finding in CHECK.findings([(check_clockspeed,)])] == ["fail", "ok"]
 
@@ -3775,6 +3777,7 @@ def parse_line(line):
     (A_MARK, None), (LABEL + A_MARK + "?", None), (LABEL + A_MARK.replace("0.25", "nan"), None),
     (LABEL + A_MARK.replace("0.25", "-"), None), (LABEL + A_MARK.replace("0.25", "1e300"), None),
     (LABEL + A_MARK.replace("error", "terror"), None), (LABEL + "mark: , used", None),
+    (LABEL + A_MARK.replace(", refused", ", x 1 s" * 200 + ", refused"), None),
     (LABEL + "slew: 0.5 s", None), (LABEL + " " + A_MARK, None)])
 def test_a_mark_is_read_off_the_log(line, mark):
     assert parse_line(line) == mark
@@ -3850,7 +3853,8 @@ def test_ticks_are_round_some_and_differ(low, high):
 @pytest.mark.parametrize("field, value, words", [
     ("offset_sec", 90, "+1.5 min"), ("offset_sec", -7200, "-2 h"), ("error_sec", 0.0025, "2.5 ms"),
     ("bound_sec", 3e-10, "0.3 ns"), ("error_sec", 0, "0"), ("rate_ppm", 12.345, "+12.3 ppm"),
-    ("rate_error_ppm", 0.01, "0.01 ppm"), ("offset_sec", -0.9997, "-1 s")])
+    ("rate_error_ppm", 0.01, "0.01 ppm"), ("offset_sec", -0.9997, "-1 s"),
+    ("rate_ppm", 1000, "+1000 ppm"), ("offset_sec", 1.5e9, "+17400 d")])
 def test_a_value_has_the_unit_and_sign_that_suit_it(field, value, words):
     assert GRAPH.format_value(field, value) == words
 
