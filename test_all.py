@@ -3119,6 +3119,9 @@ def test_only_a_configuration_that_is_not_there_is_done_without(host, monkeypatc
     monkeypatch.delenv("CLOCKSPEED_CONF", raising=False)
     monkeypatch.setattr(CTL, "CONF", host.home + "/none")
     assert CTL.read_config()["CLOCK_TYPE"] == "ntp"
+    host.write("conf", "CLOCKSPEED_HOME=\n")  # which is not the current directory
+    monkeypatch.setattr(CTL, "CONF", host.conf)
+    assert CTL.read_config()["CLOCKSPEED_HOME"] == "/usr/local/clockspeed"
     monkeypatch.setattr(CTL, "CONF", host.conf + "/in a file")
     with pytest.raises(CTL.Failure, match="Not a directory"):
         CTL.read_config()
@@ -3754,6 +3757,9 @@ def test_check_counts_and_its_status_is_the_worst(tmp_path):
     assert done.returncode == 2 and lines[0].startswith("fail  configuration: unable to read %s" % tmp_path)
     assert "line 1" in lines[0] and lines[1:] == ["0 ok, 0 warn, 1 fail"]
     assert run("clockctl-check", "x").returncode == 100
+    with open("/dev/full", "wb") as full:
+        said = subprocess.run(command_of("clockctl-check"), stdout=full, stderr=subprocess.PIPE).stderr
+    assert said == b"clockctl-check: fatal: unable to write output: No space left on device\n"
 
 
 # ==== clockctl-graph ================================================================================
