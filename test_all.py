@@ -3152,6 +3152,9 @@ def test_spans_of_time():
     for text in ("", "0", "0ms", "-1", "5x", "nan", "inf", "1e999", "ms", "1 2", "0x1"):
         with pytest.raises(CTL.getopt.GetoptError):
             CTL.parse_span(text)
+    for sec, text in ((0, "0 ns"), (0.0012345, "1.23 ms"), (0.9997, "1 s"), (59.99, "1 min"), (-7200, "-2 h"),
+                      (1796e6, "20800 d"), (3e-10, "0.3 ns")):
+        assert CTL.format_span(sec) == text
 
 
 def test_run_gives_a_program_the_configuration_and_nothing_else(host):
@@ -3163,6 +3166,18 @@ def test_run_gives_a_program_the_configuration_and_nothing_else(host):
     assert host.says("atto", CLOCKSPEED_CONF="/none") == "read /none: No such file or directory"
     with pytest.raises(CTL.Failure, match="^unable to run /none: No such file or directory$"):
         CTL.output_of(["/none"], {})
+
+
+def test_only_a_configuration_that_is_not_there_is_done_without(host, monkeypatch):
+    monkeypatch.delenv("CLOCKSPEED_CONF", raising=False)
+    monkeypatch.setattr(CTL, "CONF", host.home + "/none")
+    assert CTL.read_config()["CLOCK_TYPE"] == "ntp"
+    host.write("conf", "CLOCKSPEED_HOME=\n")  # which is not the current directory
+    monkeypatch.setattr(CTL, "CONF", host.conf)
+    assert CTL.read_config()["CLOCKSPEED_HOME"] == "/usr/local/clockspeed"
+    monkeypatch.setattr(CTL, "CONF", host.conf + "/in a file")
+    with pytest.raises(CTL.Failure, match="Not a directory"):
+        CTL.read_config()
 
 
 @contextlib.contextmanager
@@ -3268,6 +3283,26 @@ def test_root_asks_as_clocksd_with_a_small_environment(groups, monkeypatch):
     assert CTL.output_of(["id", "-u"], config, user="missing") == b"0\n"
 
 
+def test_a_signal_ends_the_client_that_is_just_being_started_too(host, monkeypatch):
+    def setgroups(_):  # in the client, before it becomes its program
+        host.write("asked", "%d\n" % os.getpid())
+        time.sleep(0.1)
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(0.1)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(CTL.pwd, "getpwnam", lambda name: pwd.struct_passwd((name, "", 7, 7, "", "", "")))
+    for name, stand_in in (("setgroups", setgroups), ("setgid", int), ("setuid", int)):
+        monkeypatch.setattr(os, name, stand_in)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit):
+            CTL.output_of(["sleep", "60"], {})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    pid, = host.lines()
+    assert not os.path.exists("/proc/" + pid)
+
+
 def test_atto_shows_the_rate(host):
     assert host.says("atto") == "atto: not known yet; clockspeed writes it when it has two marks\n"
     with open(host.home + "/etc/atto", "wb") as file:
@@ -3328,7 +3363,7 @@ def test_metrics_tell_bound_and_deviation_or_just_that_it_is_down(host):
 
 
 OFF = r"clock now     %s real time, standard deviation \d+ us\n" \
-      r"bound         real time is certainly within \S+ \S+ and \S+ \S+ of the clock\n(.|\n)*"
+      r"bound         real time is certainly within [-+]\S+ \S+ and [-+]\S+ \S+ of the clock\n(.|\n)*"
 
 
 @pytest.mark.parametrize("changes, command, said", [
@@ -3343,7 +3378,7 @@ OFF = r"clock now     %s real time, standard deviation \d+ us\n" \
     (DEAD, "status", "clock now     not known: clockspeed does not run any more\nrate .*\nmarks .*\ncl.*\n"),
     (DEAD, "status --json", r'(.|\n)*"offset_sec": null(.|\n)*'),
     ({}, "status", OFF % r"3\.\d+ ms behind" + r"marks         12 used, 1 doubted, 0 refused\n"
-     r"last mark     used, offset 1\.23 ms, \d\.\d+ min ago\nnext mark     wanted in (10|9\.\d+) min\n"
+     r"last mark     used, offset \+1\.23 ms, \d\.\d+ min ago\nnext mark     wanted in (10|9\.\d+) min\n"
      r"kernel        synchronised, error at most 5 ms\nclockspeed    process \d+, steering the clock\n"),
     ({"then_off_sec": 7300}, "status", OFF % r"2\.03 h behind"),
     ({"then_off_sec": -7300}, "status", OFF % r"2\.03 h ahead of"),
@@ -3390,7 +3425,7 @@ def test_until_waits_for_the_bound(host):
     assert host.run("until", "0").returncode == host.run("until", "1s", "--timeout", "x").returncode == 100
 
 
-SOURCES = """%d ntp 192.0.2.1 -1234567 412000 20000000 210000 2 c0000201 agreed
+SOURCES = """%d ntp 192.0.2.1 1234567 412000 20000000 210000 2 c0000201 agreed
 %d nts b.example - - - - - - %s
 """
 
@@ -3398,7 +3433,7 @@ SOURCES = """%d ntp 192.0.2.1 -1234567 412000 20000000 210000 2 c0000201 agreed
 def test_sources_are_a_table_with_their_ages(host):
     host.write("mark/sources", SOURCES % (time.time() - 3700, time.time() - 7300, "failed: timed out\x1b[2J"))
     _, first, second = [re.sub("  +", "|", line) for line in host.says("sources").splitlines()]
-    assert first == "ntp 192.0.2.1|1.03 h|-1.23 ms|412 us|20 ms|210 us|2|c0000201|agreed"
+    assert first == "ntp 192.0.2.1|1.03 h|+1.23 ms|412 us|20 ms|210 us|2|c0000201|agreed"
     assert second == "nts b.example|2.03 h|-|-|-|-|-|-|failed: timed out?[2J"
     host.status()
     assert "\nsource        ntp 192.0.2.1, 1.03 h ago: agreed\n" in host.says("status")
@@ -3591,9 +3626,11 @@ def test_one_cause_is_one_failure_and_what_follows_says_so():
 
     def check_space():
         raise OSError(errno.EIO, "broken")
-    found = list(CHECK.findings([(check_services,), (check_clockspeed,), (check_space,)]))
+    taken_over = CHECK.check_marks, dict(STATUS, marks=[1])
+    found = list(CHECK.findings([(check_services,), (check_clockspeed,), (check_space,), taken_over]))
     assert [" ".join((topic, finding.level)) for topic, finding in found] == [
-        "services fail", "services fail", "clockspeed warn", "clockspeed ok", "space warn"]
+        "services fail", "services fail", "clockspeed warn", "clockspeed ok", "space warn", "marks warn"]
+    assert levels(CHECK.check_marks(status(next={"settling": 10**12})))[1].startswith("settling, the clock")
     assert found[2][1].todo == "that follows from services" and found[4][1].text == "unable to look: broken"
     assert [finding.level for _, finding in CHECK.findings([(check_clockspeed,)])] == ["fail", "ok"]
 
@@ -3773,10 +3810,9 @@ def test_check_counts_and_its_status_is_the_worst(tmp_path):
     assert done.returncode == 2 and lines[0].startswith("fail  configuration: unable to read %s" % tmp_path)
     assert "line 1" in lines[0] and lines[1:] == ["0 ok, 0 warn, 1 fail"]
     assert run("clockctl-check", "x").returncode == 100
-    with subprocess.Popen(command_of("clockctl-check"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=dict(UTC_ENV, CLOCKSPEED_CONF=str(tmp_path / "conf"))) as process:
-        process.stdout.close()  # as `check | head -0` has it
-        assert process.stderr.read() == b"" and process.wait() == -signal.SIGPIPE
+    with open("/dev/full", "wb") as full:
+        said = subprocess.run(command_of("clockctl-check"), stdout=full, stderr=subprocess.PIPE).stderr
+    assert said == b"clockctl-check: fatal: unable to write output: No space left on device\n"
 
 
 # ==== clockctl-graph ================================================================================
@@ -3800,6 +3836,7 @@ def parse_line(line):
     (A_MARK, None), (LABEL + A_MARK + "?", None), (LABEL + A_MARK.replace("0.25", "nan"), None),
     (LABEL + A_MARK.replace("0.25", "-"), None), (LABEL + A_MARK.replace("0.25", "1e300"), None),
     (LABEL + A_MARK.replace("error", "terror"), None), (LABEL + "mark: , used", None),
+    (LABEL + A_MARK.replace(", refused", ", x 1 s" * 200 + ", refused"), None),
     (LABEL + "slew: 0.5 s", None), (LABEL + " " + A_MARK, None)])
 def test_a_mark_is_read_off_the_log(line, mark):
     assert parse_line(line) == mark
@@ -3847,7 +3884,7 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     title, legend, *picture, axis, dates = shown()
     assert title == "offset, real time minus system clock; marks: 200 used"
     assert legend == "* offset +900 us,  . deviation 50 us,  = bound 900 us"
-    assert re.fullmatch(r" +01-15 08:00 +01-15 19:\d\d +01-16 06:\d\d +01-16 17:10", dates)
+    assert re.fullmatch(r" +01-15 08:00 +01-16 00:35 +01-16 17:10", dates)
     assert all(glyph in "".join(picture) for glyph in "*.=") and "+1 ms +" in "".join(picture)
     assert {len(line) for line in [axis, dates]} == {79} and len(picture) == 17
     assert shown("error")[0].startswith("standard deviation")
@@ -3875,7 +3912,8 @@ def test_ticks_are_round_some_and_differ(low, high):
 @pytest.mark.parametrize("field, value, words", [
     ("offset_sec", 90, "+1.5 min"), ("offset_sec", -7200, "-2 h"), ("error_sec", 0.0025, "2.5 ms"),
     ("bound_sec", 3e-10, "0.3 ns"), ("error_sec", 0, "0"), ("rate_ppm", 12.345, "+12.3 ppm"),
-    ("rate_error_ppm", 0.01, "0.01 ppm")])
+    ("rate_error_ppm", 0.01, "0.01 ppm"), ("offset_sec", -0.9997, "-1 s"),
+    ("rate_ppm", 1000, "+1000 ppm"), ("offset_sec", 1.5e9, "+17400 d")])
 def test_a_value_has_the_unit_and_sign_that_suit_it(field, value, words):
     assert GRAPH.format_value(field, value) == words
 
@@ -3892,7 +3930,9 @@ def test_one_value_far_out_does_not_flatten_the_rest():
 def test_dates_are_as_fine_as_the_span_wants(span_sec, date, monkeypatch):
     monkeypatch.setattr(GRAPH.time, "localtime", time.gmtime)
     times = [1800000000 + at_sec for at_sec in (0, 9, span_sec)]
-    assert chart_of([1, 1, 1], times).dates[-1] == (1, date)
+    chart = chart_of([1, 1, 1], times)
+    assert chart.dates[-1] == (1, date)
+    assert all(len(line) <= 60 for line in GRAPH.draw_text(chart, 60))
 
 
 def test_a_curve_has_no_gaps_and_ends_at_the_edges():
@@ -3913,6 +3953,18 @@ def test_a_curve_has_no_gaps_and_ends_at_the_edges():
 @pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"], ["--svg"]))
 def test_graph_words_that_make_no_sense_are_usage(words):
     assert run("clockctl-graph", *words).returncode == 100
+
+
+@pytest.mark.parametrize("name, word, status", [
+    ("clockctl", "atto", 141), ("clockctl-check", "", -signal.SIGPIPE),
+    ("clockctl-graph", "--csv", -signal.SIGPIPE)])
+def test_a_reader_that_has_gone_ends_it_quietly(host, name, word, status):
+    output, pipe = os.pipe()
+    os.close(output)  # as `| head` has it
+    done = subprocess.run(command_of(name, *word.split()), stdout=pipe, stderr=subprocess.PIPE,
+                          env=dict(host.env, CLOCKSPEED_LOG=host.home))
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (status, b"")
 
 
 def text_of(data):
@@ -4110,11 +4162,14 @@ def test_its_manual_and_version(image):
 
 
 def test_it_goes_by_the_configuration_and_changes_two_lines_of_it(image):
-    conf = 'CLOCKSPEED_HOME="/srv/clock"\nCLOCKSPEED_BIN=/opt/bin  # ours\nCLOCK_TYPE="tai"\n#CLOCK_IP="b"\n'
-    image.write(CONF, conf)
+    conf = ('\texport CLOCKSPEED_HOME="/srv/clock"\nCLOCKSPEED_BIN=/opt/bin  # ours\n'
+            'CLOCK_TYPE="tai"\n#CLOCK_IP="b"')
+    image.write(CONF, conf, 0o640)
     image.write("usr/local/bin/python3")
+    image.install()
+    assert image.read(CONF) == conf and image.tree()[CONF] == "0640"
     image.install("--server", "ntp:a,b")
-    assert image.read(CONF) == conf.replace('"tai"', '"ntp"') + 'CLOCK_IP="a b"\n'
+    assert image.read(CONF) == conf.replace('"tai"', '"ntp"') + '\nCLOCK_IP="a b"\n'
     assert image.read("opt/bin/clockview").startswith("#!/usr/local/bin/python3 -IS\n")
     for name in ("clockspeed", "taiclockd"):
         assert " /opt/bin/%s" % name in image.read("var/svc.d/%s/run" % name).splitlines()[-1]
@@ -4154,10 +4209,13 @@ def test_removal_leaves_what_was_edited_or_learned_and_follows_no_link(image):
     image("var/multilog/clockspeed_adjust").rmdir()
     for link in ("taiclockd/link", "clockspeed_adjust"):
         image("var/multilog/" + link).symlink_to(image("theirs"))
-    assert image.install("--remove")[-1] == "left to you: remove /var/svc.d/clockspeed/run, which was edited"
+    for _ in range(2):
+        edited = image.install("--remove")[-1]
+        assert edited == "left to you: remove /var/svc.d/clockspeed/run, which was edited"
+    assert image.install("--remove")[0] == "nothing to do"
     assert kept | {CONF} < set(image.tree()) and not os.path.exists(image(BIN))
     said, left = image.install("--remove", "--purge"), set(image.tree())
-    assert left & (kept | {CONF}) == {"var/svc.d/clockspeed/run"} and "var/multilog/clockspeed/deep" in left
+    assert not left & (kept | {CONF}) and "var/multilog/clockspeed/deep" in left
     assert "left to you: remove /var/multilog/clockspeed, which holds something that is not ours" in said
     assert "var/multilog/taiclockd" not in left and "theirs/file" in left
     assert image.read("var/svc.d/taiclockd/run") == "it was here before\n"
