@@ -1492,15 +1492,21 @@ def find_user(name):
 
 def become(user, capabilities):
     """Become that user and keep those capabilities alone; OSError."""
+    def drop():
+        os.setgroups([])
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+
     if os.getuid() == user.pw_uid != 0:
         return
-    import ctypes
-    import json  # now, as that user may not be able to read Python's files
+    try:
+        import ctypes
+        import json  # now, as that user may not be able to read Python's files
+    except ImportError:  # it only observes then, and no capability is to be kept
+        return drop()
     on = tuple(map(ctypes.c_ulong, (1, 0, 0, 0)))
     libc_call("prctl", PR_SET_KEEPCAPS, *on)
-    os.setgroups([])
-    os.setgid(user.pw_gid)
-    os.setuid(user.pw_uid)
+    drop()
     libc_call("capset", struct.pack("=Ii", CAPABILITY_VERSION, 0),
               struct.pack("=6I", capabilities, capabilities, 0, 0, 0, 0))
     libc_call("prctl", PR_SET_NO_NEW_PRIVS, *on)

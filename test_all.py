@@ -2764,6 +2764,17 @@ def test_clockspeed_becomes_its_user_gives_only_its_own_away_and_keeps_no_more_t
 
 
 @needs_root
+def test_without_what_python3_minimal_lacks_it_becomes_its_user_and_observes(daemon):
+    lacks = "sys.modules.update(dict.fromkeys(('ctypes', 'json')))"
+    process = daemon(command=command_with(lacks, "clockspeed", "-u", "nobody", daemon.home))
+    assert "start: observing" in process.text() and "unable to steer the clock: " in process.text()
+    process.write()
+    process.wait_for("mark: ")
+    assert re.search(r"^Uid:\t%d\t" % pwd.getpwnam("nobody").pw_uid, process.proc("status"), re.M)
+    assert re.search(r"^CapPrm:\t0+$", process.proc("status"), re.M) and process.end() == 0
+
+
+@needs_root
 def test_a_deleted_fifo_that_only_root_can_make_again_ends_it(daemon):
     script = "import sys; sys.dont_write_bytecode = True; sys.path[:0] = [%r]; import clockspeed as p\n" \
         "p.SETTLED_SEC = 0.1; sys.exit(p.main(['', '-u', 'nobody', sys.argv[1]]))" % HERE
