@@ -132,6 +132,7 @@ def main(argv):
                 ns / 1e9 for ns in quality))
         elif 0 <= adjustment_ns < 10 and (adjustment_ns or last):  # no clock is that near: it is an etc/atto
             lines.append("atto:   0.%018d s per tick" % (adjustment_ns * 10**9 + last))
+        doing = "write output"
         emit(("\n".join(lines) + "\n").encode())
     except (OSError, OverflowError, ValueError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))

@@ -337,6 +337,13 @@ def test_clockview_takes_one_packet_of_many_and_does_not_wait_where_it_must_not(
     os.close(theirs)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not here")
+def test_clockview_says_when_it_can_not_write():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command_of("clockview"), input=VIEW.pack(1), stdout=full, stderr=subprocess.PIPE)
+    assert done.stderr == b"clockview: fatal: unable to write output: No space left on device\n"
+
+
 @pytest.mark.parametrize("words, ns, status", [
     ("", -5 * 10**17, 0), ("-e 500", 5 * 10**8, 0), ("-e 500", -5 * 10**8 - 1, 111), ("-e 500 -f", 10**12, 0),
     ("-e x", 1, 100), ("here", 1, 100)])
