@@ -31,8 +31,8 @@ OPTIONS
     -v n     0 to 2: say less or more
     Otherwise:
     -s dir   write to dir/sources, and keep keys and cookies in dir/nts for the next run
-    -T ms    longest wait for everything, names and keys included (10000); who is connected
-             has half of that, and 5000 at most, to give keys
+    -T ms    longest wait for everything, names and keys included (10000); once connected, a
+             host has half of that to give keys, and 5000 at most
     -p port  of key establishment (4460)
     -c file  certificates of the authorities to trust instead of the system's
 
@@ -156,7 +156,8 @@ def clock_scale():
 #
 # A script has KIND, SERVER_WAKES, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
 # query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and
-# decode(server, query, packet) -> Answer, or None for what is none to that query; all OSError, ValueError.
+# decode(server, query, packet) -> Answer, or None when that does not answer the query.  All three may raise
+# OSError and ValueError.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
@@ -928,7 +929,7 @@ def make_query(server):
 
 
 def decode(server, query, packet):
-    """-> Answer, None for what is none to this query or not authentic; ValueError."""
+    """-> Answer, None when that does not answer this query or is not authentic; ValueError."""
     try:
         if not answers(query, packet) or identifier_of(packet) != identifier_of(query):
             return None

@@ -22,9 +22,9 @@ DESCRIPTION
     before counts after RATE, and does not after DENY and RSTR.
 
 OPTIONS
-    -r n     exchanges with each server: else 4 when its address is public, 10 when it is a
-             loopback, private or link-local one
-    -h ms    pause between them: else 2000 when the address is public, else none
+    -r n     exchanges with each server (10 when its address is a loopback, private or
+             link-local one, 4 when it is public)
+    -h ms    pause between them (none, but 2000 when the address is public)
     -t ms    longest wait for each answer (1000)
     -T ms    longest wait for everything, names included (10000)
     -e ms    largest spread accepted (any)
@@ -155,7 +155,8 @@ def clock_scale():
 #
 # A script has KIND, SERVER_WAKES, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
 # query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and
-# decode(server, query, packet) -> Answer, or None for what is none to that query; all OSError, ValueError.
+# decode(server, query, packet) -> Answer, or None when that does not answer the query.  All three may raise
+# OSError and ValueError.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more

@@ -138,7 +138,8 @@ def clock_scale():
 #
 # A script has KIND, SERVER_WAKES, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
 # query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and
-# decode(server, query, packet) -> Answer, or None for what is none to that query; all OSError, ValueError.
+# decode(server, query, packet) -> Answer, or None when that does not answer the query.  All three may raise
+# OSError and ValueError.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
@@ -462,7 +463,7 @@ def make_query(server):
 
 
 def decode(server, query, packet):
-    """-> Answer, None when that is no answer to the query; ValueError when its label is none."""
+    """-> Answer, None when that does not answer the query; ValueError when its label is not one."""
     if len(packet) != len(query) or packet[:4] != b"stai" or packet[20:] != query[20:]:
         return None
     label_ns, atto = unpack(packet[4:20])
