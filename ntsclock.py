@@ -791,7 +791,7 @@ def take_keys(folder):
 def put_keys(settings):
     if is_anothers(settings.folder):
         return settings.tell(1, "no keys are kept, since %s is another user's" % settings.folder)
-    in_use = {server.keys[:2]: server.keys for server in settings.servers}
+    in_use = {server.keys[:2]: server.keys for server in settings.servers if not server.spent}
     keep(settings, "nts", "".join(map(format_keys, {**settings.stored, **in_use}.values())), 0o600)
 
 

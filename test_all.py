@@ -1265,6 +1265,17 @@ def test_stored_keys_are_used_for_28_days_and_within_the_certificates_time(autho
             assert server.sessions == sessions and (done.returncode == 0) is (days < 365)
 
 
+def test_keys_of_no_use_are_not_kept(authority, tmp_path):
+    """A run with one exchange can't ask for others any more: the next one does."""
+    with NtsHost(authority.good) as server:
+        for days, nak, status, sessions in (0, False, 0, 1), (29, False, 111, 1), (29, False, 0, 2), \
+                (29, True, 111, 2), (29, False, 0, 3):
+            server.off_ns = days * DAY_SEC * 10**9
+            server.reply = lambda host, siv, query, good: [bare_kiss(query, b"NTSN") if nak else good]
+            done = nts_run(authority, server.port, "-r", 1, "-s", tmp_path)
+            assert (done.returncode, server.sessions) == (status, sessions)
+
+
 def drip(tls, grant):
     for byte in grant:
         tls.sendall(bytes([byte]))
