@@ -614,7 +614,8 @@ def test_several_servers_are_asked_at_once_and_falsetickers_are_named(name, answ
 
 
 @both
-def test_s_keeps_what_each_server_said(name, answer, tmp_path):
+def test_s_keeps_what_each_server_said(name, answer, tmp_path, request):
+    request.addfinalizer(functools.partial(os.umask, os.umask(0o077)))
     kind, about = {"sntpclock": ("ntp", "1 54455354"), "taiclock": ("tai", "- -")}[name]
     (tmp_path / "elsewhere").write_text("before")
     for planted in "sources", "sources.tmp":
