@@ -1335,6 +1335,8 @@ def test_the_ntp_server_is_where_key_establishment_says_and_other_tls_is_refused
     (lambda host, siv, query, good: [good] if len(host.used) == 1 else [
         sealed_answer(siv, query, ntp_answer(query, stratum=0, refid=b"RATE"))],
      "warning: .*kiss-o'-death RATE"),
+    (lambda host, siv, query, good: [good] if len(host.used) == 1 else [
+        sealed_answer(siv, query, ntp_answer(query, 2 * YEAR_SEC * 10**9))], "fatal: .*its certificate is"),
     (lambda host, siv, query, good: [bare_kiss(query, b"NTSN")], "fatal: .*does not know our keys any more"),
     (lambda host, siv, query, good: [ntp_answer(query)], "fatal: .*no usable answer")])
 def test_only_what_is_authentic_counts(reply, words, authority):
