@@ -142,8 +142,8 @@ def main(argv, step=step_clock):
         if operands or not limit_ms.isdecimal():
             raise getopt.GetoptError("")
         doing = "read the adjustment"
-        with open(0, "rb", closefd=False) as stdin:
-            packet = stdin.read(TAI64NA.size)
+        with open(0, "rb", TAI64NA.size, closefd=False) as stdin:  # with no byte of a packet after it
+            packet = stdin.read(TAI64NA.size) or b""
         if len(packet) not in (12, 16):  # in the original's words
             complain("fatal", "data split across packets" if packet else "nothing came on standard input")
             return 111

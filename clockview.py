@@ -117,8 +117,8 @@ def main(argv):
             complain("usage", USAGE)
             return 100
         doing = "read the adjustment"
-        with open(0, "rb", closefd=False) as stdin:
-            packet = stdin.read(TAI64NA.size)
+        with open(0, "rb", TAI64NA.size, closefd=False) as stdin:  # with no byte of a packet after it
+            packet = stdin.read(TAI64NA.size) or b""
         if len(packet) not in (12, 16):  # in the original's words
             complain("fatal", "data split across packets" if packet else "nothing came on standard input")
             return 111
@@ -132,6 +132,7 @@ def main(argv):
                 ns / 1e9 for ns in quality))
         elif 0 <= adjustment_ns < 10 and (adjustment_ns or last):  # no clock is that near: it is an etc/atto
             lines.append("atto:   0.%018d s per tick" % (adjustment_ns * 10**9 + last))
+        doing = "write output"
         emit(("\n".join(lines) + "\n").encode())
     except (OSError, OverflowError, ValueError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))

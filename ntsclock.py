@@ -31,8 +31,8 @@ OPTIONS
     -v n     0 to 2: say less or more
     Otherwise:
     -s dir   write to dir/sources, and keep keys and cookies in dir/nts for the next run
-    -T ms    longest wait for everything, names and keys included (10000); who is connected
-             has half of that, and 5000 at most, to give keys
+    -T ms    longest wait for everything, names and keys included (10000); once connected, a
+             host has half of that to give keys, and 5000 at most
     -p port  of key establishment (4460)
     -c file  certificates of the authorities to trust instead of the system's
 
@@ -156,7 +156,8 @@ def clock_scale():
 #
 # A script has KIND, SERVER_WAKES, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
 # query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and
-# decode(server, query, packet) -> Answer, or None for what is none to that query; all OSError, ValueError.
+# decode(server, query, packet) -> Answer, or None when that does not answer the query.  All three may raise
+# OSError and ValueError.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
@@ -184,7 +185,7 @@ class Settings:
 
         def number(letter, default, unit=1):
             text = letters.get(letter, "0")
-            if not text.replace(".", "", 1).isdecimal():
+            if not text.replace(".", "", 1).isdecimal() or float(text) >= 10**12:
                 raise getopt.GetoptError("")
             return round(float(text) * unit) if letter in letters else default
         self.exchanges, self.pause_ns = number("-r", None), number("-h", None, 10**6)  # or by address
@@ -227,7 +228,7 @@ def in_parallel(function, servers):
     for thread in threads:
         thread.start()
     for thread, server in zip(threads, servers):  # what waits for an answer has ended 0.1 s after -T
-        thread.join(max(server.settings.end_ns - time.monotonic_ns(), 0) / 1e9 + 0.1)
+        thread.join(max(server.settings.end_ns + 10**8 - time.monotonic_ns(), 0) / 1e9)
 
 
 def look_up(host, port, family=socket.AF_UNSPEC):
@@ -249,13 +250,16 @@ def is_near(address):
 
 
 def read_clocks():
-    """-> Reading; again when the scheduler came between clock and counter."""
+    """-> Reading, the quickest of three when the scheduler comes between clock and counter."""
+    quickest_ns = ANY
     for _ in range(3):
         before_ns, clock_ns = time.clock_gettime_ns(COUNTER), time.time_ns()
-        after_ns = time.clock_gettime_ns(COUNTER)
-        if after_ns - before_ns <= READING_NS:
+        took_ns = time.clock_gettime_ns(COUNTER) - before_ns
+        if took_ns < quickest_ns:
+            quickest_ns, quickest = took_ns, Reading(clock_ns, before_ns + took_ns // 2)
+        if took_ns <= READING_NS:
             break
-    return Reading(clock_ns, (before_ns + after_ns) // 2)
+    return quickest
 
 
 def arrival(ancillary, sent, woke):
@@ -435,23 +439,25 @@ def report(servers, settings, now_sec):
 
 def measure(settings):
     """Ask all servers at once, conclude, and report -> 16 bytes of an adjustment; ValueError."""
+    by_address = {}  # a server with several names is asked once, and has one vote
+
     def ask_host(host):
-        host.servers = find_servers(host)
-        in_parallel(ask, host.servers)
+        found = find_servers(host)
+        host.servers = [by_address.setdefault(server.address, server) for server in found]
+        in_parallel(ask, [server for server in found if server in host.servers])
     hosts = [Server(settings, host) for host in dict.fromkeys(settings.hosts)]
     in_parallel(ask_host, hosts)
-    end, servers = read_clocks(), {}
-    for host in hosts:
-        for server in host.servers or [host]:
-            if server.samples:
-                server.result = weigh(server.samples, end, settings.tai_minus_clock_ns)
-            elif not server.failures:
-                server.failures["timed out"] = 1
-            servers.setdefault(server.address or host, server)  # one of several names has one vote
+    end = read_clocks()
+    servers = list(dict.fromkeys(server for host in hosts for server in host.servers or [host]))
+    for server in servers:
+        if server.samples:
+            server.result = weigh(server.samples, end, settings.tai_minus_clock_ns)
+        elif not server.failures:
+            server.failures["timed out"] = 1
     try:
-        return conclude(servers.values(), settings)
+        return conclude(servers, settings)
     finally:
-        report(servers.values(), settings, end.clock_ns // 10**9)
+        report(servers, settings, end.clock_ns // 10**9)
 # ==== end shared ====
 
 
@@ -785,7 +791,7 @@ def take_keys(folder):
 def put_keys(settings):
     if is_anothers(settings.folder):
         return settings.tell(1, "no keys are kept, since %s is another user's" % settings.folder)
-    in_use = {server.keys[:2]: server.keys for server in settings.servers}
+    in_use = {server.keys[:2]: server.keys for server in settings.servers if not server.spent}
     keep(settings, "nts", "".join(map(format_keys, {**settings.stored, **in_use}.values())), 0o600)
 
 
@@ -923,7 +929,7 @@ def make_query(server):
 
 
 def decode(server, query, packet):
-    """-> Answer, None for what is none to this query or not authentic; ValueError."""
+    """-> Answer, None when that does not answer this query or is not authentic; ValueError."""
     try:
         if not answers(query, packet) or identifier_of(packet) != identifier_of(query):
             return None

@@ -50,6 +50,7 @@ SEE ALSO
 import _signal as signal  # which is there at once: Ctrl-C ends this program as it ends one in C,
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback, even while the rest is imported
 import contextlib
+import errno
 import functools
 import getopt
 import glob
@@ -134,7 +135,7 @@ def kernel_state():
     try:
         import ctypes
         return ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(256))  # zeros: it sets nothing
-    except (AttributeError, ImportError):
+    except (AttributeError, ImportError, OSError):
         return -1
 
 
@@ -336,7 +337,7 @@ def main(argv):
         others = "" if sockets else holders(port)
         everywhere = ["::" if socket.has_dualstack_ipv6() else "0.0.0.0"]
         for address in () if sockets else addresses or everywhere:
-            doing = "bind %s port %d%s" % (address, port, others)
+            doing = "bind %s port %d" % (address, port)
             sockets.append(open_socket(address, port, "-r" in options))
             port = sockets[0].getsockname()[1]  # that of -p 0, for the others too
         doing = "write output"
@@ -346,6 +347,8 @@ def main(argv):
         complain("usage", USAGE)
         return 100
     except (OSError, ValueError) as err:
+        if getattr(err, "errno", None) == errno.EADDRINUSE:
+            doing += others
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
     clock.head()  # says so if there will be no answers

@@ -323,6 +323,27 @@ def without_the_right(command):
     return ["setpriv", "--bounding-set=-sys_time", "--inh-caps=-sys_time"] * (os.getuid() == 0) + command
 
 
+def test_clockview_takes_one_packet_of_many_and_does_not_wait_where_it_must_not():
+    """As the original does, which a loop in a shell may read from."""
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+    for sent, status in (b"", 111), (VIEW.pack(1) + VIEW.pack(2), 0), (b"", 0), (b"", 111):
+        os.write(theirs, sent)
+        done = subprocess.run(command_of("clockview"), stdin=ours, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE)
+        assert done.returncode == status
+        assert done.stderr.decode() == "clockview: fatal: nothing came on standard input\n" * (status == 111)
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not here")
+def test_clockview_says_when_it_can_not_write():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command_of("clockview"), input=bytes(16), stdout=full, stderr=subprocess.PIPE)
+    assert done.stderr == b"clockview: fatal: unable to write output: No space left on device\n"
+
+
 @pytest.mark.parametrize("words, ns, status", [
     ("", -5 * 10**17, 0), ("-e 500", 5 * 10**8, 0), ("-e 500", -5 * 10**8 - 1, 111), ("-e 500 -f", 10**12, 0),
     ("-e x", 1, 100), ("here", 1, 100)])
@@ -500,12 +521,12 @@ def test_what_fails_often_is_told_once_with_a_count(name, answer):
 def test_the_total_bounds_names_and_pauses_too(monkeypatch, capfdbinary):
     """getaddrinfo() can't be interrupted, so that a thread waits for it, while others are asked."""
     def slow(host, *args, find=socket.getaddrinfo, **options):
-        return time.sleep(60) if host == b"slow" else find(host, *args, **options)
+        return time.sleep(60) if host.startswith(b"slow") else find(host, *args, **options)
     monkeypatch.setattr(SNTP.socket, "getaddrinfo", slow)
     with Rogue(lambda query, n: [ntp_answer(query)]) as server, \
             Rogue(lambda query, n: [], "127.0.0.2", server.port) as silent:
         for args, size, said, queries in (
-                ("slow", 0, b": no usable answer; slow: timed out\n", [0]),
+                (" ".join("slow%d" % n for n in range(200)), 0, b"; slow199: timed out\n", [0]),
                 ("slow 127.0.0.1", 16, b": unable to ask slow: timed out\n", [10]),
                 ("-t350 127.0.0.2 0", 16, b": unable to ask 127.0.0.2: timed out (3 times)\n", [10]),
                 ("-h400 0", 16, b"", [2, 3])):
@@ -521,7 +542,7 @@ def test_the_total_bounds_names_and_pauses_too(monkeypatch, capfdbinary):
 @in_both
 def test_wrong_usage(module):
     for line in ("", "-r 0 0", "-r x 0", "-r", "-p 65536 0", "-p 0 0", "-e nan 0", "-e -1 0", "-t inf 0",
-                 "-T 1.2.3 0", "-x 0", "--force 0", "-h 5"):
+                 "-T 1.2.3 0", "-T 1000000000000 0", "-l 1%s 0" % (400 * "0"), "-x 0", "--force 0", "-h 5"):
         done = run(module.PROGRAM, *line.split())
         assert done.returncode == 100, line
         assert done.stderr.startswith("%s: usage: %s [" % (module.PROGRAM, module.PROGRAM)), line
@@ -583,15 +604,18 @@ def test_several_servers_are_asked_at_once_and_falsetickers_are_named(name, answ
         assert abs(result_of(done)[0]) < NEAR_NS
         said = re.fullmatch(name + r": warning: 127.0.0.2, falseticker: offset (\+\d+) ns, .*\n", done.stderr)
         assert abs(int(said.group(1)) - SECOND_NS) < NEAR_NS
-        for hosts in [one, two], [two, one, "127.1", "127.0.1"]:  # one asked under three names has one vote
+        for hosts in [one, two], [two, one, "127.1", "127.0.1"]:  # who has three names is asked once
+            asked = len(server.queries)
             refused(ask(name, server.port, "-r", 1, hosts=hosts), ": no majority of the servers agrees")
+            assert len(server.queries) == asked + 1
         for dead, why in ("127.0.0.4", "Connection refused"), ("127.0.0.5", "timed out"):  # it has no vote
             assert is_off(ask(name, server.port, "-r1", "-t500", hosts=[one, dead]),
                           stderr="%s: warning: unable to ask %s: %s\n" % (name, dead, why))
 
 
 @both
-def test_s_keeps_what_each_server_said(name, answer, tmp_path):
+def test_s_keeps_what_each_server_said(name, answer, tmp_path, request):
+    request.addfinalizer(functools.partial(os.umask, os.umask(0o077)))
     kind, about = {"sntpclock": ("ntp", "1 54455354"), "taiclock": ("tai", "- -")}[name]
     (tmp_path / "elsewhere").write_text("before")
     for planted in "sources", "sources.tmp":
@@ -716,7 +740,8 @@ def test_a_kernel_stamp_counts_only_between_our_own(module, stamp_ns, woke, came
 
 @in_both
 def test_clocks_are_read_again_when_the_scheduler_came_between(module, monkeypatch):
-    for took, wanted in (([900], 0), ([1001, 800], 1), ([9000, 9000, 1000, 1], 2), ([9000, 9000, 5000], 2)):
+    for took, wanted in (([900], 0), ([1001, 800], 1), ([9000, 9000, 1000, 1], 2), ([9000, 5000, 5000], 1),
+                         ([5000, 9000, 9000], 0)):
         ticks = iter([tick for n, ns in enumerate(took) for tick in (n * 10**6, n * 10**6 + ns)])
         clocks = iter(range(len(took)))
         monkeypatch.setattr(module.time, "clock_gettime_ns", lambda _: next(ticks))
@@ -1241,6 +1266,20 @@ def test_stored_keys_are_used_for_28_days_and_within_the_certificates_time(autho
             assert server.sessions == sessions and (done.returncode == 0) is (days < 365)
 
 
+def test_keys_of_no_use_are_not_kept(authority, tmp_path):
+    """A run with one exchange can't ask for others any more: the next one does.  Other hosts' keys stay."""
+    near = "127.0.0.1"
+    with NtsHost(authority.good) as server:
+        for host, exchanges, days, nak, status, sessions in (
+                (near, 1, 0, False, 0, 1), (near, 1, 29, False, 111, 1), (near, 1, 29, False, 0, 2),
+                (near, 1, 29, True, 111, 2), (near, 1, 29, False, 0, 3), ("localhost", 1, 29, False, 0, 4),
+                (near, 1, 29, False, 0, 4), (near, 4, 29, True, 111, 5)):  # once in a run
+            server.off_ns = days * DAY_SEC * 10**9
+            server.reply = lambda host, siv, query, good: [bare_kiss(query, b"NTSN") if nak else good]
+            done = nts_run(authority, server.port, "-r", exchanges, "-t", 500, "-s", tmp_path, host=host)
+            assert (done.returncode, server.sessions) == (status, sessions)
+
+
 def drip(tls, grant):
     for byte in grant:
         tls.sendall(bytes([byte]))
@@ -1299,6 +1338,8 @@ def test_the_ntp_server_is_where_key_establishment_says_and_other_tls_is_refused
     (lambda host, siv, query, good: [good] if len(host.used) == 1 else [
         sealed_answer(siv, query, ntp_answer(query, stratum=0, refid=b"RATE"))],
      "warning: .*kiss-o'-death RATE"),
+    (lambda host, siv, query, good: [good] if len(host.used) == 1 else [
+        sealed_answer(siv, query, ntp_answer(query, 2 * YEAR_SEC * 10**9))], "fatal: .*its certificate is"),
     (lambda host, siv, query, good: [bare_kiss(query, b"NTSN")], "fatal: .*does not know our keys any more"),
     (lambda host, siv, query, good: [ntp_answer(query)], "fatal: .*no usable answer")])
 def test_only_what_is_authentic_counts(reply, words, authority):
@@ -1536,6 +1577,8 @@ def test_taiclockd_says_who_has_its_port(args):
         assert (done.returncode, done.stdout, done.stderr) == (
             111, b"", "taiclockd: fatal: unable to bind %s port %d%s: Address already in use\n" % (
                 "127.0.0.1" if "-i" in args else "::", port, who))
+        done = run("taiclockd", "-p", port, "-i", "no.invalid")  # that is not for want of a port
+        assert done.stderr.startswith("taiclockd: fatal: unable to bind no.invalid port %d: " % port)
 
 
 def test_taiclockd_names_the_user_of_another_users_process(monkeypatch):
