@@ -1880,20 +1880,13 @@ def test_real_time_is_within_the_bound_which_grows_slowly_in_the_dark(world):
     assert world or (run.widths[-1][1] - run.widths[-290][1]) / 2 < 15e-6 * 86400 / 10
 
 
-def test_the_bound_is_what_marks_prove_and_can_be_carried_on_by_its_formula():
+def test_the_bound_is_what_marks_prove():
+    """That its formula carries it on is tested with clockctl, which does that."""
     bound = bench_all.Bound()
     assert bound.at(5) is None and bound.coefficients() is None and bound.mark(5, 5, None, 1) == "refused"
     assert bound.mark(10**12, 10**18, 10**7, 10**6) == "used"
     assert bound.at(10**12) == (10**18 - 11 * 10**6, 10**18 + 11 * 10**6)
     assert bound.at(2 * 10**12)[1] - 10**18 == 10**12 + 11 * 10**6 + 10**9, "1000 ppm before a second mark"
-    for index in range(1, 100):
-        assert bound.mark(10**12 + index * 36 * 10**11, 10**18 + index * 36 * 10**11, 10**7, 10**6) == "used"
-    known = bound.coefficients()
-    for sec in (0, 3600, 86400, 10**6):
-        change_ppm = known["change_ppm"] * max(1, sec / 86400)**0.5
-        more_ns = sec * 1000 * min(known["fast_ppm"] + change_ppm, 1000)
-        latest_ns = bound.at(known["tick_ns"] + sec * 10**9)[1]
-        assert abs(latest_ns - known["latest_ns"] - sec * 10**9 - more_ns) < 2
 
 
 def test_a_mark_that_contradicts_the_bound_begins_it_anew_and_wider():
