@@ -239,8 +239,7 @@ def random_bytes(rng, count):
 # ==== the layout ====================================================================================
 
 def read_script(name):
-    with open(path_of(name)) as file:
-        return file.read()
+    return pathlib.Path(path_of(name)).read_text()
 
 
 def test_shared_blocks_are_the_same_bytes_in_every_copy():
@@ -618,9 +617,9 @@ def test_s_keeps_what_each_server_said(name, answer, tmp_path):
         assert said % (name, kind, host, verdict, value_ns, spread_ns, delay_ns) in done.stderr
     assert lines[3] == began + "127.0.0.4 - - - - - - failed: Connection refused"
     assert lines[4].startswith(began + "a.invalid - - - - - - failed: ") and len(lines) == 5
-    assert (tmp_path / "elsewhere").read_text() == "before" and sorted(os.listdir(str(tmp_path))) == [
+    assert (tmp_path / "elsewhere").read_text() == "before" and sorted(os.listdir(tmp_path)) == [
         "elsewhere", "sources"]
-    assert stat.S_IMODE(os.lstat(str(tmp_path / "sources")).st_mode) == 0o644
+    assert stat.S_IMODE(os.lstat(tmp_path / "sources").st_mode) == 0o644
 
 
 @both
@@ -896,7 +895,7 @@ def test_key_files_and_options_that_are_refused(keys, tmp_path):
         refused(ask("sntpclock", 1, "-k", keys, "-K", ident), said % keys)
     for args in [["-k", keys], ["-K", 1]] + [["-k", keys, "-K", ident] for ident in (0, "1x", 2**32)]:
         assert ask("sntpclock", 1, *args).returncode == 100
-    os.mkfifo(str(tmp_path / "fifo"), 0o600)
+    os.mkfifo(tmp_path / "fifo", 0o600)
     refused(ask("sntpclock", 1, "-k", tmp_path / "fifo", "-K", 1), "it is not there")
 
 
@@ -1002,7 +1001,7 @@ class Authority:
         self.good = self.host()
 
     def openssl(self, *words):
-        subprocess.run(("openssl",) + words, cwd=str(self.home), check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(("openssl",) + words, cwd=self.home, check=True, stderr=subprocess.DEVNULL)
 
     def make_key(self, name, *words):
         self.openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
@@ -1302,9 +1301,9 @@ def test_a_killed_run_leaves_no_cookie_and_two_at_once_share_none(authority, tmp
 
 SPOILT = {  # what is put in place of dir/nts
     "link": lambda path: (path.rename(str(path) + ".own"), path.symlink_to(str(path) + ".own")),
-    "fifo": lambda path: (path.unlink(), os.mkfifo(str(path), 0o600)),
-    "owner": lambda path: os.chown(str(path), 65534, -1),
-    "directory": lambda path: os.chown(str(path.parent), 65534, -1), "mode": lambda path: path.chmod(0o640),
+    "fifo": lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
+    "owner": lambda path: os.chown(path, 65534, -1),
+    "directory": lambda path: os.chown(path.parent, 65534, -1), "mode": lambda path: path.chmod(0o640),
     "empty": lambda path: path.write_text(""), "torn": lambda path: path.write_text(path.read_text()[:-7]),
     "endless": lambda path: path.write_text(path.read_text() * 999)}
 
@@ -2437,7 +2436,7 @@ def test_a_python_without_json_keeps_etc_atto_and_says_what_it_can_not_keep(simu
     monkeypatch.setitem(sys.modules, "json", None)
     simulation = simulate(FakeKernel(ppm=3)).settle()
     assert [line.partition(":")[0] for line in simulation.lines if "unable" in line] == 2 * ["clockspeed"]
-    assert os.listdir(str(simulation.etc_path)) == ["atto"]
+    assert os.listdir(simulation.etc_path) == ["atto"]
 
 
 # ==== clockspeed: the process =======================================================================
@@ -2455,7 +2454,7 @@ class Daemon:
     def __init__(self, home, *options, before=(), command=None, log=None):
         self.home, self.log = home, home.parent / "log"
         command = [*before, *without_the_right(command or command_of("clockspeed", *options, home))]
-        with open(str(self.log), "wb") as file:
+        with open(self.log, "wb") as file:
             self.process = subprocess.Popen(command, stdout=log or file, stderr=log or file, env=UTC_ENV)
 
     def text(self):
@@ -2471,8 +2470,7 @@ class Daemon:
         return sum(json.loads(status)["marks"].values()) if status else -1
 
     def write(self, data=CS.pack(0)):
-        with open(str(self.home / "adjust"), "wb", buffering=0) as fifo:
-            fifo.write(data)
+        (self.home / "adjust").write_bytes(data)
 
     def mark(self, ns=0):
         """Write a mark, and wait until it is taken."""
@@ -2482,8 +2480,7 @@ class Daemon:
         until(lambda: self.marks() > before)
 
     def proc(self, name):
-        with open("/proc/%d/%s" % (self.process.pid, name)) as file:
-            return file.read()
+        return pathlib.Path("/proc", str(self.process.pid), name).read_text()
 
     def end(self, number=signal.SIGTERM):
         """The exit status; it takes a second at most, on a machine that is not busy."""
@@ -2517,7 +2514,7 @@ def test_clockspeed_learns_from_its_fifo_and_term_or_int_ends_it_with_0(daemon):
         process = daemon("-n")
         assert process.text().startswith("start: observing, CLOCK_MONOTONIC_RAW, scale utc, rate ")
         assert process.text().endswith(", %s\n" % source) and process.proc("comm") == "clockspeed\n"
-        assert os.lstat(str(process.home / "adjust")).st_mode == stat.S_IFIFO | 0o600
+        assert os.lstat(process.home / "adjust").st_mode == stat.S_IFIFO | 0o600
         for count in range(1, 4):  # real time gains 50 ppm: 50 us in a second
             process.mark(count * 50000)
             assert "offset +0.000%d" % (count * 50) in process.text().replace("0.00005", "0.00050")
@@ -2547,7 +2544,7 @@ def test_kill_9_at_any_moment_of_a_write_leaves_the_old_file_or_the_new_one(tmp_
             home.replace("state", b"new" * 1001)
         seen.add(home.read("state"))
     assert [real.__name__ for real in calls] == ["unlink", "open", "fchmod", "fsync", "rename", "fsync"]
-    assert seen == {b"old" * 1000, b"new" * 1001} and os.listdir(str(tmp_path / "etc")) == ["state"]
+    assert seen == {b"old" * 1000, b"new" * 1001} and os.listdir(tmp_path / "etc") == ["state"]
 
 
 def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
@@ -2555,7 +2552,7 @@ def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
     victim.write_bytes(b"precious")
     for name in ("status.tmp", "state"):
         (tmp_path / "etc" / name).symlink_to(victim)
-    os.mkfifo(str(tmp_path / "etc" / "atto"))
+    os.mkfifo(tmp_path / "etc" / "atto")
     home.replace("status", b"new")
     assert victim.read_bytes() == b"precious" and home.read("status") == b"new" and home.read("atto") == b""
     with pytest.raises(OSError):
@@ -2582,7 +2579,7 @@ def test_what_can_not_work_is_a_clear_line(tmp_path, home, options, env, said):
     read.open_adjust()
     refused(run("clockspeed", "-n", *options, tmp_path / home, **env),
             "^clockspeed: fatal: unable to %s" % said.replace("HOME", re.escape(str(tmp_path))))
-    assert not os.listdir(str(tmp_path / "victim"))
+    assert not os.listdir(tmp_path / "victim")
 
 
 @pytest.mark.parametrize("text, error_ns", [
@@ -2599,10 +2596,10 @@ def test_the_error_to_be_kept(text, error_ns, monkeypatch):
 def test_what_is_no_fifo_is_named_and_let_alone(daemon, make):
     adjust = daemon.home / "adjust"
     make(adjust)
-    before = os.lstat(str(adjust))
+    before = os.lstat(adjust)
     process = daemon("-n", wait_for="unable to read adjust: it is not a FIFO; remove it: rm -r %s\n" % adjust)
     process.wait_for("start: ")
-    assert process.end() == 0 and os.lstat(str(adjust)) == before
+    assert process.end() == 0 and os.lstat(adjust) == before
     assert not (process.home / "elsewhere").exists()
 
 
@@ -2614,8 +2611,7 @@ def test_a_fifo_that_is_deleted_or_replaced_is_found_again(tmp_path):
             renew()
         for _ in range(2):
             home.open_adjust()
-            with open(home.adjust, "wb", buffering=0) as writer:
-                writer.write(b"0123456789abcdef")
+            pathlib.Path(home.adjust).write_bytes(b"0123456789abcdef")
         assert home.packets() == [b"0123456789abcdef"] * 2 and home.packets() == []
 
 
@@ -2626,11 +2622,11 @@ def test_clockspeed_becomes_its_user_gives_only_its_own_away_and_keeps_no_more_t
     (etc / "passwd").write_text("")
     said = "fatal: unable to give %s to nobody: it holds 'passwd', so it is not clockspeed's own\n"
     process = daemon("-u", "nobody", "-w", "daemon", wait_for=said % etc)
-    assert process.process.wait(30) == 111 and os.stat(str(etc)).st_uid == 0
+    assert process.process.wait(30) == 111 and os.stat(etc).st_uid == 0
     (etc / "passwd").unlink()
     for name in ("atto", "state.tmp", "kisses", "leap"):  # also an earlier version's, and another user's
         (etc / name).write_text("")
-    os.chown(str(etc), 4711, -1)
+    os.chown(etc, 4711, -1)
     for _ in range(2):
         process = daemon("-u", "nobody", "-w", "daemon")
         status = dict(line.split(":\t", 1) for line in process.proc("status").splitlines() if ":\t" in line)
@@ -2640,7 +2636,7 @@ def test_clockspeed_becomes_its_user_gives_only_its_own_away_and_keeps_no_more_t
         assert "clockspeed: warning: unable to steer the clock: Operation not permitted\n" in process.text()
         process.mark()
         assert process.end() == 0
-        owners = [os.stat(str(process.home / name)).st_uid for name in (".", "adjust", "etc", "etc/state")]
+        owners = [os.stat(process.home / name).st_uid for name in (".", "adjust", "etc", "etc/state")]
         assert owners == [0, writer, nobody.pw_uid, nobody.pw_uid]
 
 
@@ -2659,10 +2655,10 @@ def test_a_deleted_fifo_that_only_root_can_make_again_ends_it(daemon):
 def test_a_read_only_file_system_is_said_and_no_reason_to_stop(daemon, owner):
     if subprocess.run(["unshare", "-m", "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("no mount namespaces")
-    os.mkfifo(str(daemon.home / "adjust"))
+    os.mkfifo(daemon.home / "adjust")
     (daemon.home / "etc").mkdir()
     for name in ("adjust", "etc"):
-        os.chown(str(daemon.home / name), pwd.getpwnam(owner).pw_uid, -1)
+        os.chown(daemon.home / name, pwd.getpwnam(owner).pw_uid, -1)
     mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
     process = daemon("-u", "nobody", before=["unshare", "-m", "sh", "-c", mount, str(daemon.home)],
                      wait_for="warning: unable to write etc/status: Read-only file system")
@@ -2705,7 +2701,7 @@ def test_what_was_lost_is_counted_in_the_next_line_that_can_be_written():
 
 def test_many_marks_keep_it_from_nothing(daemon):
     process, rng, written, end_sec = daemon("-n"), random.Random(SEED), 0, time.monotonic() + 2.5
-    with open(os.open(str(process.home / "adjust"), os.O_WRONLY | os.O_NONBLOCK), "wb", 0) as fifo:
+    with open(os.open(process.home / "adjust", os.O_WRONLY | os.O_NONBLOCK), "wb", 0) as fifo:
         while time.monotonic() < end_sec:
             size = rng.choice((1, 16, 17, 512, 4096, 65536))
             packet = CS.pack(rng.randrange(-10**15, 10**15))
@@ -3116,11 +3112,6 @@ def test_atto_shows_the_rate(host):
     assert CTL.read_foreign(host.home + "/etc/atto", 16) == ADD.pack(1, 50000)
 
 
-def endless(path):
-    with open(path, "wb") as file:
-        file.truncate(1 << 40)
-
-
 IRREGULAR = "it is not a regular file of at most 65536 bytes"
 
 
@@ -3132,7 +3123,8 @@ def test_what_others_planted_is_a_line_and_never_waited_for(host, command, name,
     path = os.path.join(host.home, name)
     os.unlink(host.adjust)
     assert host.says("mark") == "write HOME/adjust: no clockspeed is reading it"
-    for plant, said in ((os.mkfifo, fifo), (os.mkdir, "Is a directory"), (endless, file),
+    for plant, said in ((os.mkfifo, fifo), (os.mkdir, "Is a directory"),
+                        (lambda path: open(path, "wb").truncate(1 << 40), file),
                         (lambda path: os.symlink("/dev/zero", path), "Too many levels of symbolic links")):
         plant(path)
         assert re.fullmatch("(read|write) HOME/%s: %s" % (name, said), host.says(command))
@@ -3684,7 +3676,7 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     assert shown("error")[0].startswith("standard deviation")
     picture = tmp_path / "graph.svg"
     picture.write_text("what was there before")
-    os.link(str(picture), str(tmp_path / "before"))
+    os.link(picture, str(tmp_path / "before"))
     assert shown("--svg", picture) == []
     assert (tmp_path / "before").read_text() == "what was there before"
     elements = xml.etree.ElementTree.fromstring(picture.read_text()).iter()
@@ -3959,7 +3951,7 @@ def test_the_next_version_replaces_what_was_not_edited(image):
     run = "var/svc.d/clockspeed/run"
     image.install("--server", "tai:192.0.2.7")
     image.write(run, "#!/bin/sh\n# edited\n")
-    shutil.copytree(HERE, str(image("next")), ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(HERE, image("next"), ignore=shutil.ignore_patterns(".*"))
     for name in ("next/clockview.py", "next/svc/clockspeed/run"):
         image.write(name, image.read(name) + "# the next version\n", 0o755)
     text = read_script("svc/install").replace("-check clockctl-graph", "-check")  # one program less
@@ -4035,8 +4027,8 @@ def machine(image):
     files = pathlib.Path(libraries[0]).parent.glob("libnss_files.so.2")  # an old libc reads /etc/passwd by it
     for name in libraries + [busybox] + [str(path) for path in files]:
         image.write(name[1:])
-        shutil.copy(name, str(image(name[1:])))
-    shutil.copytree(HERE, str(image("src")), ignore=shutil.ignore_patterns(".*", "*_all.py"))
+        shutil.copy(name, image(name[1:]))
+    shutil.copytree(HERE, image("src"), ignore=shutil.ignore_patterns(".*", "*_all.py"))
     image.write("stand-in", STAND_IN, 0o755)
     image.write("usr/bin/process", PROCESS, 0o755)
     image.command = ["chroot", image.path, "/bin/env", "PATH=/usr/bin:/bin", "/src/svc/install"]
@@ -4146,7 +4138,7 @@ def test_by_hand_the_programs_are_as_installed(tmp_path):
 def test_by_hand_the_scripts_for_other_supervisors_are_as_installed(scanner, word, image, tmp_path):
     image.write("usr/bin/" + scanner, mode=0o755)
     image.install()
-    shutil.copytree(path_of("svc"), str(tmp_path / "svc.d"), ignore=shutil.ignore_patterns("*.conf"))
+    shutil.copytree(path_of("svc"), tmp_path / "svc.d", ignore=shutil.ignore_patterns("*.conf"))
     text, = [text for text in blocks("sh also") if word in text]
     subprocess.run(["sh", "-ec", text.replace("/var/svc.d", str(tmp_path / "svc.d"))], check=True,
                    stderr=subprocess.DEVNULL)
