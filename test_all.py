@@ -185,10 +185,25 @@ def command_of(name, *args):
     return [sys.executable, "-IS", path_of(name)] + [str(arg) for arg in args]
 
 
-def run(name, *args, stdin=b"", timeout=60, **env):
+def command_with(code, name, *args):
+    """The command of a script, which runs after some code of ours."""
+    python, flags, *rest = command_of(name, *args)
+    start = "import os, sys\n%s\nsys.argv = sys.argv[1:]\n__file__ = sys.argv[0]\n" % code
+    return [python, flags, "-c", start + "exec(open(__file__, 'rb').read())"] + rest
+
+
+def without_the_right(command):
+    """The command without the right to set the clock, for root too."""
+    if not shutil.which("setpriv"):
+        return command
+    return ["setpriv", "--bounding-set=-sys_time", "--inh-caps=-sys_time"] * (os.getuid() == 0) + command
+
+
+def run(name, *args, code="", stdin=b"", timeout=60, stdout=subprocess.PIPE, **env):
     """A script as a process of its own -> CompletedProcess with stdout in bytes and stderr as text."""
-    done = subprocess.run(command_of(name, *args), input=stdin, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=timeout, env=dict(UTC_ENV, **env))
+    command = without_the_right(command_with(code, name, *args) if code else command_of(name, *args))
+    done = subprocess.run(command, input=stdin, stdout=stdout, stderr=subprocess.PIPE, timeout=timeout,
+                          env=dict(UTC_ENV, **env))
     done.stderr = done.stderr.decode()
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -207,12 +222,13 @@ def until(condition, patience_sec=PATIENCE_SEC):
 
 @contextlib.contextmanager
 def process(command, **options):
-    """A process that is killed at the end, whatever happens."""
-    running = subprocess.Popen(command, **options)
+    """A process that is killed at the end, whatever happens, with all that it started."""
+    running = subprocess.Popen(command, start_new_session=True, **options)
     try:
         yield running
     finally:
-        running.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
         running.wait()
 
 
@@ -223,8 +239,7 @@ def random_bytes(rng, count):
 # ==== the layout ====================================================================================
 
 def read_script(name):
-    with open(path_of(name)) as file:
-        return file.read()
+    return pathlib.Path(path_of(name)).read_text()
 
 
 def test_shared_blocks_are_the_same_bytes_in_every_copy():
@@ -236,13 +251,6 @@ def test_shared_blocks_are_the_same_bytes_in_every_copy():
         names, blocks = zip(*found)
         assert len(set(blocks)) == 1 < len(names), "%s in %s" % (title, names)
         assert "shared by all" not in title or names == SCRIPTS
-
-
-def command_with(code, name, *args):
-    """The command of a script, which runs after some code of ours."""
-    python, flags, *rest = command_of(name, *args)
-    code = "import os, sys\n%s\nsys.argv = sys.argv[1:]\nexec(open(sys.argv[0], 'rb').read())" % code
-    return [python, flags, "-c", code] + rest
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -266,8 +274,8 @@ def test_every_script_begins_in_the_same_way(name):
         assert (done.returncode, done.stderr.decode()) == (
             111, "%s: fatal: unable to write output: %s\n" % (program, why))
     interrupt = "sys.meta_path.insert(0, type('', (), {'find_spec': lambda *_: os.kill(os.getpid(), 2)}))"
-    done = subprocess.run(command_with(interrupt, name), stderr=subprocess.PIPE)  # by the first import
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+    done = run(name, code=interrupt)  # by the first import
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 # ==== clockview, clockadd =========================================================================
@@ -297,9 +305,8 @@ def test_packets_of_the_specification():
     (10**6, 720133918, 16, "16:41:44.251000009",
      "mark:   give or take 0.020130 s by its exchanges, 0.000611 s by its server\n")])
 def test_clockview_shows_the_sum_and_what_a_mark_tells(ns, last, size, after, line):
-    command = command_with("import time; time.time_ns = lambda: 1795362104250000009", "clockview")
-    shown = subprocess.check_output(command, input=VIEW.pack(ns, last)[:size], env=dict(UTC_ENV, TZ="XXX-1"))
-    assert shown.decode() == (
+    code = "import time; time.time_ns = lambda: 1795362104250000009"
+    assert run("clockview", code=code, stdin=VIEW.pack(ns, last)[:size], TZ="XXX-1").stdout.decode() == (
         "before: 2026-11-22 16:41:44.250000009\nafter:  2026-11-22 %s\n%s" % (after, line))
 
 
@@ -310,17 +317,7 @@ def test_clockview_shows_the_sum_and_what_a_mark_tells(ns, last, size, after, li
     (b"\xff" * 16, "unable to read the adjustment: not a TAI64NA packet"),
     (b"\x7f" + b"\0" * 15, "unable to (show that time|set the clock): ")])
 def test_what_is_no_adjustment_is_a_line(name, packet, said):
-    done = subprocess.run(without_the_right(command_of(name)), input=packet, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE)
-    assert (done.returncode, done.stdout) == (111, b"")
-    assert re.fullmatch("%s: fatal: %s.*\n" % (name, said), done.stderr.decode())
-
-
-def without_the_right(command):
-    """The command without the right to set the clock, for root too."""
-    if not shutil.which("setpriv"):
-        return command
-    return ["setpriv", "--bounding-set=-sys_time", "--inh-caps=-sys_time"] * (os.getuid() == 0) + command
+    refused(run(name, stdin=packet), "^%s: fatal: %s.*" % (name, said))
 
 
 def test_clockview_takes_one_packet_of_many_and_does_not_wait_where_it_must_not():
@@ -384,13 +381,18 @@ SECOND_NS = 10**9
 NEAR_NS = 50 * 10**6  # what a busy machine may take from an exchange
 
 
+def udp_socket(address="127.0.0.1", port=0):
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((address, port))
+    return sock
+
+
 class Rogue:
     """A server in a thread: answer(query, n) -> the datagrams to send back for the nth query that it gets."""
 
     def __init__(self, answer, address="127.0.0.1", port=0):
         self.answer, self.queries = answer, []
-        self.socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind((address, port))
+        self.socket = udp_socket(address, port)
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self.serve, daemon=True).start()
 
@@ -457,9 +459,8 @@ def refused(done, words):
     assert re.search(words + r"\n$", done.stderr), done.stderr
 
 
-def free_port(address="127.0.0.1", kind=socket.SOCK_DGRAM):
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as free:
-        free.bind((address, 0))
+def free_port(address="127.0.0.1"):
+    with udp_socket(address) as free:
         return free.getsockname()[1]
 
 
@@ -570,7 +571,7 @@ def test_what_exceeds_its_limit_is_refused_and_f_overrides(off_ns, args, words, 
 @both
 def test_answers_that_are_late_doubled_forged_or_from_elsewhere_do_not_count(name, answer):
     lie_ns, kept = 3600 * SECOND_NS, []
-    elsewhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    elsewhere = udp_socket()
 
     def late(query, n):  # each query is answered, with a lie, only after the next one has come
         kept.append(query)
@@ -636,14 +637,13 @@ def test_s_keeps_what_each_server_said(name, answer, tmp_path, request):
         numbers = re.fullmatch(began + host + r" (-?\d+) (\d+) (\d+) 0 %s %s" % (about, verdict), line)
         value_ns, spread_ns, delay_ns = map(int, numbers.groups())
         assert abs(value_ns - off_ns) <= spread_ns and delay_ns < 2 * NEAR_NS
-        said = "%s: %s: %s, %s: offset %+d ns, spread %d ns, delay %d ns, root distance 0 ns, stratum %s, " \
-               "reference %s\n"
-        assert said % (name, kind, host, verdict, *map(int, numbers.groups()), *about.split()) in done.stderr
+        said = "%s: %s: %s, %s: offset %+d ns, spread %d ns, delay %d ns, root distance 0 ns, "
+        assert said % (name, kind, host, verdict, value_ns, spread_ns, delay_ns) in done.stderr
     assert lines[3] == began + "127.0.0.4 - - - - - - failed: Connection refused"
     assert lines[4].startswith(began + "a.invalid - - - - - - failed: ") and len(lines) == 5
-    assert (tmp_path / "elsewhere").read_text() == "before" and sorted(os.listdir(str(tmp_path))) == [
+    assert (tmp_path / "elsewhere").read_text() == "before" and sorted(os.listdir(tmp_path)) == [
         "elsewhere", "sources"]
-    assert stat.S_IMODE(os.lstat(str(tmp_path / "sources")).st_mode) == 0o644
+    assert stat.S_IMODE(os.lstat(tmp_path / "sources").st_mode) == 0o644
 
 
 @both
@@ -661,10 +661,9 @@ def test_signals_end_it_at_once(name, answer):
 @pytest.mark.parametrize("name", ("sntpclock", "taiclock", "ntsclock"))
 def test_a_terminal_gets_no_raw_bytes(name):
     ours, theirs = os.openpty()
-    done = subprocess.run(command_of(name, "0"), stdout=theirs, stderr=subprocess.PIPE, timeout=PATIENCE_SEC)
-    assert done.returncode == 100
-    assert done.stderr.decode().startswith("%s: usage: the result is 16 raw bytes: %s [" % (name, name))
-    assert done.stderr.endswith(b" host... | clockview\n")
+    done = run(name, "0", stdout=theirs)
+    said = r"%s: usage: the result is 16 raw bytes: %s \[.* host\.\.\. \| clockview\n" % (name, name)
+    assert done.returncode == 100 and re.fullmatch(said, done.stderr)
     os.close(ours)
     os.close(theirs)
 
@@ -829,7 +828,7 @@ def test_answers_that_are_refused(fields, words):
         decoded(**fields)
 
 
-def test_answers_that_are_taken():
+def test_answers_that_are_taken_and_their_times_in_the_era_that_holds_the_release():
     for fields in (dict(flags=0x1c), dict(flags=0x5c), dict(flags=0x9c), dict(flags=0x0a), dict(stratum=15),
                    dict(delay=3 * 2**16 - 2), dict(precision=0), dict(precision=-128)):
         assert decoded(**fields)
@@ -839,28 +838,23 @@ def test_answers_that_are_taken():
         answer = decoded(precision=precision, receive=base + early, transmit=base, delay=2**16, dispersion=1)
         at_ns, coarse_ns, early_ns = SNTP.stamp_ns(base), (10**9 >> -precision) + 1, early * 10**9 >> 32
         assert answer == (at_ns + early_ns + coarse_ns, at_ns - coarse_ns, 500015258, 1, "54455354")
-
-
-def test_the_era_is_the_one_that_holds_the_release():
     first = SNTP.RELEASE_SEC
     for sec in first, 2**32 - 2208988800 - 1, 2**32 - 2208988800, first + 2**32 - 1:
         assert SNTP.stamp_ns(ntp_stamp(sec * 10**9)) == (sec + 37) * 10**9
     assert SNTP.stamp_ns(ntp_stamp(first * 10**9) - 1) == (first + 37 + 2**32) * 10**9 - 1
 
 
-@pytest.mark.parametrize("fields, said, last", [
-    (dict(stratum=0, refid=b"DENY"), "kiss-o'-death DENY", True),
-    (dict(stratum=0, refid=b"RSTR"), "kiss-o'-death RSTR", True),
-    (dict(stratum=0, refid=b"RATE"), "kiss-o'-death RATE", True),
-    (dict(receive=ntp_stamp(2 * 10**18), transmit=ntp_stamp(2 * 10**18 + 10**9)),
-     "it says that its answer took longer than we waited for it", False)])
+@pytest.mark.parametrize("word, said", [(word, "kiss-o'-death " + word) for word in ("DENY", "RSTR", "RATE")]
+                         + [("", "it says that its answer took longer than we waited for it")])
 @pytest.mark.parametrize("before", (0, 2))
-def test_only_kisses_of_death_end_that_servers_part(fields, said, last, before):
+def test_only_kisses_of_death_end_that_servers_part(word, said, before):
     """What came before counts, but after DENY and RSTR."""
+    slow = dict(receive=ntp_stamp(2 * 10**18), transmit=ntp_stamp(2 * 10**18 + 10**9))
+    fields = dict(stratum=0, refid=word.encode()) if word else slow
     with Rogue(lambda query, n: [ntp_answer(query, **(fields if n == before + 1 else {}))]) as server:
         done = ask("sntpclock", server.port, "-r", 3)
-    assert len(server.queries) == (before + 1 if last else 3)
-    if "RATE" in said and before or not last:
+    assert len(server.queries) == (before + 1 if word else 3)
+    if word == "RATE" and before or not word:
         assert is_off(done, stderr="sntpclock: warning: unable to ask 127.0.0.1: %s\n" % said)
     else:
         refused(done, ": no usable answer; 127.0.0.1: " + said)
@@ -916,8 +910,6 @@ def test_authentication_with_a_real_chronyd(keys, tmp_path):
     with chronyd(tmp_path, "local stratum 1", "keyfile %s" % keys) as port:
         for ident in range(1, 6):
             assert is_off(ask("sntpclock", port, "-k", keys, "-K", ident)), ident
-        keys.write_text(KEYS.replace("933F", "933E"))
-        refused(ask("sntpclock", port, "-k", keys, "-K", 2, "-r1", "-t300"), "timed out|with the key")
 
 
 def test_key_files_and_options_that_are_refused(keys, tmp_path):
@@ -928,7 +920,7 @@ def test_key_files_and_options_that_are_refused(keys, tmp_path):
         refused(ask("sntpclock", 1, "-k", keys, "-K", ident), said % keys)
     for args in [["-k", keys], ["-K", 1]] + [["-k", keys, "-K", ident] for ident in (0, "1x", 2**32)]:
         assert ask("sntpclock", 1, *args).returncode == 100
-    os.mkfifo(str(tmp_path / "fifo"), 0o600)
+    os.mkfifo(tmp_path / "fifo", 0o600)
     refused(ask("sntpclock", 1, "-k", tmp_path / "fifo", "-K", 1), "it is not there")
 
 
@@ -984,16 +976,6 @@ def test_the_value_is_by_our_own_stamps_and_the_bound_by_the_kernels():
         assert SNTP.weigh([sample], sample.came, 0)[:3] == (20, 30, 60)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_taiclock_asks_taiclockd(address):
-    port = free_port(address)
-    with process(command_of("taiclockd", "-i", address, "-p", port), env=UTC_ENV, stdout=subprocess.DEVNULL):
-        until(lambda: ask("taiclock", port, hosts=[address]).returncode == 0)
-        done = ask("taiclock", port, hosts=[address])  # it has started now, and answers at once
-    value_ns, spread_ns, _ = result_of(done)
-    assert abs(value_ns) <= spread_ns < 10**6
-
-
 NTP_QUERY, TAI_QUERY = SNTP.ntp_query(), TAI.make_query(None)
 DECODERS += [
     ("sntpclock: an answer", lambda data: SNTP.decode_answer(SERVER_ASKED, data.ljust(48)),
@@ -1010,30 +992,22 @@ DECODERS += [
 
 NTS = load("ntsclock")
 DAY_SEC, YEAR_SEC = 86400, 365 * 86400
-CMAC_TEXT = "6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411"
 
 
-def test_the_vectors_of_the_standards():
-    """FIPS 197 C.1, RFC 4493, RFC 5297 A.1 and A.2."""
-    block = NTS.Aes(bytes(range(16))).encrypt(0x00112233445566778899aabbccddeeff)
-    assert block == 0x69c4e0d86a7b0430d8cdb78070b4c55a
-    aes = NTS.Aes(bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c"))
-    for size, code in ((0, 0xbb1d6929e95937287fa37d129b756746), (16, 0x070a16b46b4d4144f79bdd9dd04a287c),
-                       (40, 0xdfa66747de9ae63030ca32611497c827)):
-        assert NTS.cmac(aes, bytes.fromhex(CMAC_TEXT)[:size]) == code
-    for key, associated, plain, sealed in (
-            ("fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff",
-             ["101112131415161718191a1b1c1d1e1f2021222324252627"],
-             bytes.fromhex("112233445566778899aabbccddee"),
-             "85632d07c6e8f37f950acd320a2ecc9340c02b9690c4dc04daef7f6afe5c"),
-            ("7f7e7d7c7b7a79787776757473727170404142434445464748494a4b4c4d4e4f",
-             ["00112233445566778899aabbccddeeffdeaddadadeaddadaffeeddccbbaa99887766554433221100",
-              "102030405060708090a0", "09f911029d74e35bd84156c5635688c0"],
-             b"this is some plaintext to encrypt using SIV-AES",
-             "7bdb6e3b432667eb06f4d14bff2fbd0fcb900f2fddbe404326601965c889bf17"
-             "dba77ceb094fa663b7a3f748ba8af829ea64ad544a272e9c485b62a3fd5c0d")):
-        siv, parts = NTS.Siv(bytes.fromhex(key)), [bytes.fromhex(part) for part in associated]
-        assert siv.seal(parts, plain).hex() == sealed and siv.open(parts, bytes.fromhex(sealed)) == plain
+@pytest.mark.parametrize("key, associated, plain, sealed", [
+    ("fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff",
+     "101112131415161718191a1b1c1d1e1f2021222324252627", "112233445566778899aabbccddee",
+     "85632d07c6e8f37f950acd320a2ecc9340c02b9690c4dc04daef7f6afe5c"),
+    ("7f7e7d7c7b7a79787776757473727170404142434445464748494a4b4c4d4e4f",
+     "00112233445566778899aabbccddeeffdeaddadadeaddadaffeeddccbbaa99887766554433221100 "
+     "102030405060708090a0 09f911029d74e35bd84156c5635688c0",
+     b"this is some plaintext to encrypt using SIV-AES".hex(),
+     "7bdb6e3b432667eb06f4d14bff2fbd0fcb900f2fddbe404326601965c889bf17"
+     "dba77ceb094fa663b7a3f748ba8af829ea64ad544a272e9c485b62a3fd5c0d")])
+def test_the_vectors_of_rfc_5297(key, associated, plain, sealed):
+    siv, parts = NTS.Siv(bytes.fromhex(key)), list(map(bytes.fromhex, associated.split()))
+    assert siv.seal(parts, bytes.fromhex(plain)).hex() == sealed
+    assert siv.open(parts, bytes.fromhex(sealed)).hex() == plain
 
 
 class Authority:
@@ -1052,7 +1026,7 @@ class Authority:
         self.good = self.host()
 
     def openssl(self, *words):
-        subprocess.run(("openssl",) + words, cwd=str(self.home), check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(("openssl",) + words, cwd=self.home, check=True, stderr=subprocess.DEVNULL)
 
     def make_key(self, name, *words):
         self.openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
@@ -1088,16 +1062,20 @@ def sealed_answer(siv, query, header, cookies=()):
     return message + NTS.field(NTS.AUTHENTICATOR, struct.pack(">HH", 16, len(sealed)) + nonce + sealed)
 
 
-def bare_kiss(query, word):
-    return ntp_answer(query, stratum=0, refid=word) + NTS.field(NTS.IDENTIFIER, NTS.identifier_of(query))
+def kiss(query, word, siv=None):
+    """A kiss-o'-death, authentic by keys or without."""
+    packet = ntp_answer(query, stratum=0, refid=word)
+    if siv:
+        return sealed_answer(siv, query, packet)
+    return packet + NTS.field(NTS.IDENTIFIER, NTS.identifier_of(query))
 
 
 class NtsHost:
     """An NTS server of our own, which can do what real ones don't: talk(tls, grant) speaks in key
-    establishment, reply(host, siv, query, good answer) -> the packets that are sent."""
+    establishment, reply(good answer, keys, query, n) -> the packets that are sent."""
 
     def __init__(self, certificate, off_sec=0, talk=lambda tls, grant: tls.sendall(grant),
-                 reply=lambda host, siv, query, good: [good], ntp_address="127.0.0.1"):
+                 reply=lambda good, *_: [good], ntp_address="127.0.0.1"):
         self.off_ns, self.talk, self.reply = off_sec * 10**9, talk, reply
         self.keylog, path = NTS.open_keylog()
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -1105,9 +1083,7 @@ class NtsHost:
         self.context.set_alpn_protocols(["ntske/1"])
         self.context.keylog_filename = path
         self.keys, self.used, self.sessions = {}, [], 0
-        self.ntp, self.tcp = Rogue(self.answer, ntp_address), socket.socket()
-        self.tcp.bind(("127.0.0.1", 0))
-        self.tcp.listen(5)
+        self.ntp, self.tcp = Rogue(self.answer, ntp_address), socket.create_server(("127.0.0.1", 0))
         self.port = self.tcp.getsockname()[1]
         threading.Thread(target=self.establish, daemon=True).start()
 
@@ -1150,13 +1126,13 @@ class NtsHost:
         assert query_siv.open([query[:start], body[4:20]], body[20:]) == b""
         good = sealed_answer(answer_siv, query, ntp_answer(query, self.off_ns),
                              self.new_cookies(keys, len(fields) - 2))
-        return self.reply(self, answer_siv, query, good)
+        return self.reply(good, answer_siv, query, n)
 
 
 @contextlib.contextmanager
 def nts_chronyd(home, authority, port=None):
     """A real one -> its port, the same for NTP and key establishment; each start has new keys."""
-    port = port or free_port(kind=socket.SOCK_STREAM)
+    port = port or free_port()
     lines = "ntsport %d\nntsservercert %s\nntsserverkey %s" % (port, *authority.good)
     with chronyd(home, "local stratum 1", lines, port=port):
         until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
@@ -1195,8 +1171,7 @@ def test_a_server_with_new_keys_is_asked_for_them_once(authority, tmp_path):
     for words in ("", "timed out"):  # a NAK may be forged: the answer is waited for
         with nts_chronyd(tmp_path, authority, port) as port:
             done = nts_run(authority, port, "-s", tmp_path, "-r", 3, "-v", 2)
-            assert abs(result_of(done)[0]) < 10**7
-            assert done.stderr.count("new keys") == 1 and words in done.stderr
+            assert result_of(done) and done.stderr.count("new keys") == 1 and words in done.stderr
 
 
 def exchange_with(port, authority):
@@ -1205,7 +1180,7 @@ def exchange_with(port, authority):
     settings.stored, settings.servers = {}, []
     server, = NTS.find_servers(NTS.Server(settings, "127.0.0.1"))
     query = NTS.make_query(server)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with udp_socket() as sock:
         sock.sendto(query, server.address)
         return server, query, sock.recv(2000)
 
@@ -1241,15 +1216,14 @@ def test_a_certificate_is_judged_by_name_authority_and_the_time_measured(
         certificate, off_sec, words, authority, tmp_path):
     if certificate == "old authority" and sys.version_info < (3, 10):
         pytest.skip("this Python shows the host's certificate only")
-    if certificate == "self-signed":
-        authority.make_key("self", "-x509", "-days", "9", "-addext", "subjectAltName=IP:127.0.0.1")
-        pair = str(authority.home / "self.crt"), str(authority.home / "self.key")
-    elif isinstance(certificate, str):
+    if isinstance(certificate, dict):
+        pair = authority.host(**certificate)
+    else:
         other = Authority(tmp_path, 30)
         pair = other.host(until_sec=9 * YEAR_SEC)
+        if certificate == "self-signed":
+            pair = other.path, str(other.home / "ca.key")
         authority = other if certificate == "old authority" else authority
-    else:
-        pair = authority.host(**certificate)
     with NtsHost(pair, off_sec) as server:
         done = nts_run(authority, server.port)
     if words:
@@ -1275,7 +1249,7 @@ def test_keys_of_no_use_are_not_kept(authority, tmp_path):
                 (near, 1, 29, True, 111, 2), (near, 1, 29, False, 0, 3), ("localhost", 1, 29, False, 0, 4),
                 (near, 1, 29, False, 0, 4), (near, 4, 29, True, 111, 5)):  # once in a run
             server.off_ns = days * DAY_SEC * 10**9
-            server.reply = lambda host, siv, query, good: [bare_kiss(query, b"NTSN") if nak else good]
+            server.reply = lambda good, siv, query, n: [kiss(query, b"NTSN") if nak else good]
             done = nts_run(authority, server.port, "-r", exchanges, "-t", 500, "-s", tmp_path, host=host)
             assert (done.returncode, server.sessions) == (status, sessions)
 
@@ -1292,7 +1266,6 @@ GOOD = NTPV4, SIV, COOKIE = (0x8001, b"\0\0"), (0x8004, b"\0\x0f"), (5, bytes(10
 @pytest.mark.parametrize("talk, words", [
     (drip, "timed out"), (lambda tls, grant: tls.sendall((NTS.HEAD.pack(99, 1000) + bytes(1000)) * 99),
                           "its answer never ends"),
-    (lambda tls, grant: time.sleep(2), "timed out"),
     (lambda tls, grant: None, "its answer is cut short|eof"),
     (lambda tls, grant: tls.sendall(grant[:-1]), "its answer is cut short|eof"),
     ([(0x8002, b"\0\0")], "it says: it does not know a critical record"),
@@ -1329,19 +1302,15 @@ def test_the_ntp_server_is_where_key_establishment_says_and_other_tls_is_refused
 
 
 @pytest.mark.parametrize("reply, words", [
-    (lambda host, siv, query, good: [bare_kiss(query, b"NTSN"), good], ""),
-    (lambda host, siv, query, good: [bare_kiss(query, b"RATE"), bare_kiss(query, b"DENY"), good],
-     "was not authentic"),
-    (lambda host, siv, query, good: [good[:-1] + bytes([good[-1] ^ 1]), good, good], "was not authentic"),
-    (lambda host, siv, query, good: [sealed_answer(siv, query, ntp_answer(query, stratum=0, refid=b"DENY"))],
-     "fatal: .*kiss-o'-death DENY"),
-    (lambda host, siv, query, good: [good] if len(host.used) == 1 else [
-        sealed_answer(siv, query, ntp_answer(query, stratum=0, refid=b"RATE"))],
-     "warning: .*kiss-o'-death RATE"),
-    (lambda host, siv, query, good: [good] if len(host.used) == 1 else [
-        sealed_answer(siv, query, ntp_answer(query, 2 * YEAR_SEC * 10**9))], "fatal: .*its certificate is"),
-    (lambda host, siv, query, good: [bare_kiss(query, b"NTSN")], "fatal: .*does not know our keys any more"),
-    (lambda host, siv, query, good: [ntp_answer(query)], "fatal: .*no usable answer")])
+    (lambda good, siv, query, n: [kiss(query, b"NTSN"), good], ""),
+    (lambda good, siv, query, n: [kiss(query, b"RATE"), kiss(query, b"DENY"), good], "was not authentic"),
+    (lambda good, *_: [good[:-1] + bytes([good[-1] ^ 1]), good, good], "was not authentic"),
+    (lambda good, siv, query, n: [kiss(query, b"DENY", siv)], "fatal: .*kiss-o'-death DENY"),
+    (lambda good, siv, query, n: [good if n == 1 else kiss(query, b"RATE", siv)], "warning: .*death RATE"),
+    (lambda good, siv, query, n: [good if n == 1 else sealed_answer(siv, query, ntp_answer(
+        query, 2 * YEAR_SEC * 10**9))], "fatal: .*its certificate is"),
+    (lambda good, siv, query, n: [kiss(query, b"NTSN")], "fatal: .*does not know our keys any more"),
+    (lambda good, siv, query, n: [ntp_answer(query)], "fatal: .*no usable answer")])
 def test_only_what_is_authentic_counts(reply, words, authority):
     with NtsHost(authority.good, reply=reply) as server:
         done = nts_run(authority, server.port, "-t", 300)
@@ -1352,7 +1321,7 @@ def test_only_what_is_authentic_counts(reply, words, authority):
 def test_a_week_of_hourly_marks_takes_one_key_establishment(authority, tmp_path, capfd):
     """One packet in ten is lost; a busy machine may lose some more."""
     rng = random.Random(SEED)
-    with NtsHost(authority.good, reply=lambda _, siv, query, good: [good] * (rng.random() > 0.1)) as server:
+    with NtsHost(authority.good, reply=lambda good, *_: [good] * (rng.random() > 0.1)) as server:
         words = nts_args(authority, server.port, "-s", tmp_path, "-r", 4, "-t", 50, "-v", 0)
         marks = [NTS.main(["ntsclock"] + words) for _ in range(7 * 24)]
     assert marks.count(0) > 150 and server.sessions == 1 and len(server.used) == 4 * 7 * 24
@@ -1364,7 +1333,7 @@ def test_a_killed_run_leaves_no_cookie_and_two_at_once_share_none(authority, tmp
         with process(command, stdout=subprocess.PIPE):
             until(lambda: server.used)
         assert not (tmp_path / "nts").exists()
-        server.reply = lambda host, siv, query, good: [good]
+        server.reply = lambda good, *_: [good]
         for count in (1, 4, 4):
             runs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
             assert [len(started.communicate()[0]) for started in runs] == [16] * count
@@ -1373,9 +1342,9 @@ def test_a_killed_run_leaves_no_cookie_and_two_at_once_share_none(authority, tmp
 
 SPOILT = {  # what is put in place of dir/nts
     "link": lambda path: (path.rename(str(path) + ".own"), path.symlink_to(str(path) + ".own")),
-    "fifo": lambda path: (path.unlink(), os.mkfifo(str(path), 0o600)),
-    "owner": lambda path: os.chown(str(path), 65534, -1),
-    "directory": lambda path: os.chown(str(path.parent), 65534, -1), "mode": lambda path: path.chmod(0o640),
+    "fifo": lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
+    "owner": lambda path: os.chown(path, 65534, -1),
+    "directory": lambda path: os.chown(path.parent, 65534, -1), "mode": lambda path: path.chmod(0o640),
     "empty": lambda path: path.write_text(""), "torn": lambda path: path.write_text(path.read_text()[:-7]),
     "endless": lambda path: path.write_text(path.read_text() * 999)}
 
@@ -1567,21 +1536,15 @@ def test_taiclockd_gives_each_query_of_a_flood_its_own_reply_and_does_not_grow(l
         assert sizes_kb[-1] <= sizes_kb[5] + 64
 
 
-@pytest.mark.parametrize("args", [(), ("-i", "127.0.0.1"), ("-r",)])
-def test_taiclockd_says_who_has_its_port(args):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
+@pytest.mark.parametrize("args, place", [((), "::"), (("-i", "127.0.0.1"), "127.0.0.1"), (("-r",), "::")])
+def test_taiclockd_says_who_has_its_port(args, place, monkeypatch):
+    with udp_socket() as sock:
         port = sock.getsockname()[1]
-        done = run("taiclockd", "-p", port, *args)
         who = ", which process %d has" % os.getpid() if os.path.exists("/proc/net/udp") else ""
-        assert (done.returncode, done.stdout, done.stderr) == (
-            111, b"", "taiclockd: fatal: unable to bind %s port %d%s: Address already in use\n" % (
-                "127.0.0.1" if "-i" in args else "::", port, who))
-        done = run("taiclockd", "-p", port, "-i", "no.invalid")  # that is not for want of a port
-        assert done.stderr.startswith("taiclockd: fatal: unable to bind no.invalid port %d: " % port)
-
-
-def test_taiclockd_names_the_user_of_another_users_process(monkeypatch):
+        refused(run("taiclockd", "-p", port, *args), "^taiclockd: fatal: unable to bind %s port %d%s: "
+                "Address already in use" % (place, port, who))
+        refused(run("taiclockd", "-p", port, "-i", "no.invalid"),  # that is not for want of a port
+                "^taiclockd: fatal: unable to bind no.invalid port %d: .*" % port)
     table = "sl local_address\n1: 00000000:0FAE 00000000:0000 07 0:0 0:0 0 1234 0 999999999\n"
     monkeypatch.setattr(SERVER, "open", lambda _: io.StringIO(table), raising=False)
     assert (SERVER.holders(4014), SERVER.holders(4015)) == (", which a process of user 1234 has", "")
@@ -1622,8 +1585,7 @@ def test_taiclockd_tells_each_reason_of_its_silence(monkeypatch, capfd):
                                    lambda sock: functools.partial(SERVER.answer_one, sock)))
 def test_taiclockd_is_silent_while_its_clock_is_not_set_and_rests_after_errors(maker, monkeypatch):
     pauses, clock = [], SERVER.Clock(False, 37)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
+    with udp_socket() as sock:
         sock.setblocking(False)
         answer = maker(sock)
         with client_of(sock.getsockname()[1]) as client:
@@ -1649,7 +1611,7 @@ def test_taiclockd_tells_its_counts_once_an_hour(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "ctypes", None)
     monkeypatch.setattr(SERVER, "answer_one", answer)
     monkeypatch.setattr(SERVER.time, "monotonic", lambda: now_sec[0])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, pytest.raises(StopIteration):
+    with udp_socket() as sock, pytest.raises(StopIteration):
         SERVER.serve([sock], None)
     assert capfd.readouterr().err == ("taiclockd: info: count: 52 answered, 4 ignored, 10 refused\n"
                                       "taiclockd: info: count: 1 answered, 1 ignored, 1 refused\n")
@@ -1657,8 +1619,7 @@ def test_taiclockd_tells_its_counts_once_an_hour(monkeypatch, capfd):
 
 def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
     inherit = "os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, socket.socket() as tcp:
-        sock.bind(("127.0.0.1", 0))
+    with udp_socket() as sock, socket.socket() as tcp:
         sock.setblocking(False)
         fd, tcp_fd = sock.fileno(), tcp.fileno()
         with taiclockd(lack=inherit % fd, pass_fds=[fd]) as server, client_of(server.port) as client:
@@ -1666,8 +1627,7 @@ def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
             exchange(client, [])
         done = subprocess.run(command_with(inherit % tcp_fd, "taiclockd"), pass_fds=[tcp_fd],
                               stderr=subprocess.PIPE)
-        assert (done.returncode, done.stderr) == (111, b"taiclockd: fatal: unable to take the sockets of "
-                                                       b"LISTEN_FDS: not all of them are UDP sockets\n")
+        assert done.returncode == 111 and done.stderr.endswith(b" not all of them are UDP sockets\n")
 
 
 def test_taiclockd_asks_the_kernel_where_it_can():
@@ -1735,21 +1695,16 @@ def test_no_floor_rises_only_to_find_a_mark_of_a_burst_wild():
         assert len(estimator.path.spreads) == count
 
 
-def test_a_spread_that_tells_nothing_is_no_worse_than_none():
-    errors = []
-    for spread_sec in (None, 0.02):
-        def noise(rng, index, exchanges, spread_sec=spread_sec):
-            return bench_all.normal(1e-3)(rng, index, exchanges)._replace(spread_sec=spread_sec)
-        errors.append(bench_all.simulate(SEED, 2, noise, bench_all.every(1024)).rms(bench_all.DAY / 2))
-    assert errors[1] < 1.1 * errors[0]
+def telling(spread_sec):
+    return lambda *args: bench_all.normal(1e-3)(*args)._replace(spread_sec=spread_sec)
 
 
-@pytest.mark.parametrize("index", (0, 1, 2))
-def test_estimator_recovers_from_a_wild_beginning(index):
-    noise = bench_all.normal(20e-6)
-    errors = [bench_all.simulate(SEED, 0.5, each, bench_all.every(1024)).rms(bench_all.DAY / 4)
-              for each in (noise, bench_all.wild(noise, 0.0, [index]))]
-    assert errors[1] < 2 * errors[0]
+@pytest.mark.parametrize("noise, worse, most", [(telling(None), telling(0.02), 1.1)] + [
+    (bench_all.normal(2e-5), bench_all.wild(bench_all.normal(2e-5), 0.0, [index]), 2) for index in range(3)])
+def test_neither_a_spread_that_tells_nothing_nor_a_wild_beginning_does_much_harm(noise, worse, most):
+    errors = [bench_all.simulate(SEED, 1, each, bench_all.every(1024)).rms(bench_all.DAY / 2)
+              for each in (noise, worse)]
+    assert errors[1] < most * errors[0]
 
 
 @functools.lru_cache(None)
@@ -1845,9 +1800,8 @@ def test_next_mark_is_monotone_and_exact(world):
     waits = [estimator.next_mark(tick_ns, target_ns) for target_ns in targets_ns]
     assert waits == sorted(waits) and waits[0] == 0 and waits[-1] > 10**6
     for target_ns, wait_sec in zip(targets_ns, waits):
-        if 0 < wait_sec < 1e8:
-            assert estimator.real(tick_ns + int((wait_sec - 2) * 1e9))[1] < target_ns
-            assert estimator.real(tick_ns + int((wait_sec + 2) * 1e9))[1] > target_ns * 0.999
+        before_ns, after_ns = (estimator.real(tick_ns + int((wait_sec + sec) * 1e9))[1] for sec in (-2, 2))
+        assert wait_sec in (0, 1e8) or before_ns < target_ns < after_ns / 0.999
     assert estimator.next_mark(tick_ns, float("nan")) == estimator.next_mark(tick_ns, -1) == 0
     assert estimator.next_mark(tick_ns, float("inf")) == 1e8
 
@@ -1902,32 +1856,32 @@ def some_states():
     return [(type(each), each.state()) for each in known]
 
 
+def feed(kind, one, tick_ns, off_ns=0):
+    """A mark, for an estimator or a bound."""
+    return one.mark(tick_ns, 18 * 10**17 + tick_ns + off_ns, 10**7, *[10**6] * (kind is bench_all.Bound))
+
+
 def test_states_go_on_to_the_last_bit():
     for kind, state in some_states():
         text = json.dumps(state)
         one, two = (kind.from_state(json.loads(text)) for _ in range(2))
         assert json.dumps(one.state()) == text
         for index in range(1, 5):
-            mark = 8 * 10**14 + index * 10**12, 18 * 10**17 + index * 10**12 + index % 2 * 10**5, 10**7, 10**6
             two = kind.from_state(json.loads(json.dumps(two.state())))
-            arguments = mark if kind is bench_all.Bound else mark[:3]
-            assert one.mark(*arguments) == two.mark(*arguments)
+            mark = 8 * 10**14 + index * 10**12, index % 2 * 10**5
+            assert feed(kind, one, *mark) == feed(kind, two, *mark)
         assert json.dumps(one.state()) == json.dumps(two.state())
 
 
 def damage(state, rng):
-    """Change or drop something at a random place."""
-    here = state
-    while here:
-        key = rng.choice(list(here) if isinstance(here, dict) else range(len(here)))
-        if not (isinstance(here[key], (dict, list)) and here[key]) or rng.random() < 0.15:
-            break
-        here = here[key]
-    if not here:
-        return
-    if rng.random() < 0.2:
+    """Change or drop something at a random depth."""
+    here, inner = {}, state
+    while inner and isinstance(inner, (dict, list)) and (not here or rng.random() > 0.15):
+        here, key = inner, rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        inner = here[key]
+    if here and rng.random() < 0.2:
         del here[key]
-    else:
+    elif here:
         here[key] = rng.choice([None, True, 0, 1, -1, 1e300, -1e300, 1e30, -1e30, float("nan"), float("inf"),
                                 10**400, "x", [], {}, [[]], [1, 2, 3], 1e-300, 10**19, 0.5, 186])
 
@@ -1946,18 +1900,16 @@ def test_a_hostile_state_is_a_value_error_or_does_no_harm():
             continue
         outcomes.add("taken")
         for tick_ns in (10**15, 10**15 + 1, 10**17):
-            mark = tick_ns, 18 * 10**17 + tick_ns, 10**7, 10**6
-            taken.mark(*(mark if kind is bench_all.Bound else mark[:3]))
+            feed(kind, taken, tick_ns)
         if kind is bench_all.Bound:
             assert taken.at(tick_ns)[0] <= taken.at(tick_ns)[1]
-            continue
-        if taken.has_phase():
-            assert taken.real(tick_ns)[1] >= 0 and len(taken.variance(tick_ns)) == 4
-        assert taken.rate()[1] >= 0 and min(taken.learned()) > 0 and abs(taken.rate_at(tick_ns)) <= 1000
-        assert taken.next_mark_plan(tick_ns, 1e6).wait_sec >= 64
+        else:
+            assert not taken.has_phase() or taken.real(tick_ns)[1] >= 0 and len(taken.variance(tick_ns)) == 4
+            assert taken.rate()[1] >= 0 and min(taken.learned()) > 0 and abs(taken.rate_at(tick_ns)) <= 1000
+            assert taken.next_mark_plan(tick_ns, 1e6).wait_sec >= 64
     assert outcomes == {"ValueError", "taken"}
-    for kind in (bench_all.Estimator, bench_all.Bound):
-        for state in (None, 1, "x", [], {}, float("nan")):
+    for state in (None, 1, "x", [], {}, float("nan")):
+        for kind in (bench_all.Estimator, bench_all.Bound):
             with pytest.raises(ValueError):
                 kind.from_state(state)
 
@@ -1970,29 +1922,21 @@ def test_real_time_is_within_the_bound_which_grows_slowly_in_the_dark(world):
     assert world or (run.widths[-1][1] - run.widths[-290][1]) / 2 < 15e-6 * 86400 / 10
 
 
-def test_the_bound_is_what_marks_prove_and_can_be_carried_on_by_its_formula():
+def test_the_bound_is_what_marks_prove():
+    """That its formula carries it on is tested with clockctl, which does that."""
     bound = bench_all.Bound()
     assert bound.at(5) is None and bound.coefficients() is None and bound.mark(5, 5, None, 1) == "refused"
     assert bound.mark(10**12, 10**18, 10**7, 10**6) == "used"
     assert bound.at(10**12) == (10**18 - 11 * 10**6, 10**18 + 11 * 10**6)
     assert bound.at(2 * 10**12)[1] - 10**18 == 10**12 + 11 * 10**6 + 10**9, "1000 ppm before a second mark"
-    for index in range(1, 100):
-        assert bound.mark(10**12 + index * 36 * 10**11, 10**18 + index * 36 * 10**11, 10**7, 10**6) == "used"
-    known = bound.coefficients()
-    for sec in (0, 3600, 86400, 10**6):
-        change_ppm = known["change_ppm"] * max(1, sec / 86400)**0.5
-        more_ns = sec * 1000 * min(known["fast_ppm"] + change_ppm, 1000)
-        latest_ns = bound.at(known["tick_ns"] + sec * 10**9)[1]
-        assert abs(latest_ns - known["latest_ns"] - sec * 10**9 - more_ns) < 2
 
 
 def test_a_mark_that_contradicts_the_bound_begins_it_anew_and_wider():
-    bound = bench_all.Bound()
-    outcomes = []
-    for tick_ns in range(36 * 10**11, 60 * 36 * 10**11, 36 * 10**11):
-        lie_ns = 10**10 if tick_ns == 50 * 36 * 10**11 else 0
-        outcomes.append(bound.mark(tick_ns, 10**18 + tick_ns + lie_ns, 10**7, 10**6))
-    assert [index for index, outcome in enumerate(outcomes, 1) if outcome == "restarted"] == [50, 51]
+    bound, outcomes = bench_all.Bound(), {}
+    for index in range(1, 60):
+        tick_ns, lie_ns = index * 36 * 10**11, 10**10 * (index == 50)
+        outcomes[index] = bound.mark(tick_ns, 10**18 + tick_ns + lie_ns, 10**7, 10**6)
+    assert [index for index in outcomes if outcomes[index] == "restarted"] == [50, 51]
     assert bound.allowed_ppm == 4 * bench_all.load("clockspeed").CHANGE_PPM
     bound.forget()
     assert bound.at(10**15) is None
@@ -2029,15 +1973,16 @@ HOUR_NS = 3600 * 10**9
 class FakeKernel:
     """A counter, a system clock and adjtimex() that behave as Linux's do; real time passes by sleep()."""
     START_NS = 1796000000 * 10**9
+    NEW = dict(freq=0, tick=10000, status=0x40, maxerror=16 * 10**6)
 
-    def __init__(self, ppm=0.0, behind_ns=0, bias_ppm=0.0, start_ns=START_NS, boot="boot-1"):
+    def __init__(self, ppm=0.0, behind_ns=0, bias_ppm=0.0, boot="boot-1"):
         self.ppm, self.boot = ppm, boot  # real seconds per counter second - 1
         self.bias_ppm = bias_ppm  # what the system clock gains unasked
-        self.tick, self.real, self.elapsed = 10**9, start_ns, 0.0
+        self.tick, self.real, self.elapsed = 10**9, self.START_NS, 0.0
         self.clock = float(-behind_ns)  # system clock minus real time
-        self.fields = dict(freq=0, tick=10000, status=0x40, maxerror=16 * 10**6, esterror=0, tai=0)
+        self.fields = dict(self.NEW, esterror=0, tai=0)
         self.slew_us = self.slewing_ns = self.slept_ns = 0
-        self.steps, self.denied = [], False
+        self.steps = []
         self.copied_ns = 0  # the worst clock that the kernel could have copied to the hardware clock
         self.set_in = 0  # after so many calls, if any, somebody sets the clock an hour ahead
 
@@ -2078,8 +2023,6 @@ class FakeKernel:
         return self.real + round(self.clock)
 
     def adjtimex(self, modes=0, **fields):
-        if modes and self.denied:
-            raise PermissionError(errno.EPERM, "Operation not permitted")
         self.read()
         assert not modes & 0x8000 or modes == 0x8001, "a single shot can't be combined"
         if modes == 0x8001:
@@ -2443,9 +2386,10 @@ def test_an_atto_of_the_c_clockspeed_is_taken_when_it_is_newer(simulate, tmp_pat
 
 def test_whatever_is_in_the_state_is_one_line_at_most(simulate):
     kernel = FakeKernel(ppm=5)
-    simulation, rng = simulate(kernel).settle(64, 541, last=SNTP.pack_quality(10**6, 0)), random.Random(SEED)
+    simulation = simulate(kernel).settle(64, 541, last=SNTP.pack_quality(10**6, 0))
     path = simulation.etc_path / "state"
-    good, text = json.loads(path.read_text()), path.read_bytes()
+    text = path.read_bytes()
+    good = json.loads(text)
     cases = [dict(good, **{name: value}) for name in good if name != "estimator"
              for value in (None, -1e28, 10**30, "x" * 200000, {"tick_ns": "x" * 1000}, True)]
     cases += [{key: good[key] for key in good if key != name} for name in good]
@@ -2454,13 +2398,8 @@ def test_whatever_is_in_the_state_is_one_line_at_most(simulate):
     cases += [dict(good, **{name: dict(good[name], more="x" * 10000)}) for name in ("marks", "last_mark")]
     cases = [json.dumps(case).encode() for case in cases] + [
         b"[" * 100000, b'{"a":' * 40000, b"", b"\0", b'{"version": ' + b"9" * 200000 + b"}"]
-    for _ in range(25):
-        data = bytearray(text)
-        for _ in range(rng.randrange(1, 9)):
-            data[rng.randrange(len(data))] = rng.choice(b'0123456789{}[]",:eE-nultrfas \0\xff')
-        cases.append(bytes(data if rng.random() < 0.7 else data[:rng.randrange(len(data))]))
     refused = 0
-    for data in cases:
+    for data in cases + list(mutants(random.Random(SEED), [text], 25)):
         path.write_bytes(data)
         again = simulate(kernel)
         warnings = again.said("clockspeed: warning: unable to use etc/state: ")
@@ -2471,33 +2410,23 @@ def test_whatever_is_in_the_state_is_one_line_at_most(simulate):
     assert refused > len(cases) * 0.6
 
 
-def test_a_clock_that_others_set_is_set_back_once_and_then_seldom(simulate):
+def test_a_clock_that_others_set_again_and_again_is_set_back_once_and_then_seldom(simulate):
     kernel = FakeKernel(ppm=3)
-    simulation = simulate(kernel).settle()
-    rate = simulation.daemon.estimator.rate()
-    kernel.set_clock(HOUR_NS)
-    simulation.run(60)
-    assert simulation.lines[-2:] == [
-        "moved: somebody set the system clock by +3600.000 s",
-        "step: the system clock by %+.9f s, back to the time of the marks; if it was meant, stop clockspeed "
-        "(svc -d) first" % kernel.steps[0]]
-    assert abs(kernel.clock) < 1e6 and simulation.daemon.estimator.rate() == rate, "it is no drift"
-    for _ in range(24 * 12):  # it insists
-        simulation.run(300)
+    simulation = simulate(kernel)
+    simulation.run(300)
+    kernel.set_clock(-HOUR_NS)
+    simulation.run(300)
+    assert kernel.clock == pytest.approx(-HOUR_NS, abs=1e7) and simulation.lines == [], "no mark has come"
+    simulation.settle()
+    del kernel.steps[:]
+    for _ in range(24 * 12):
         kernel.set_clock(HOUR_NS - round(kernel.clock))
+        simulation.run(300)
     assert len(kernel.steps) == 1 + 4, "after 1, 2, 4 and 8 hours"
     said = simulation.said("foreign: another program sets the system clock; one of the two must go")
     assert 20 <= len(said) <= 25
     simulation.run(2 * 86400)
     assert len(kernel.steps) == 6 and abs(kernel.clock) < 1e6, "it gave up"
-
-
-def test_before_the_first_mark_the_system_clock_is_taken_as_it_is(simulate):
-    simulation = simulate(FakeKernel())
-    simulation.run(300)
-    simulation.kernel.set_clock(-HOUR_NS)
-    simulation.run(300)
-    assert simulation.kernel.clock == pytest.approx(-HOUR_NS, abs=1e6) and simulation.lines == []
 
 
 def test_many_marks_at_once_are_a_few_and_one_line(simulate):
@@ -2516,17 +2445,17 @@ def test_many_marks_at_once_are_a_few_and_one_line(simulate):
 
 def test_a_kernel_that_refuses_is_said_once_and_survived(simulate):
     simulation = simulate(FakeKernel())
-    simulation.kernel.denied = True
-    simulation.settle(300, 300)
     for error in (OSError(errno.EPERM, "Operation not permitted"), struct.error("over 32 bits")):
-        def refuse(**_):
-            raise error
+        def refuse(modes=0, **_):
+            if modes:
+                raise error
+            return simulation.kernel.adjtimex()
         simulation.clock.adjtimex = refuse
+        simulation.settle(300, 300)
         simulation.daemon.step(1, "in a test")
     assert simulation.said("clockspeed: ") == [
-        "clockspeed: warning: unable to " + what for what in (
-            "steer the clock: Operation not permitted", "step the clock: Operation not permitted",
-            "step the clock: over 32 bits")]
+        "clockspeed: warning: unable to %s the clock: %s" % (what, why)
+        for why in ("Operation not permitted", "over 32 bits") for what in ("steer", "step")]
 
 
 def test_where_there_is_no_adjtimex_the_clock_is_nudged(monkeypatch):
@@ -2585,7 +2514,7 @@ def test_a_python_without_json_keeps_etc_atto_and_says_what_it_can_not_keep(simu
     monkeypatch.setitem(sys.modules, "json", None)
     simulation = simulate(FakeKernel(ppm=3)).settle()
     assert [line.partition(":")[0] for line in simulation.lines if "unable" in line] == 2 * ["clockspeed"]
-    assert os.listdir(str(simulation.etc_path)) == ["atto"]
+    assert os.listdir(simulation.etc_path) == ["atto"]
 
 
 # ==== clockspeed: the process =======================================================================
@@ -2603,7 +2532,7 @@ class Daemon:
     def __init__(self, home, *options, before=(), command=None, log=None):
         self.home, self.log = home, home.parent / "log"
         command = [*before, *without_the_right(command or command_of("clockspeed", *options, home))]
-        with open(str(self.log), "wb") as file:
+        with open(self.log, "wb") as file:
             self.process = subprocess.Popen(command, stdout=log or file, stderr=log or file, env=UTC_ENV)
 
     def text(self):
@@ -2619,8 +2548,7 @@ class Daemon:
         return sum(json.loads(status)["marks"].values()) if status else -1
 
     def write(self, data=CS.pack(0)):
-        with open(str(self.home / "adjust"), "wb", buffering=0) as fifo:
-            fifo.write(data)
+        (self.home / "adjust").write_bytes(data)
 
     def mark(self, ns=0):
         """Write a mark, and wait until it is taken."""
@@ -2630,8 +2558,7 @@ class Daemon:
         until(lambda: self.marks() > before)
 
     def proc(self, name):
-        with open("/proc/%d/%s" % (self.process.pid, name)) as file:
-            return file.read()
+        return pathlib.Path("/proc", str(self.process.pid), name).read_text()
 
     def end(self, number=signal.SIGTERM):
         """The exit status; it takes a second at most, on a machine that is not busy."""
@@ -2665,7 +2592,7 @@ def test_clockspeed_learns_from_its_fifo_and_term_or_int_ends_it_with_0(daemon):
         process = daemon("-n")
         assert process.text().startswith("start: observing, CLOCK_MONOTONIC_RAW, scale utc, rate ")
         assert process.text().endswith(", %s\n" % source) and process.proc("comm") == "clockspeed\n"
-        assert os.lstat(str(process.home / "adjust")).st_mode == stat.S_IFIFO | 0o600
+        assert os.lstat(process.home / "adjust").st_mode == stat.S_IFIFO | 0o600
         for count in range(1, 4):  # real time gains 50 ppm: 50 us in a second
             process.mark(count * 50000)
             assert "offset +0.000%d" % (count * 50) in process.text().replace("0.00005", "0.00050")
@@ -2695,7 +2622,7 @@ def test_kill_9_at_any_moment_of_a_write_leaves_the_old_file_or_the_new_one(tmp_
             home.replace("state", b"new" * 1001)
         seen.add(home.read("state"))
     assert [real.__name__ for real in calls] == ["unlink", "open", "fchmod", "fsync", "rename", "fsync"]
-    assert seen == {b"old" * 1000, b"new" * 1001} and os.listdir(str(tmp_path / "etc")) == ["state"]
+    assert seen == {b"old" * 1000, b"new" * 1001} and os.listdir(tmp_path / "etc") == ["state"]
 
 
 def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
@@ -2703,35 +2630,35 @@ def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path):
     victim.write_bytes(b"precious")
     for name in ("status.tmp", "state"):
         (tmp_path / "etc" / name).symlink_to(victim)
-    os.mkfifo(str(tmp_path / "etc" / "atto"))
+    os.mkfifo(tmp_path / "etc" / "atto")
     home.replace("status", b"new")
     assert victim.read_bytes() == b"precious" and home.read("status") == b"new" and home.read("atto") == b""
     with pytest.raises(OSError):
         home.read("state")
 
 
-@pytest.mark.parametrize("make, home, options, env, said", [
-    (None, "none", [], {}, "use HOME/none/etc (a directory, not a link.*): No such file or directory"),
-    (None, "file", [], {}, "use HOME/file/etc (a directory, not a link.*): Not a directory"),
-    (None, "link", [], {}, "use HOME/link/etc (a directory, not a link.*): Not a directory"),
-    (None, "", ["-u", "no-such-user"], {}, "become no-such-user: there is no such user"),
-    (None, "", ["-u", ""], {}, "become : there is no such user"),
-    (None, "", ["-w", "no-such-user"], {}, "give adjust to no-such-user: there is no such user"),
-    (None, "", [], {"CLOCK_SCALE": "gps"}, "start: CLOCK_SCALE is neither utc nor tai"),
-    (None, "", [], {"CLOCK_ERROR": "10 apples"}, "start: CLOCK_ERROR is not a time like 0.010 or 10ms"),
-    (lambda home: CS.Home(home).lock(), "", [], {}, "lock HOME/etc: another clockspeed is running there"),
-    (lambda home: CS.Home(home).open_adjust(), "", [], {}, "read adjust: another program reads adjust.*")])
-def test_what_can_not_work_is_a_clear_line(tmp_path, make, home, options, env, said):
+@pytest.mark.parametrize("home, options, env, said", [
+    ("none", [], {}, "use HOME/none/etc \\(a directory, not a link.*\\): No such file or directory"),
+    ("file", [], {}, "use HOME/file/etc \\(a directory, not a link.*\\): Not a directory"),
+    ("link", [], {}, "use HOME/link/etc \\(a directory, not a link.*\\): Not a directory"),
+    ("home", ["-u", "no-such-user"], {}, "become no-such-user: there is no such user"),
+    ("home", ["-u", ""], {}, "become : there is no such user"),
+    ("home", ["-w", "no-such-user"], {}, "give adjust to no-such-user: there is no such user"),
+    ("home", [], {"CLOCK_SCALE": "gps"}, "start: CLOCK_SCALE is neither utc nor tai"),
+    ("home", [], {"CLOCK_ERROR": "10 apples"}, "start: CLOCK_ERROR is not a time like 0.010 or 10ms"),
+    ("locked", [], {}, "lock HOME/locked/etc: another clockspeed is running there"),
+    ("read", [], {}, "read adjust: another program reads adjust.*")])
+def test_what_can_not_work_is_a_clear_line(tmp_path, home, options, env, said):
     (tmp_path / "file").write_text("")
-    for name in ("link", "victim"):
+    for name in ("home", "link", "victim", "locked", "read"):
         (tmp_path / name).mkdir()
     (tmp_path / "link" / "etc").symlink_to(tmp_path / "victim")
-    if make:
-        make(str(tmp_path))  # and keep it open
-    done = run("clockspeed", "-n", *options, tmp_path / home, **env)
-    assert (done.returncode, done.stdout) == (111, b"") and not os.listdir(str(tmp_path / "victim"))
-    said = re.escape(said).replace("HOME", re.escape(str(tmp_path))).replace(r"\.\*", ".*")
-    assert re.fullmatch("clockspeed: fatal: unable to %s\n" % said, done.stderr)
+    locked, read = (CS.Home(str(tmp_path / name)) for name in ("locked", "read"))
+    locked.lock()
+    read.open_adjust()
+    refused(run("clockspeed", "-n", *options, tmp_path / home, **env),
+            "^clockspeed: fatal: unable to %s" % said.replace("HOME", re.escape(str(tmp_path))))
+    assert not os.listdir(tmp_path / "victim")
 
 
 @pytest.mark.parametrize("text, error_ns", [
@@ -2748,10 +2675,10 @@ def test_the_error_to_be_kept(text, error_ns, monkeypatch):
 def test_what_is_no_fifo_is_named_and_let_alone(daemon, make):
     adjust = daemon.home / "adjust"
     make(adjust)
-    before = os.lstat(str(adjust))
+    before = os.lstat(adjust)
     process = daemon("-n", wait_for="unable to read adjust: it is not a FIFO; remove it: rm -r %s\n" % adjust)
     process.wait_for("start: ")
-    assert process.end() == 0 and os.lstat(str(adjust)) == before
+    assert process.end() == 0 and os.lstat(adjust) == before
     assert not (process.home / "elsewhere").exists()
 
 
@@ -2763,8 +2690,7 @@ def test_a_fifo_that_is_deleted_or_replaced_is_found_again(tmp_path):
             renew()
         for _ in range(2):
             home.open_adjust()
-            with open(home.adjust, "wb", buffering=0) as writer:
-                writer.write(b"0123456789abcdef")
+            pathlib.Path(home.adjust).write_bytes(b"0123456789abcdef")
         assert home.packets() == [b"0123456789abcdef"] * 2 and home.packets() == []
     with open(home.adjust, "wb", buffering=0) as writer:
         writer.write(b"0123456789abcdef?")
@@ -2788,11 +2714,11 @@ def test_clockspeed_becomes_its_user_gives_only_its_own_away_and_keeps_no_more_t
     (etc / "passwd").write_text("")
     said = "fatal: unable to give %s to nobody: it holds 'passwd', so it is not clockspeed's own\n"
     process = daemon("-u", "nobody", "-w", "daemon", wait_for=said % etc)
-    assert process.process.wait(30) == 111 and os.stat(str(etc)).st_uid == 0
+    assert process.process.wait(30) == 111 and os.stat(etc).st_uid == 0
     (etc / "passwd").unlink()
     for name in ("atto", "state.tmp", "kisses", "leap"):  # also an earlier version's, and another user's
         (etc / name).write_text("")
-    os.chown(str(etc), 4711, -1)
+    os.chown(etc, 4711, -1)
     for _ in range(2):
         process = daemon("-u", "nobody", "-w", "daemon")
         status = dict(line.split(":\t", 1) for line in process.proc("status").splitlines() if ":\t" in line)
@@ -2802,7 +2728,7 @@ def test_clockspeed_becomes_its_user_gives_only_its_own_away_and_keeps_no_more_t
         assert "clockspeed: warning: unable to steer the clock: Operation not permitted\n" in process.text()
         process.mark()
         assert process.end() == 0
-        owners = [os.stat(str(process.home / name)).st_uid for name in (".", "adjust", "etc", "etc/state")]
+        owners = [os.stat(process.home / name).st_uid for name in (".", "adjust", "etc", "etc/state")]
         assert owners == [0, writer, nobody.pw_uid, nobody.pw_uid]
 
 
@@ -2824,8 +2750,7 @@ def test_a_deleted_fifo_that_only_root_can_make_again_ends_it(daemon):
     process = daemon(command=[sys.executable, "-IS", "-c", script, str(daemon.home)])
     (daemon.home / "adjust").unlink()
     assert process.process.wait(30) == 111
-    assert process.text().endswith("clockspeed: fatal: unable to run: adjust is another user's, or gone where"
-                                   " only root can make it\n")
+    assert process.text().endswith(" adjust is another user's, or gone where only root can make it\n")
 
 
 @needs_root
@@ -2833,10 +2758,10 @@ def test_a_deleted_fifo_that_only_root_can_make_again_ends_it(daemon):
 def test_a_read_only_file_system_is_said_and_no_reason_to_stop(daemon, owner):
     if subprocess.run(["unshare", "-m", "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("no mount namespaces")
-    os.mkfifo(str(daemon.home / "adjust"))
+    os.mkfifo(daemon.home / "adjust")
     (daemon.home / "etc").mkdir()
     for name in ("adjust", "etc"):
-        os.chown(str(daemon.home / name), pwd.getpwnam(owner).pw_uid, -1)
+        os.chown(daemon.home / name, pwd.getpwnam(owner).pw_uid, -1)
     mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
     process = daemon("-u", "nobody", before=["unshare", "-m", "sh", "-c", mount, str(daemon.home)],
                      wait_for="warning: unable to write etc/status: Read-only file system")
@@ -2849,20 +2774,18 @@ def test_a_read_only_file_system_is_said_and_no_reason_to_stop(daemon, owner):
 def test_a_log_that_takes_no_more_blocks_nothing(daemon):
     """The log's reader hangs, as on a full disk, and the pipe is full."""
     reader, writer = os.pipe()
-    process = daemon("-n", log=writer, wait_for="")
-    until(lambda: select.select([reader], [], [], 0)[0])
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"x" * 4096)
-    os.set_blocking(writer, True)
-    process.mark()
-    process.mark()
-    assert daemon("-n", log=writer, wait_for="").process.wait(10) == 111, "there is one already"
-    os.read(reader, 65536)
-    assert process.end() == 0 and re.search(rb"lost: [2-9] lines\nstop: ", os.read(reader, 65536))
-    os.close(reader)
-    os.close(writer)
+    with open(reader, "rb", 0) as log, open(writer, "wb", 0) as full:
+        process = daemon("-n", log=writer, wait_for="")
+        until(lambda: select.select([log], [], [], 0)[0])
+        os.set_blocking(writer, False)
+        while full.write(b"x" * 4096):
+            pass
+        os.set_blocking(writer, True)
+        process.mark()
+        process.mark()
+        assert daemon("-n", log=writer, wait_for="").process.wait(10) == 111, "there is one already"
+        log.read(65536)
+        assert process.end() == 0 and re.search(rb"lost: [2-9] lines\nstop: ", log.read(65536))
 
 
 def test_what_was_lost_is_counted_in_the_next_line_that_can_be_written():
@@ -2882,18 +2805,15 @@ def test_what_was_lost_is_counted_in_the_next_line_that_can_be_written():
 
 @pytest.mark.parametrize("sizes, some", [((1, 16, 17, 512, 4096, 65536), 10**5), ((1, 17), 10**3)])
 def test_many_marks_keep_it_from_nothing(daemon, sizes, some):
-    process, rng = daemon("-n"), random.Random(SEED)
-    fd = os.open(str(process.home / "adjust"), os.O_WRONLY | os.O_NONBLOCK)
-    end, written = time.monotonic() + 2.5, 0
-    while time.monotonic() < end:
-        size = rng.choice(sizes)
-        with contextlib.suppress(BlockingIOError):
-            written += os.write(fd, CS.pack(rng.randrange(-10**15, 10**15)) * (size // 16) + bytes(size % 16))
-        time.sleep(0.001)
-    begin = time.monotonic()
-    assert process.end() == 0 and time.monotonic() - begin < 5 and written > some
+    process, rng, written, end_sec = daemon("-n"), random.Random(SEED), 0, time.monotonic() + 2.5
+    with open(os.open(process.home / "adjust", os.O_WRONLY | os.O_NONBLOCK), "wb", 0) as fifo:
+        while time.monotonic() < end_sec:
+            size = rng.choice(sizes)
+            packet = CS.pack(rng.randrange(-10**15, 10**15))
+            written += fifo.write(packet * (size // 16) + bytes(size % 16)) or 0
+            time.sleep(0.001)
+        assert process.end() == 0 and written > some
     assert (16 in sizes) <= process.text().count("mark: ") <= 30 and process.text().count("\n") < 80
-    os.close(fd)
 
 
 @pytest.mark.parametrize("closed", (">&-", "2>&-", "<&- >&- 2>&-"))
@@ -2904,10 +2824,6 @@ def test_closed_descriptors_are_no_reason_to_end(daemon, closed):
 
 
 # ==== bad days ======================================================================================
-
-def alone(simulation):
-    simulation.run(30 * 86400)
-
 
 def back(days):
     """The server is back after so many days, and 3 s off; it is its time that counts."""
@@ -2925,17 +2841,13 @@ def wild(simulation):
         simulation.settle(3600, 3600, 3600)
 
 
-def moved(sec):
+def moved(*secs, may_step=True):
     def live(simulation):
-        simulation.kernel.set_clock(round(sec * 1e9))
-        simulation.run(1200)
+        simulation.daemon.may_step = may_step
+        for sec in secs:
+            simulation.kernel.set_clock(round(sec * 1e9))
+            simulation.run(1200)
     return live
-
-
-def never_stepped(simulation):
-    simulation.daemon.may_step = False
-    moved(0.4)(simulation)
-    moved(3600)(simulation)
 
 
 def set_and_marked(simulation):
@@ -2947,24 +2859,16 @@ def set_and_marked(simulation):
     simulation.settle(60, 60, 60, 60)
 
 
-def stopped(sec, suspended):
+def stopped(sec, suspended=False, ppm=0, counter_ns=0):
+    """The clock stands still, unless the hardware clock sets it right, but for 0.4 s, after a suspend."""
     def live(simulation):
-        simulation.kernel.pass_by(sec, suspended)
-        simulation.kernel.clock -= 4e8 * suspended  # the hardware clock's
-        simulation.settle(*[541] * 5)
+        kernel = simulation.kernel
+        kernel.pass_by(sec, suspended)
+        kernel.clock -= 4e8 * suspended
+        kernel.ppm += ppm
+        kernel.tick += counter_ns
+        simulation.settle(*[541] * 7)
     return live
-
-
-def restored(simulation):
-    simulation.kernel.tick -= 2 * HOUR_NS
-    simulation.run(60)
-    simulation.settle(541, 541)
-
-
-def migrated(simulation):
-    simulation.kernel.ppm -= 55
-    simulation.kernel.pass_by(0.2, suspended=False)
-    simulation.settle(*[541] * 7)
 
 
 def rival(simulation):
@@ -2985,7 +2889,7 @@ def full_disk(simulation):
 # What happens to a clockspeed that has learned; what lives through it; the lines of the log besides marks,
 # with ... for anything; how many s the clock is off at most when it is over.  NOTES.md has the same rows.
 BAD_DAYS = (
-    ("the server is silent for a month", alone, (), 0.01),
+    ("the server is silent for a month", lambda simulation: simulation.run(30 * 86400), (), 0.01),
     ("the server is back after a day, 3 s off", back(1), ("slew: +3.0... s will take ...",), 0.01),
     ("the server is back after a month, 3 s off", back(30), ("slew: +3.0... s will take ...",), 0.01),
     ("one mark of four is wild", wild, (), 0.001),
@@ -2997,12 +2901,13 @@ BAD_DAYS = (
       "step: the system clock by +63113... s, back to the time of the marks; ..."), 0.001),
     ("suspended for a night", stopped(8 * 3600, True),
      ("suspend: the counter stood still for 8 h; a mark is wanted", "slew: +0.4... s will take ..."), 0.001),
-    ("virtual machine paused for 0.3 s", stopped(0.3, False), ("slew: +0.3... s will take 10 min; ...",),
+    ("virtual machine paused for 0.3 s", stopped(0.3), ("slew: +0.3... s will take 10 min; ...",),
      0.001),
-    ("virtual machine paused for a minute", stopped(60, False), ("slew: +... s will take 3... h; ...",), 60),
-    ("restored from a snapshot, the counter goes back", restored,
+    ("virtual machine paused for a minute", stopped(60), ("slew: +... s will take 3... h; ...",), 60),
+    ("restored from a snapshot, the counter goes back", stopped(0, counter_ns=-7140 * 10**9),
      ("counter: it went back by 1... min, as in a machine that is restored from a snapshot; ...",), 0.001),
-    ("virtual machine migrated, 55 ppm and 0.2 s", migrated, ("slew: +... s will take ...",), 0.01),
+    ("virtual machine migrated, 55 ppm and 0.2 s", stopped(0.2, ppm=-55),
+     ("slew: +... s will take ...",), 0.01),
     ("another program sets the frequency", rival,
      ("foreign: another program sets the clock's frequency; one of the two must go",), 0.1),
     ("the disk is full", full_disk,
@@ -3010,7 +2915,7 @@ BAD_DAYS = (
       "clockspeed: warning: unable to write etc/status: No space left on device"), 0.001),
 )
 SIMILAR_DAYS = (
-    ("an hour off under -S", never_stepped,
+    ("an hour off under -S", moved(0.4, 3600, may_step=False),
      ("moved: somebody set the system clock by +0.400 s", "slew: -0.4... s will take 13.3 min; ...",
       "moved: somebody set the system clock by +3600.000 s", "slew: -3... s will take 83.3 d; ..."), 3600),
     ("not even half a second off", moved(0.4),
@@ -3041,15 +2946,6 @@ def test_a_bad_day(event, live, said, off_sec, simulate, monkeypatch):
     assert len(kernel.steps) == sum(text.startswith("step: ") for text in said)
 
 
-@pytest.mark.parametrize("turn_sec", (2**32 - 2208988800, 2**31, 2**32))  # 2036-02-07, 2038-01-19, 2106-02-07
-def test_clockspeed_across_the_turns_of_32_bits(simulate, turn_sec):
-    kernel = FakeKernel(ppm=20, start_ns=(turn_sec - 7200) * 10**9)
-    simulation = simulate(kernel).settle(*[1800] * 6)
-    assert simulation.daemon.marks["used"] == 6
-    assert kernel.clock_ns() > turn_sec * 10**9 and abs(kernel.clock) < 1e5
-    assert simulate(kernel).source == "phase and rate of etc/state"
-
-
 @pytest.mark.long
 def test_a_year_of_restarts_reboots_lost_and_wild_marks(simulate, monkeypatch):
     """The error is what was told, and nothing grows."""
@@ -3066,7 +2962,7 @@ def test_a_year_of_restarts_reboots_lost_and_wild_marks(simulate, monkeypatch):
         if what < 0.01:
             kernel.boot += "'"
             kernel.clock += rng.gauss(0, 3e8)
-            kernel.fields.update(freq=0, tick=10000, status=0x40, maxerror=16 * 10**6)
+            kernel.fields.update(kernel.NEW)
         if what < 0.06:
             simulation = simulate(kernel, target_ns=10**7)
         if what > 0.1:
@@ -3104,24 +3000,22 @@ class Host:
         self.env = dict(UTC_ENV, CLOCKSPEED_CONF=self.conf, LC_ALL="C.UTF-8")
 
     def write(self, name, text, mode=0o644):
-        with open(os.path.join(self.home, name), "w") as file:
-            file.write(text)
-        os.chmod(os.path.join(self.home, name), mode)
+        path = pathlib.Path(self.home, name)
+        path.write_text(text)
+        path.chmod(mode)
 
     def configure(self, text):
         self.write("conf", "CLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\n%s" % (self.home, self.bin, text))
 
     def stand_in(self, name, answer=b"", ours=True, then="exit 0"):
         """A program that notes its arguments and answers; one of ours knows --version."""
-        with open(os.path.join(self.bin, name + ".answer"), "wb") as file:
-            file.write(answer)
+        pathlib.Path(self.bin, name + ".answer").write_bytes(answer)
         version = "echo %s 2026.11; exit" % name if ours else "exit 100"
         self.write("bin/" + name, '#!/bin/sh\n[ "$1" = --version ] && { %s; }\necho "%s:$*" >>%s\n'
                    "cat $0.answer\n%s\n" % (version, name, self.asked, then), 0o755)
 
     def lines(self):
-        with open(self.asked) as file:
-            return file.read().replace(self.home, "HOME").splitlines()
+        return pathlib.Path(self.asked).read_text().replace(self.home, "HOME").splitlines()
 
     def status(self, **changes):
         self.write("etc/status", json.dumps(a_status(**changes)))
@@ -3236,9 +3130,9 @@ def test_only_a_configuration_that_is_not_there_is_done_without(host, monkeypatc
 
 @contextlib.contextmanager
 def reading(path):
-    """What is read from a FIFO at once."""
-    with open(os.open(path, os.O_RDWR | os.O_NONBLOCK), "rb", 0) as fifo:
-        yield lambda: fifo.read(100) or b""
+    """A FIFO that somebody reads, as this file."""
+    with open(os.open(path, os.O_RDWR | os.O_NONBLOCK), "r+b", 0) as fifo:
+        yield fifo
 
 
 MARKED = "mark: offset -0.003200000 s from "
@@ -3266,9 +3160,9 @@ def test_what_a_mark_asks_of_whom(host, conf, changes, said, asked):
     host.stand_in("taiclock", MARK[:12], ours=False)
     host.stand_in("ntsclock", MARK)
     changes is None or host.status(**changes)
-    with reading(host.adjust) as read:
+    with reading(host.adjust) as fifo:
         assert host.says("mark") == said and host.lines() == [asked] * bool(asked)
-        assert read() == (b"" if not asked else MARK[:12] + bytes(4) if "tai" in asked else MARK)
+        assert fifo.read(100) == (None if not asked else MARK[:12] + bytes(4) if "tai" in asked else MARK)
 
 
 @pytest.mark.parametrize("answer, then, said", [
@@ -3277,17 +3171,15 @@ def test_what_a_mark_asks_of_whom(host, conf, changes, said, asked):
     (b"\xff" * 16, "", "use the answer of HOME/bin/sntpclock: not a TAI64NA packet"),
     (MARK, "echo the client says why >&2; exit 1", "the client says why"),
     (MARK, "kill -KILL $$", "run HOME/bin/sntpclock: signal 9 ended it")])
-def test_no_answer_is_a_line_and_no_mark(host, answer, then, said):
-    host.stand_in("sntpclock", answer, then=then)
-    with reading(host.adjust) as read:
-        assert host.says("mark") == said and read() == b""
-
-
-def test_a_fifo_that_is_full_is_said(host):
-    with open(os.open(host.adjust, os.O_RDWR | os.O_NONBLOCK), "wb", 0) as fifo:
+def test_no_answer_is_a_line_and_no_mark_and_so_is_a_full_fifo(host, answer, then, said):
+    with reading(host.adjust) as fifo:
         while fifo.write(bytes(4096)):
             pass
         assert host.says("mark") == "write HOME/adjust: Resource temporarily unavailable"
+        while fifo.read(4096):
+            pass
+        host.stand_in("sntpclock", answer, then=then)
+        assert host.says("mark") == said and fifo.read(100) is None
 
 
 @pytest.mark.parametrize("ns, last, words", [
@@ -3302,15 +3194,13 @@ def test_view_shows_clockviews_lines_and_one_in_words(host, ns, last, words):
 
 def test_set_asks_for_any_offset_and_says_first_that_it_may_not(host, monkeypatch, capfd):
     host.stand_in("clockadd")
-    command = without_the_right(command_of("clockctl", "set"))
-    done = subprocess.run(command, stderr=subprocess.PIPE, env=host.env)
-    assert (done.returncode, done.stderr, host.lines()) == (
-        111, b"clockctl: fatal: unable to set the clock: this process has no right to; run it as root\n", [])
+    assert host.says("set") == "set the clock: this process has no right to; run it as root"
+    assert host.lines() == []
     monkeypatch.setattr(CTL, "may_set_clock", lambda: True)
     monkeypatch.setattr(CTL, "CONF", host.conf)
-    with reading(host.adjust) as read:
+    with reading(host.adjust) as fifo:
         assert CTL.main(["clockctl", "set"]) == 0
-        assert CTL.unpack(read()) == (0, CTL.unpack(MARK)[1])  # the clock is right now
+        assert CTL.unpack(fifo.read(100)) == (0, CTL.unpack(MARK)[1])  # the clock is right now
     assert capfd.readouterr().out == "set: clock stepped by -0.003200000 s, as ntp 192.0.2.1 has it\n"
     assert host.lines() == ["sntpclock:-l 0 -- 192.0.2.1", "clockadd:"]
 
@@ -3347,27 +3237,25 @@ def test_a_signal_ends_the_client_that_is_just_being_started_too(host, monkeypat
     monkeypatch.setattr(CTL.pwd, "getpwnam", lambda name: pwd.struct_passwd((name, "", 7, 7, "", "", "")))
     for name, stand_in in (("setgroups", setgroups), ("setgid", int), ("setuid", int)):
         monkeypatch.setattr(os, name, stand_in)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        with pytest.raises(SystemExit):
+    child = os.fork()  # which has one thread, as clockctl: another one would take the signal
+    if not child:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
             CTL.output_of(["sleep", "60"], {})
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        except SystemExit as end:
+            os._exit(end.code)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 143 << 8
     pid, = host.lines()
     assert not os.path.exists("/proc/" + pid)
 
 
 def test_atto_shows_the_rate(host):
     assert host.says("atto") == "atto: not known yet; clockspeed writes it when it has two marks\n"
-    with open(host.home + "/etc/atto", "wb") as file:
-        file.write(ADD.pack(1, 50000))
+    pathlib.Path(host.home, "etc/atto").write_bytes(ADD.pack(1, 50000))
     assert host.says("atto") == "atto: 0.000000001000050000 s per tick, rate +50.000 ppm\n"
     assert CTL.read_foreign(host.home + "/etc/atto", 16) == ADD.pack(1, 50000)
-
-
-def endless(path):
-    with open(path, "wb") as file:
-        file.truncate(1 << 40)
 
 
 IRREGULAR = "it is not a regular file of at most 65536 bytes"
@@ -3381,7 +3269,8 @@ def test_what_others_planted_is_a_line_and_never_waited_for(host, command, name,
     path = os.path.join(host.home, name)
     os.unlink(host.adjust)
     assert host.says("mark") == "write HOME/adjust: no clockspeed is reading it"
-    for plant, said in ((os.mkfifo, fifo), (os.mkdir, "Is a directory"), (endless, file),
+    for plant, said in ((os.mkfifo, fifo), (os.mkdir, "Is a directory"),
+                        (lambda path: open(path, "wb").truncate(1 << 40), file),
                         (lambda path: os.symlink("/dev/zero", path), "Too many levels of symbolic links")):
         plant(path)
         assert re.fullmatch("(read|write) HOME/%s: %s" % (name, said), host.says(command))
@@ -3551,15 +3440,13 @@ def test_check_and_graph_are_run_from_beside_it(host):
 
 @pytest.mark.skipif(os.path.exists("/usr/local/etc/clockspeed.conf"), reason="there is a configuration here")
 def test_without_modules_that_python3_minimal_lacks_it_does_what_it_can(host):
-    code = ("import sys, runpy; sys.modules.update(dict.fromkeys(('json', 'ctypes', 'difflib', 'shutil'))); "
-            "sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
-    env = dict(UTC_ENV, CLOCKSPEED_HOME=host.home, CLOCKSPEED_BIN=host.bin, CLOCK_IP="192.0.2.1")
+    code = "sys.modules.update(dict.fromkeys(('json', 'ctypes', 'difflib', 'shutil')))"
+    env = dict(CLOCKSPEED_HOME=host.home, CLOCKSPEED_BIN=host.bin, CLOCK_IP="192.0.2.1")
     host.status()
-    for args, status, said in ((["view"], 0, ""), (["statsu"], 100, "usage: .*"), (["atto"], 0, ""),
-                               (["status"], 111, ".*json.*")):
-        done = subprocess.run([sys.executable, "-IS", "-c", code, path_of("clockctl")] + args, env=env,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert done.returncode == status and re.fullmatch("(clockctl: %s\n)?" % said, done.stderr.decode())
+    for command, status, said in (("view", 0, ""), ("statsu", 100, "usage: .*"), ("atto", 0, ""),
+                                  ("status", 111, ".*json.*")):
+        done = run("clockctl", command, code=code, **env)
+        assert done.returncode == status and re.fullmatch("(clockctl: %s\n)?" % said, done.stderr)
 
 
 TRIED = """#!%s
@@ -3600,16 +3487,15 @@ def test_try_shows_what_clockspeed_makes_of_the_answers(trying, capfd):
 
 
 @pytest.mark.parametrize("then, status, said", [
-    ('echo "sntpclock: fatal: no such host" >&2; exit 111', 111, b"sntpclock: fatal: no such host\n"),
-    ("sleep 0.5; kill -INT $PPID; exec sleep 3571", 130, b""),
-    ("sleep 0.5; kill -TERM $PPID; exec sleep 3571", 143, b""),
-    ("sleep 0.5; kill -HUP $PPID; exec sleep 3571", 129, b"")])
+    ('echo "sntpclock: fatal: no such host" >&2; exit 111', 111, b"sntpclock: fatal: no such host\n")] + [
+    ("cat; kill -%d $PPID; exec sleep 3571" % number, 128 + number, b"")  # cat ends once it is waited for
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)])
 def test_a_try_ends_with_all_that_it_started_by_a_failure_or_signal(trying, then, status, said):
     shutil.copy(path_of("clockctl"), trying.bin)
     trying.stand_in("sntpclock", then="echo $$ >>%s; %s" % (trying.asked, then))
-    done = subprocess.run([sys.executable, "-IS", trying.bin + "/clockctl", "try", "ntp:192.0.2.9"],
-                          stderr=subprocess.PIPE, env=dict(trying.env, TMPDIR=trying.home + "/mark"))
-    assert (done.returncode, done.stderr) == (status, said)
+    with process([sys.executable, "-IS", trying.bin + "/clockctl", "try", "ntp:192.0.2.9"],
+                 stderr=subprocess.PIPE, env=dict(trying.env, TMPDIR=trying.home + "/mark")) as tried:
+        assert tried.communicate(timeout=PATIENCE_SEC) == (None, said) and tried.returncode == status
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_MONOTONIC_RAW"), reason="no CLOCK_MONOTONIC_RAW")
@@ -3808,16 +3694,13 @@ def test_who_can_change_what_root_runs(uid, mode, level):
 
 
 def test_whether_marks_are_read_from_the_fifo(tmp_path):
-    path = str(tmp_path / "adjust")
-    assert CHECK.is_read(path) is False
-    (tmp_path / "adjust").touch()
-    assert CHECK.is_read(path) is False
-    os.unlink(path)
-    os.mkfifo(path)
-    os.symlink(path, path + ".link")
-    assert CHECK.is_read(path) is False
-    with reading(path):
-        assert CHECK.is_read(path) is True and CHECK.is_read(path + ".link") is False
+    fifo, link, file = (str(tmp_path / name) for name in ("fifo", "link", "file"))
+    os.mkfifo(fifo)
+    os.symlink(fifo, link)
+    (tmp_path / "file").touch()
+    assert not any(map(CHECK.is_read, (fifo, file, str(tmp_path / "none"))))
+    with reading(fifo):
+        assert CHECK.is_read(fifo) is True and CHECK.is_read(link) is False
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another")
@@ -3840,29 +3723,26 @@ def test_who_sets_the_clock_is_known_by_name_or_by_the_log(tmp_path):
         (tmp_path / pid / "comm").write_text(name + "\n")
         (tmp_path / pid / "cmdline").write_text(words + "\0")
     found = levels(CHECK.check_rivals(tmp_path, line, 10000))
-    assert found[0] == "fail fail fail" and sorted(found[1].splitlines()) == [
-        "by clockspeed's log another program steers the clock; find and stop it",
-        "chronyd sets the clock too, as process 1; stop and disable it",
-        "ntpd sets the clock too, as process 4; stop and disable it"]
+    assert found[0] == "fail fail fail" and "by clockspeed's log another program" in found[1]
+    assert set(re.findall(r"(\w+ sets the clock too, as process \d);", found[1])) == {
+        "chronyd sets the clock too, as process 1", "ntpd sets the clock too, as process 4"}
 
 
-def test_check_looks_at_every_topic_where_nothing_is_installed(tmp_path):
-    (tmp_path / "conf").write_text(
-        "CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\nCLOCK_CA=a=b\n" % (tmp_path, HERE))
-    lines = run("clockctl-check", CLOCKSPEED_CONF=tmp_path / "conf").stdout.decode().splitlines()
-    found = {topic: level for level, topic in (line.partition(":")[0].split() for line in lines[:-1])}
+def test_check_looks_at_every_topic_where_nothing_is_installed_and_counts(tmp_path):
+    conf = tmp_path / "conf"
+    conf.write_text("CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\nCLOCK_CA=a=b\n" % (
+        tmp_path, HERE))
+    *lines, _ = run("clockctl-check", CLOCKSPEED_CONF=conf).stdout.decode().splitlines()
+    found = {topic: level for level, topic in (line.partition(":")[0].split() for line in lines)}
     assert " ".join(topic for topic in found if topic not in ("users", "counter")) == (
         "configuration programs owners services clockspeed marks server rivals scale")
     assert [found[topic] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
     assert "unable to look" not in str(lines)
-
-
-def test_check_counts_and_its_status_is_the_worst(tmp_path):
-    (tmp_path / "conf").write_text("CLOCK_IP=(x)\n")
-    done = run("clockctl-check", CLOCKSPEED_CONF=tmp_path / "conf")
-    lines = done.stdout.decode().splitlines()
-    assert done.returncode == 2 and lines[0].startswith("fail  configuration: unable to read %s" % tmp_path)
-    assert "line 1" in lines[0] and lines[1:] == ["0 ok, 0 warn, 1 fail"]
+    conf.write_text("CLOCK_IP=(x)\n")
+    done = run("clockctl-check", CLOCKSPEED_CONF=conf)
+    first, *rest = done.stdout.decode().splitlines()
+    assert done.returncode == 2 and rest == ["0 ok, 0 warn, 1 fail"]
+    assert first.startswith("fail  configuration: unable to read %s" % tmp_path) and "line 1" in first
     assert run("clockctl-check", "x").returncode == 100
     with open("/dev/full", "wb") as full:
         said = subprocess.run(command_of("clockctl-check"), stdout=full, stderr=subprocess.PIPE).stderr
@@ -3944,7 +3824,7 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     assert shown("error")[0].startswith("standard deviation")
     picture = tmp_path / "graph.svg"
     picture.write_text("what was there before")
-    os.link(str(picture), str(tmp_path / "before"))
+    os.link(picture, str(tmp_path / "before"))
     assert shown("--svg", picture) == []
     assert (tmp_path / "before").read_text() == "what was there before"
     elements = xml.etree.ElementTree.fromstring(picture.read_text()).iter()
@@ -4069,10 +3949,9 @@ def loop(host):
             UTC_ENV, PATH=host.bin + ":" + os.environ["PATH"], CLOCKSPEED_CONF=host.conf, **env))
 
     def sleeps(count):
-        with open(host.home + "/sleeps") as file:
-            until(lambda: file.seek(0) or file.read().count("\n") == count)
-            file.seek(0)
-            return [tuple(map(int, line.split())) for line in file]
+        path = pathlib.Path(host.home, "sleeps")
+        until(lambda: path.read_text().count("\n") == count)
+        return [tuple(map(int, line.split())) for line in path.read_text().splitlines()]
     host.start, host.sleeps = start, sleeps
     return host
 
@@ -4238,7 +4117,7 @@ def test_the_next_version_replaces_what_was_not_edited(image):
     run = "var/svc.d/clockspeed/run"
     image.install("--server", "tai:192.0.2.7")
     image.write(run, "#!/bin/sh\n# edited\n")
-    shutil.copytree(HERE, str(image("next")), ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(HERE, image("next"), ignore=shutil.ignore_patterns(".*"))
     for name in ("next/clockview.py", "next/svc/clockspeed/run"):
         image.write(name, image.read(name) + "# the next version\n", 0o755)
     text = read_script("svc/install").replace("-check clockctl-graph", "-check")  # one program less
@@ -4317,8 +4196,8 @@ def machine(image):
     files = pathlib.Path(libraries[0]).parent.glob("libnss_files.so.2")  # an old libc reads /etc/passwd by it
     for name in libraries + [busybox] + [str(path) for path in files]:
         image.write(name[1:])
-        shutil.copy(name, str(image(name[1:])))
-    shutil.copytree(HERE, str(image("src")), ignore=shutil.ignore_patterns(".*", "*_all.py"))
+        shutil.copy(name, image(name[1:]))
+    shutil.copytree(HERE, image("src"), ignore=shutil.ignore_patterns(".*", "*_all.py"))
     image.write("stand-in", STAND_IN, 0o755)
     image.write("usr/bin/process", PROCESS, 0o755)
     image.command = ["chroot", image.path, "/bin/env", "PATH=/usr/bin:/bin", "/src/svc/install"]
@@ -4428,7 +4307,7 @@ def test_by_hand_the_programs_are_as_installed(tmp_path):
 def test_by_hand_the_scripts_for_other_supervisors_are_as_installed(scanner, word, image, tmp_path):
     image.write("usr/bin/" + scanner, mode=0o755)
     image.install()
-    shutil.copytree(path_of("svc"), str(tmp_path / "svc.d"), ignore=shutil.ignore_patterns("*.conf"))
+    shutil.copytree(path_of("svc"), tmp_path / "svc.d", ignore=shutil.ignore_patterns("*.conf"))
     text, = [text for text in blocks("sh also") if word in text]
     subprocess.run(["sh", "-ec", text.replace("/var/svc.d", str(tmp_path / "svc.d"))], check=True,
                    stderr=subprocess.DEVNULL)
