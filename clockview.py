@@ -58,8 +58,10 @@ def reason(err):
 
 def begin(argv):
     """Open closed descriptors 0 to 2; answer --help and --version -> whether argv asks for them; OSError."""
-    while os.open(os.devnull, os.O_RDONLY) < 3:  # lest a file be taken for stdout; writing there still fails
-        pass
+    fd = 0
+    while fd < 3:  # lest a file be taken for stdout; writing there still fails
+        fd = os.open(os.devnull, os.O_RDONLY)
+    os.close(fd)
     manual = __doc__ or USAGE + "\n"  # python3 -OO has no docstrings
     answers = {"-h": manual, "--help": manual, "--version": "%s %s\n" % (PROGRAM, RELEASE)}
     answer = answers.get(" ".join(argv[1:]), "")
