@@ -282,7 +282,7 @@ USUAL_NOISE = 1e-3
 # A wave: the chance that there is one (low, as one that isn't there costs some accuracy, and one that is
 # shows in some days), its usual amplitudes (some degrees at 0.1 ppm each), how they change with the weather
 # in a day, and the wanders that show it: 0.3 ppm in a day at most, decades are enough.
-WAVE_CHANCE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.3, 0.08, (1e-11, 1e-10, 1e-9)
+WAVE_CHANCE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.6, 0.08, (1e-11, 1e-10, 1e-9)
 USUAL_LEAN, LEAN_DRIFT = 0.25, 0.01   # (1: queueing is one way only), and its change from mark to mark
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
 SILENT = 1e-2         # a model so much less likely than the best has no say: a hundred of them would shout
