@@ -417,7 +417,7 @@ def compare(options, seeds, points=False):
     packets, and how often real time was not within the bound.  Errors are those of the last three quarters,
     or of the days without marks."""
     start = options["days"] * DAY * 0.25
-    if options.get("dark_days"):  # each world has one error of the rate for all of them
+    if options.get("dark_days"):  # a world's dark errors all come from one error of its rate: more worlds
         start, seeds = options["days"] * DAY, range(4 * len(seeds))
     runs = [simulate(seed, **options) for seed in seeds]
     samples = [sample for run in runs for sample in run.samples if sample.sec >= start]

@@ -408,8 +408,8 @@ class Bank:
                              for number in self.awake]) / total)
 
     def feared_wander_var(self):
-        """The arithmetic mean: a great wander that is all but ruled out counts by what it would do in a long
-        wait.  Some marks may agree by luck."""
+        """The arithmetic mean, to which a large wander adds even where it is nearly ruled out: the first
+        marks may have agreed by luck, and in a long wait it would do much harm."""
         return sum([weight * model.wander_var for weight, model in zip(self.weights, MODELS)])
 
     def changed(self, change):
@@ -540,16 +540,17 @@ class Path(collections.namedtuple("Path", "spreads counts first_ns")):
         return len(worths) / sum(worths)
 
 
-# Shapes of plain data: {key: shape}, [shape] for any number of it, [shape, shape ...] for just these, or
-# (least, most), of integers if these are; a third one may stand there instead.
-TIME, SPREAD, NUMBER, PPM = (-LIMIT_NS, LIMIT_NS), (0, LIMIT_NS), (-1e40, 1e40), (-LIMIT_PPM, LIMIT_PPM)
+# Shapes of plain data: {key: shape} with just these keys, [shape] for any number of it, [shape, shape ...] for
+# just these, or (least, most), of integers if these are; what comes after them may stand there instead.
+TIME, SPREAD, NUMBER = (-LIMIT_NS, LIMIT_NS), (0, LIMIT_NS), (-1e40, 1e40)
 MARK = [TIME, TIME, (*SPREAD, None)]
 
 
 def fits(value, shape):
     """Whether a value from outside has that shape; NaN has none."""
     if isinstance(shape, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], shape[key]) for key in shape)
+        return (isinstance(value, dict) and value.keys() == shape.keys()
+                and all(fits(value[key], shape[key]) for key in shape))
     if isinstance(shape, list):
         each = shape * len(value) if isinstance(value, list) and len(shape) == 1 else shape
         return isinstance(value, list) and len(value) == len(each) and all(map(fits, value, each))
@@ -1202,7 +1203,7 @@ OUTCOMES = "used", "doubted", "refused"
 REAL_NS = RELEASE_SEC * 10**9, (RELEASE_SEC + 2**32) * 10**9  # real time can be in NTP's 136 years from then
 # Shapes of etc/state; what is only compared has none, Estimator and Bound look at their own.
 LAST_MARK = {"tick_ns": TIME, "offset_ns": TIME, "spread_ns": (*SPREAD, None), "distance_ns": (*SPREAD, None),
-             "outcome": (1, 0, *OUTCOMES)}  # and no number
+             "outcome": (1, 0, *OUTCOMES)}  # these words, as no number is from 1 to 0
 STATE = {"version": (2, 2), "suspended_ns": TIME, "tick_ns": TIME, "clock_ns": TIME, "known_ns": REAL_NS,
          "bias_ppm": (-BIAS_LIMIT_PPM, BIAS_LIMIT_PPM), "marks": dict.fromkeys(OUTCOMES, SPREAD)}
 
@@ -1211,9 +1212,8 @@ def parse_state(data):
     """The bytes of etc/state -> what save() made them of; ValueError, RecursionError."""
     import json  # here, as getopt is in main
     state = json.loads(data)
-    if not (fits(state, STATE) and len(state["marks"]) == len(OUTCOMES)
-            and (state.get("last_mark") is None or fits(state["last_mark"], LAST_MARK)
-                 and len(state["last_mark"]) == len(LAST_MARK))):  # what is more would be kept and shown
+    known = isinstance(state, dict) and {key: state.get(key) for key in STATE}
+    if not (fits(known, STATE) and (state.get("last_mark") is None or fits(state["last_mark"], LAST_MARK))):
         raise ValueError("damaged, or of another release")
     return dict(state, estimator=Estimator.from_state(state.get("estimator")),
                 bound=Bound.from_state(state.get("bound")))
