@@ -540,8 +540,8 @@ class Path(collections.namedtuple("Path", "spreads counts first_ns")):
         return len(worths) / sum(worths)
 
 
-# Shapes of plain data: {key: shape} with just these keys, [shape] for any number of it, [shape, shape ...] for
-# just these, or (least, most), of integers if these are; what comes after them may stand there instead.
+# Shapes of plain data: {key: shape} with just these keys, [shape] for any number of it, [shape, shape ...]
+# for just these, or (least, most), of integers if these are; what comes after them may stand there instead.
 TIME, SPREAD, NUMBER = (-LIMIT_NS, LIMIT_NS), (0, LIMIT_NS), (-1e40, 1e40)
 MARK = [TIME, TIME, (*SPREAD, None)]
 
