@@ -90,13 +90,11 @@ def reason(err):
 
 def begin(argv):
     """Open closed descriptors 0 to 2; answer --help and --version -> whether argv asks for them; OSError."""
-    fd = 0
-    while fd < 3:  # lest a file be taken for stdout; writing there still fails
-        fd = os.open(os.devnull, os.O_RDONLY)
+    while (fd := os.open(os.devnull, os.O_RDONLY)) < 3:
+        pass  # lest a file be taken for stdout; writing there still fails
     os.close(fd)
-    manual = __doc__ or USAGE + "\n"  # python3 -OO has no docstrings
-    answers = {"-h": manual, "--help": manual, "--version": "%s %s\n" % (PROGRAM, RELEASE)}
-    answer = answers.get(" ".join(argv[1:]), "")
+    manual, version = __doc__ or USAGE + "\n", "%s %s\n" % (PROGRAM, RELEASE)  # python3 -OO has no docstrings
+    answer = {"-h": manual, "--help": manual, "--version": version}.get(" ".join(argv[1:]), "")
     emit(answer.encode())
     return bool(answer)
 # ==== end shared ====
