@@ -73,11 +73,6 @@ def begin(argv):
 TAI64NA = struct.Struct(">qII")
 
 
-def pack(ns, last=0):
-    """Signed nanoseconds and the last number -> 16 bytes of TAI64NA."""
-    return TAI64NA.pack(*divmod(ns, 10**9), last)
-
-
 def unpack(packet):
     """16 bytes of TAI64NA, or 12 of TAI64N -> (signed nanoseconds, last number); ValueError."""
     if len(packet) not in (12, 16):

@@ -116,24 +116,10 @@ def begin(argv):
 # ==== end shared ====
 
 
-# ==== shared by some: TAI64NA ====
-# Signed seconds; nanoseconds counted upwards; attoseconds, or in an adjustment what the mark says of itself.
-TAI64NA = struct.Struct(">qII")
-
-
+# ==== shared by some: packing TAI64NA ====
 def pack(ns, last=0):
-    """Signed nanoseconds and the last number -> 16 bytes of TAI64NA."""
-    return TAI64NA.pack(*divmod(ns, 10**9), last)
-
-
-def unpack(packet):
-    """16 bytes of TAI64NA, or 12 of TAI64N -> (signed nanoseconds, last number); ValueError."""
-    if len(packet) not in (12, 16):
-        raise ValueError("%d bytes, not 16" % len(packet))
-    sec, nano, last = TAI64NA.unpack(packet.ljust(16, b"\0"))
-    if max(nano, last) >= 10**9:
-        raise ValueError("not a TAI64NA packet")
-    return sec * 10**9 + nano, last
+    """Signed nanoseconds, and attoseconds or what a mark tells of itself -> 16 bytes of TAI64NA."""
+    return struct.pack(">qII", *divmod(ns, 10**9), last)
 # ==== end shared ====
 
 

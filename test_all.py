@@ -280,7 +280,7 @@ def test_every_script_begins_in_the_same_way(name):
 
 # ==== clockview, clockadd =========================================================================
 
-VIEW, ADD = load("clockview"), load("clockadd")
+VIEW, ADD, pack = load("clockview"), load("clockadd"), load("sntpclock").pack
 # bytes, nanoseconds, last number: the packets of the specification, and marks that tell of themselves
 PACKETS = (("ffffffffffffffff3b9ac80c00000000", -500, 0), ("00000000000000010000000000000000", 10**9, 0),
            ("00000000000000000000000017d78400", 0, 400000000), ("00000000000000000000000100000000", 1, 0),
@@ -291,7 +291,7 @@ def test_packets_of_the_specification():
     release = datetime.datetime.strptime(VIEW.RELEASE + "+0000", "%Y.%m%z")
     assert release.timestamp() == VIEW.RELEASE_SEC
     for text, ns, last in PACKETS:
-        assert VIEW.pack(ns, last).hex() == text and VIEW.unpack(bytes.fromhex(text)) == (ns, last)
+        assert pack(ns, last).hex() == text and VIEW.unpack(bytes.fromhex(text)) == (ns, last)
         assert VIEW.unpack(bytes.fromhex(text)[:12]) == (ns, 0)
 
 
@@ -306,7 +306,7 @@ def test_packets_of_the_specification():
      "mark:   give or take 0.020130 s by its exchanges, 0.000611 s by its server\n")])
 def test_clockview_shows_the_sum_and_what_a_mark_tells(ns, last, size, after, line):
     code = "import time; time.time_ns = lambda: 1795362104250000009"
-    assert run("clockview", code=code, stdin=VIEW.pack(ns, last)[:size], TZ="XXX-1").stdout.decode() == (
+    assert run("clockview", code=code, stdin=pack(ns, last)[:size], TZ="XXX-1").stdout.decode() == (
         "before: 2026-11-22 16:41:44.250000009\nafter:  2026-11-22 %s\n%s" % (after, line))
 
 
@@ -324,7 +324,7 @@ def test_clockview_takes_one_packet_of_many_and_does_not_wait_where_it_must_not(
     """As the original does, which a loop in a shell may read from."""
     ours, theirs = os.pipe()
     os.set_blocking(ours, False)
-    for sent, status in (b"", 111), (VIEW.pack(1) + VIEW.pack(2), 0), (b"", 0), (b"", 111):
+    for sent, status in (b"", 111), (pack(1) + pack(2), 0), (b"", 0), (b"", 111):
         os.write(theirs, sent)
         done = subprocess.run(command_of("clockview"), stdin=ours, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE)
@@ -345,7 +345,7 @@ def test_clockview_says_when_it_can_not_write():
     ("", -5 * 10**17, 0), ("-e 500", 5 * 10**8, 0), ("-e 500", -5 * 10**8 - 1, 111), ("-e 500 -f", 10**12, 0),
     ("-e x", 1, 100), ("here", 1, 100)])
 def test_clockadd_steps_unless_that_is_over_its_limit(words, ns, status, monkeypatch, capfd):
-    monkeypatch.setattr(ADD, "open", lambda *_, **__: io.BytesIO(ADD.pack(ns, 720133918)), raising=False)
+    monkeypatch.setattr(ADD, "open", lambda *_, **__: io.BytesIO(pack(ns, 720133918)), raising=False)
     steps = []
     assert ADD.main(["clockadd"] + words.split(), steps.append) == status
     assert steps == [ns] * (status == 0)
@@ -444,7 +444,7 @@ def ask(name, port, *args, hosts=("127.0.0.1",), **env):
 def result_of(done):
     """What came out -> (offset, spread, root distance) in ns; the last two are rounded up to their digits."""
     assert done.returncode == 0, done.stderr
-    offset_ns, last = SNTP.unpack(done.stdout)
+    offset_ns, last = VIEW.unpack(done.stdout)
     return (offset_ns, *VIEW.unpack_quality(last))
 
 
@@ -2976,7 +2976,7 @@ def test_a_year_of_restarts_reboots_lost_and_wild_marks(simulate, monkeypatch):
 # ==== clockctl ======================================================================================
 
 CTL = load("clockctl")
-MARK = ADD.pack(-3200000, 720133918)  # 3.2 ms ahead, give or take 20.13 ms and 0.61 ms
+MARK = pack(-3200000, 720133918)  # 3.2 ms ahead, give or take 20.13 ms and 0.61 ms
 BOOT_ID = CTL.this_boot()[0]
 DEAD = {"pid": 2**22 + 1}
 NO_PLAN = {"wait_sec": None, "exchanges": None, "settling": True}
@@ -3186,10 +3186,10 @@ def test_no_answer_is_a_line_and_no_mark_and_so_is_a_full_fifo(host, answer, the
     (3200000, 720133918, "3.2 ms behind ntp 192.0.2.1, give or take 20.7 ms"),
     (-5 * 10**10, 0, "50 s ahead of ntp 192.0.2.1"), (0, 0, "0 ns behind ntp 192.0.2.1")])
 def test_view_shows_clockviews_lines_and_one_in_words(host, ns, last, words):
-    host.stand_in("sntpclock", ADD.pack(ns, last))
+    host.stand_in("sntpclock", pack(ns, last))
     host.stand_in("clockview", b"shown\n", then="od -An -v -tx1 | tr -d ' \\n' >>%s" % host.asked)
     assert host.says("view") == "shown\nthis clock is %s\n" % words
-    assert host.lines() == ["sntpclock:-- 192.0.2.1", "clockview:", ADD.pack(ns, last).hex()]
+    assert host.lines() == ["sntpclock:-- 192.0.2.1", "clockview:", pack(ns, last).hex()]
 
 
 def test_set_asks_for_any_offset_and_says_first_that_it_may_not(host, monkeypatch, capfd):
@@ -3253,9 +3253,9 @@ def test_a_signal_ends_the_client_that_is_just_being_started_too(host, monkeypat
 
 def test_atto_shows_the_rate(host):
     assert host.says("atto") == "atto: not known yet; clockspeed writes it when it has two marks\n"
-    pathlib.Path(host.home, "etc/atto").write_bytes(ADD.pack(1, 50000))
+    pathlib.Path(host.home, "etc/atto").write_bytes(pack(1, 50000))
     assert host.says("atto") == "atto: 0.000000001000050000 s per tick, rate +50.000 ppm\n"
-    assert CTL.read_foreign(host.home + "/etc/atto", 16) == ADD.pack(1, 50000)
+    assert CTL.read_foreign(host.home + "/etc/atto", 16) == pack(1, 50000)
 
 
 IRREGULAR = "it is not a regular file of at most 65536 bytes"
