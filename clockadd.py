@@ -5,11 +5,9 @@ SYNOPSIS
     sntpclock 192.0.2.1 | clockadd [-e ms] [-f]
 
 DESCRIPTION
-    Reads one adjustment from standard input, 16 bytes of TAI64NA or the 12 bytes of TAI64N that s6's
-    clients write, and adds it to the system clock.  Needs root (on Linux: CAP_SYS_TIME).  Prints
-    nothing when it worked.
-
-    On Linux the kernel adds it, and no time is lost; elsewhere, or without ctypes, a microsecond is.
+    Reads one adjustment, 16 bytes of TAI64NA or the 12 of TAI64N that s6's clients write, from standard
+    input, and adds it to the system clock.  Needs root (on Linux: CAP_SYS_TIME).  Prints nothing when it
+    worked.  On Linux no time is lost by it; elsewhere, or without ctypes, a microsecond is.
 
 OPTIONS
     -e ms   refuse a step of more than that many milliseconds, either way
@@ -118,15 +116,7 @@ def step_kernel(adjtimex, delta_ns):
 # ==== end shared ====
 
 
-def step_clock(delta_ns):
-    """Add delta_ns to the system clock; OSError, OverflowError, struct.error where it can't hold the sum."""
-    try:
-        step_kernel(adjtimex, delta_ns)
-    except (ImportError, AttributeError):  # no ctypes; no adjtimex
-        time.clock_settime_ns(time.CLOCK_REALTIME, time.time_ns() + delta_ns)
-
-
-def main(argv, step=step_clock):
+def main(argv):
     try:
         doing = "write output"
         if begin(argv):
@@ -137,8 +127,8 @@ def main(argv, step=step_clock):
         if operands or not limit_ms.isdecimal():
             raise getopt.GetoptError("")
         doing = "read the adjustment"
-        with open(0, "rb", TAI64NA.size, closefd=False) as stdin:  # with no byte of a packet after it
-            packet = stdin.read(TAI64NA.size) or b""
+        stdin = open(0, "rb", TAI64NA.size, closefd=False)  # it takes no byte of a packet after this one
+        packet = stdin.read(TAI64NA.size) or b""
         if len(packet) not in (12, 16):  # in the original's words
             complain("fatal", "data split across packets" if packet else "nothing came on standard input")
             return 111
@@ -146,11 +136,14 @@ def main(argv, step=step_clock):
         doing = "set the clock"
         if "-e" in options and "-f" not in options and abs(delta_ns) > int(limit_ms) * 10**6:
             raise ValueError("a step of %.3f s is over the limit of -e" % (delta_ns / 1e9))
-        step(delta_ns)
+        try:
+            step_kernel(adjtimex, delta_ns)
+        except (ImportError, AttributeError):  # no ctypes; no adjtimex
+            time.clock_settime_ns(time.CLOCK_REALTIME, time.time_ns() + delta_ns)
     except getopt.GetoptError:
         complain("usage", USAGE)
         return 100
-    except (OSError, OverflowError, ValueError, struct.error) as err:
+    except (OSError, OverflowError, ValueError, struct.error) as err:  # OverflowError: no clock holds the sum
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
     return 0

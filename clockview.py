@@ -6,8 +6,8 @@ SYNOPSIS
     clockview < /usr/local/clockspeed/etc/atto
 
 DESCRIPTION
-    Reads one adjustment from standard input: 16 bytes of TAI64NA, or the 12 bytes of TAI64N that s6's
-    clients write.  Prints the system clock, and the system clock plus the adjustment, in local time:
+    Reads one adjustment, 16 bytes of TAI64NA or the 12 of TAI64N that s6's clients write, from standard
+    input.  Prints the system clock, and the system clock plus the adjustment, in local time:
 
         before: 2026-11-22 15:41:44.000000000
         after:  2026-11-22 15:41:44.250000000
@@ -112,23 +112,22 @@ def main(argv):
             complain("usage", USAGE)
             return 100
         doing = "read the adjustment"
-        with open(0, "rb", TAI64NA.size, closefd=False) as stdin:  # with no byte of a packet after it
-            packet = stdin.read(TAI64NA.size) or b""
+        stdin = open(0, "rb", TAI64NA.size, closefd=False)  # it takes no byte of a packet after this one
+        packet = stdin.read(TAI64NA.size) or b""
         if len(packet) not in (12, 16):  # in the original's words
             complain("fatal", "data split across packets" if packet else "nothing came on standard input")
             return 111
         adjustment_ns, last = unpack(packet)
         doing = "show that time"
         clock_ns = time.time_ns()
-        lines = ["before: " + format_local(clock_ns), "after:  " + format_local(clock_ns + adjustment_ns)]
-        quality = unpack_quality(last)
-        if quality:
-            lines.append("mark:   give or take %.6f s by its exchanges, %.6f s by its server" % tuple(
-                ns / 1e9 for ns in quality))
+        text = "before: %s\nafter:  %s\n" % (format_local(clock_ns), format_local(clock_ns + adjustment_ns))
+        if unpack_quality(last):
+            text += "mark:   give or take %.6f s by its exchanges, %.6f s by its server\n" % tuple(
+                ns / 1e9 for ns in unpack_quality(last))
         elif 0 <= adjustment_ns < 10 and (adjustment_ns or last):  # no clock is that near: it is an etc/atto
-            lines.append("atto:   0.%018d s per tick" % (adjustment_ns * 10**9 + last))
+            text += "atto:   0.%018d s per tick\n" % (adjustment_ns * 10**9 + last)
         doing = "write output"
-        emit(("\n".join(lines) + "\n").encode())
+        emit(text.encode())
     except (OSError, OverflowError, ValueError) as err:
         complain("fatal", "unable to %s: %s" % (doing, reason(err)))
         return 111
