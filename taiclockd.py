@@ -6,15 +6,12 @@ SYNOPSIS
 
 DESCRIPTION
     Answers over UDP, on all IPv4 and IPv6 addresses.  A query is `ctai` and 16 or more bytes after it;
-    the reply is the query with `stai` and the TAI64NA label of now in its first 20 bytes.  What is
-    longer than 256 bytes is answered as its first 256 bytes.  No reply is longer than its query, and no
-    reply is answered.
+    the reply is the query, or its first 256 bytes, with `stai` and the TAI64NA label of now in the
+    first 20.  No reply is longer than its query, and no reply is answered.  On Linux up to 64 queries
+    are answered at once, with the same label, read after the last of them came.
 
     No client, datagram or network error stops it.  It does not answer, and says why, while its clock
     shows a time before this program's release.
-
-    On Linux it takes up to 64 queries with one system call and answers them with another.  Their
-    replies carry the same label, read after the last of them came.
 
     On a host with several addresses a reply leaves from the one that its route prefers.  Clients ignore
     a reply from another address than they asked: name those addresses with -i.
@@ -51,7 +48,6 @@ import _signal as signal  # which is there at once: Ctrl-C ends this program as 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback, even while the rest is imported
 import contextlib
 import errno
-import functools
 import getopt
 import glob
 import os
@@ -125,9 +121,10 @@ IOVEC = struct.Struct("@PN")  # C's struct iovec: address, size
 # C's struct mmsghdr: name, its size; iovecs, their number; control data, its size; flags; the size received.
 MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
 NAME_SIZE_AT, RECEIVED_AT = struct.calcsize("@P"), struct.calcsize("@PIPNPNi0P")
-NAME_MAX = 28  # bytes of struct sockaddr_in6
+SLOT_BYTES = QUERY_MAX + 28  # the datagram, and its sender as a struct sockaddr_in6
 MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only; for none
 TIME_ERROR = 5  # from adjtimex(2): not synchronised
+TRUSTED = "answering: the clock can be trusted now"
 
 
 def kernel_state():
@@ -144,68 +141,58 @@ class Clock:
 
     def __init__(self, synced_only, offset_sec):
         self.synced_only, self.zero_sec = synced_only, LABEL_ZERO_SEC + offset_sec
-        self.judged_sec, self.silence = None, ""
+        self.judged_sec, self.verdict = None, TRUSTED
 
     def head(self):
         """The first bytes of a reply made now; None while the clock can't be trusted."""
         sec, nano = divmod(time.time_ns(), 10**9)
         if sec != self.judged_sec:
-            before, self.judged_sec, self.silence = self.silence, sec, self.doubt(sec)
-            if self.silence != before:
-                complain("info", "silent: " + self.silence if self.silence else
-                         "answering: the clock can be trusted now")
-        return None if self.silence else HEAD.pack(b"stai", self.zero_sec + sec, nano, 0)
+            before, self.judged_sec, self.verdict = self.verdict, sec, self.judge(sec)
+            if self.verdict != before:
+                complain("info", self.verdict)
+        return HEAD.pack(b"stai", self.zero_sec + sec, nano, 0) if self.verdict == TRUSTED else None
 
-    def doubt(self, sec):
-        """Why the clock can't be trusted, or nothing."""
+    def judge(self, sec):
+        """What is to be said of the clock now."""
         if sec < RELEASE_SEC:
-            return "the clock shows a time before this program's release; it was never set"
+            return "silent: the clock shows a time before this program's release; it was never set"
         state = kernel_state() if self.synced_only else 0
         if state == TIME_ERROR:
-            return "the kernel says that its clock is not synchronised"
-        return "the kernel does not say whether its clock is synchronised" if state < 0 else ""
-
-
-def is_query(packets, at, size):
-    """Whether the datagram of that size, which lies there, is a query."""
-    return size >= QUERY_MIN and packets.startswith(b"ctai", at)
+            return "silent: the kernel says that its clock is not synchronised"
+        return TRUSTED if state >= 0 else "silent: the kernel does not say whether its clock is synchronised"
 
 
 def answer_one(sock, clock):
     """Take a datagram, answer it -> the numbers of datagrams, of queries among them, and of replies sent."""
-    try:
+    received = query = sent = False
+    with contextlib.suppress(OSError):  # nothing came; a client out of reach, a firewall, a full buffer
         packet, client = sock.recvfrom(QUERY_MAX)
-    except OSError:
-        time.sleep(PAUSE_SEC)
-        return 0, 0, 0
-    head, query = clock.head(), is_query(packet, 0, len(packet))
-    sent = bool(head and query)
-    try:
-        if sent:
-            sock.sendto(head + packet[QUERY_MIN:], MSG_DONTWAIT, client)
-    except OSError:  # a client that can't be reached, a firewall, a full buffer
-        sent = False
-    return 1, query, sent
+        received, head = True, clock.head()
+        query = len(packet) >= QUERY_MIN and packet.startswith(b"ctai")
+        if head and query:
+            sent = sock.sendto(head + packet[QUERY_MIN:], MSG_DONTWAIT, client) > 0
+    return received, query, sent
 
 
 def in_batches(sock):
-    """-> what answers up to SLOTS datagrams, as answer_one() does one, by recvmmsg(2) and sendmmsg(2).
+    """-> what does as answer_one() with up to SLOTS datagrams, by recvmmsg(2) and sendmmsg(2).
 
     OSError, ImportError, AttributeError where the system can't do that.
     """
     import ctypes  # here, since python3-minimal has none
     libc = ctypes.PyDLL(None)  # keeps Python's lock, as there is one thread: half of a call's cost
-    recvmmsg, sendmmsg, fd = libc.recvmmsg, libc.sendmmsg, sock.fileno()
+    recvmmsg, sendmmsg = libc.recvmmsg, libc.sendmmsg
     # elsewhere than on Linux the structures differ; a kernel without the call fails at no datagrams too
-    if not sys.platform.startswith("linux") or recvmmsg(fd, None, 0, MSG_DONTWAIT, None) != 0:
+    if not sys.platform.startswith("linux") or recvmmsg(sock.fileno(), None, 0, MSG_DONTWAIT, None) != 0:
         raise OSError("no recvmmsg")
-    memory = [bytearray(SLOTS * size) for size in (QUERY_MAX, NAME_MAX, IOVEC.size, MMSGHDR.size)]
-    packets, _, iovecs, headers = memory
-    packets_at, names_at, iovecs_at, headers_at = (
+    memory = [bytearray(SLOTS * size) for size in (SLOT_BYTES, IOVEC.size, MMSGHDR.size)]
+    datagrams, iovecs, headers = memory
+    datagrams_at, iovecs_at, headers_at = (
         ctypes.addressof(ctypes.c_char.from_buffer(data)) for data in memory)
     for slot in range(SLOTS):
-        IOVEC.pack_into(iovecs, slot * IOVEC.size, packets_at + slot * QUERY_MAX, QUERY_MAX)
-        MMSGHDR.pack_into(headers, slot * MMSGHDR.size, names_at + slot * NAME_MAX, NAME_MAX,
+        at = datagrams_at + slot * SLOT_BYTES
+        IOVEC.pack_into(iovecs, slot * IOVEC.size, at, QUERY_MAX)
+        MMSGHDR.pack_into(headers, slot * MMSGHDR.size, at + QUERY_MAX, SLOT_BYTES - QUERY_MAX,
                           iovecs_at + slot * IOVEC.size, 1, 0, 0, 0, 0)
     fresh = bytes(iovecs), bytes(headers)
     from_slot = [ctypes.c_void_p(headers_at + slot * MMSGHDR.size) for slot in range(SLOTS)]
@@ -214,19 +201,17 @@ def in_batches(sock):
     name_sizes = words[NAME_SIZE_AT // 4::MMSGHDR.size // 4]
     sizes = memoryview(iovecs).cast("N")[1::2]
 
-    def answer(clock):
+    def answer(sock, clock):
         iovecs[:], headers[:] = fresh
-        received = recvmmsg(fd, from_slot[0], SLOTS, MSG_WAITFORONE, None)
-        if received <= 0:
-            time.sleep(PAUSE_SEC)
-            return 0, 0, 0
+        fd = sock.fileno()
+        received = max(recvmmsg(fd, from_slot[0], SLOTS, MSG_WAITFORONE, None), 0)
         head, queries = clock.head(), 0
         for slot, size in enumerate(received_sizes[:received]):
-            at = slot * QUERY_MAX
-            query = is_query(packets, at, size)
+            at = slot * SLOT_BYTES
+            query = size >= QUERY_MIN and datagrams.startswith(b"ctai", at)
             queries += query
             if head and query:
-                packets[at:at + QUERY_MIN] = head
+                datagrams[at:at + QUERY_MIN] = head
                 sizes[slot] = size
             else:
                 name_sizes[slot] = 0  # what has no address is not sent
@@ -235,33 +220,30 @@ def in_batches(sock):
             done = sendmmsg(fd, from_slot[slot], received - slot, MSG_DONTWAIT)
             slot, sent = slot + max(done, 1), sent + max(done, 0)
         return received, queries, sent
-    answer.memory = memory  # which the kernel writes to
     return answer
 
 
 def serve(sockets, clock):
     """Answer for ever, and tell once an hour what became of the datagrams."""
     try:
-        answers = {sock.fileno(): in_batches(sock) for sock in sockets}
+        answer = in_batches(sockets[0])
     except (AttributeError, ImportError, OSError):
-        answers = {sock.fileno(): functools.partial(answer_one, sock) for sock in sockets}
-    poll = select.poll()
+        answer = answer_one
+    alone = len(sockets) == 1  # reading it waits
     for sock in sockets:
-        sock.setblocking(len(sockets) == 1)
-        poll.register(sock, select.POLLIN)
-    ready = [(fd, select.POLLIN) for fd in answers]
-    answered = ignored = refused = 0
-    due_sec = time.monotonic() + COUNT_SEC
+        sock.setblocking(alone)
     while True:
-        for fd, _ in ready if len(ready) == 1 else poll.poll():  # a lone socket's reading waits
-            received, queries, sent = answers[fd](clock)
-            answered += sent
-            ignored += received - queries
-            refused += queries - sent
-        if time.monotonic() >= due_sec:
-            complain("info", "count: %d answered, %d ignored, %d refused" % (answered, ignored, refused))
-            answered = ignored = refused = 0
-            due_sec = time.monotonic() + COUNT_SEC
+        answered = ignored = refused = 0
+        due_sec = time.monotonic() + COUNT_SEC
+        while time.monotonic() < due_sec:
+            for sock in sockets if alone else select.select(sockets, [], [])[0]:
+                received, queries, sent = answer(sock, clock)
+                answered += sent
+                ignored += received - queries
+                refused += queries - sent
+                if not received:
+                    time.sleep(PAUSE_SEC)
+        complain("info", "count: %d answered, %d ignored, %d refused" % (answered, ignored, refused))
 
 
 def holders(port):

@@ -1401,11 +1401,11 @@ DECODERS += [
 # ==== taiclockd =====================================================================================
 
 SERVER = load("taiclockd")
+QUERY = b"ctai" + bytes(16) + bytes(range(12))
 VECTORS = (  # what is sent, how many bytes come back
-    (b"ctai", None), (b"", None), (b"ctai" + bytes(15), None), (b"stai" + bytes(28), None), (b"cta", None),
-    (b"Ctai" + bytes(28), None), (b"ctai" + bytes(16) + bytes(range(12)), 32), (b"ctai" * 7, 28),
-    (b"ctai" * 5, 20), (b"ctai" * 5 + b"x", 21), (b"ctai" + bytes(252), 256), (b"ctai" * 76, 256))
-QUERY = VECTORS[6][0]
+    (b"ctai", 0), (b"", 0), (b"ctai" + bytes(15), 0), (b"stai" + bytes(28), 0), (b"cta", 0),
+    (b"Ctai" + bytes(28), 0), (QUERY, 32), (b"ctai" * 7, 28), (b"ctai" * 5, 20), (b"ctai" * 5 + b"x", 21),
+    (b"ctai" + bytes(252), 256), (b"ctai" * 76, 256))
 LACKS = {  # what the system lacks, without which there are no batches, or no IPv6
     "nothing": "", "ctypes": "sys.modules['ctypes'] = None",
     "recvmmsg": "import ctypes, types\n"
@@ -1416,11 +1416,11 @@ TWO_SOCKETS = ("-i", HOSTS[0], "-i", HOSTS[1])
 
 
 @contextlib.contextmanager
-def taiclockd(*args, lack="nothing", says=b"", pass_fds=(), **env):
+def taiclockd(*args, lack="nothing", says=b"", **env):
     """A server on a free port -> its process, with its first line as `start`, and its `port`; it says no more
     than that.  What it lacks is a word of LACKS or code to run before."""
-    with process(command_with(LACKS.get(lack, lack), "taiclockd", "-p", "0", *args), pass_fds=pass_fds,
-                 env=dict(UTC_ENV, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+    with process(command_with(LACKS.get(lack, lack), "taiclockd", "-p", "0", *args), env=dict(UTC_ENV, **env),
+                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
         server.start = server.stdout.readline().decode()
         assert server.start.startswith("start: serving on "), server.stderr.read()
         server.port = int(re.search(r"port (\d+)", server.start).group(1))
@@ -1436,20 +1436,12 @@ def client_of(port, host="127.0.0.1"):
     return sock
 
 
-def check_reply(query, reply, before_ns, tai_minus_clock_sec=37):
-    """The reply is the query with a label from between then and now."""
-    assert len(reply) == min(len(query), 256) and reply[:4] == b"stai" and reply[20:] == query[20:256]
-    sec, nano, atto = struct.unpack(">QII", reply[4:20])
-    assert before_ns <= (sec - 2**62 - tai_minus_clock_sec) * 10**9 + nano <= time.time_ns() and atto == 0
-
-
-def exchange(sock, datagrams):
-    """Send them all, and a query -> what came back up to that query's reply, which nothing may follow."""
-    marker = b"ctai" + bytes(16) + os.urandom(12)
-    for datagram in datagrams + [marker]:
-        sock.send(datagram)
+def replies_to(sock):
+    """What has come up to the reply to one more query, which nothing may follow."""
+    last = b"ctai" + bytes(16) + os.urandom(12)
+    sock.send(last)
     replies = []
-    while not replies or replies[-1][20:] != marker[20:]:
+    while not replies or replies[-1][20:] != last[20:]:
         replies.append(sock.recv(65536))
     return replies[:-1]
 
@@ -1457,96 +1449,50 @@ def exchange(sock, datagrams):
 @pytest.mark.parametrize("lack, args, scale", [
     ("nothing", (), "utc"), ("nothing", TWO_SOCKETS, "tai"), ("ctypes", (), "tai"),
     ("ctypes", TWO_SOCKETS, "utc"), ("recvmmsg", (), "utc"), ("ipv6", (), "utc")])
-def test_taiclockd_answers_the_vectors_of_the_specification(lack, args, scale):
+@pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.long)])
+def test_taiclockd_answers_each_datagram_of_a_flood_as_specified_and_does_not_grow(lack, args, scale, rounds):
+    rng, sizes_kb = random.Random(SEED), []
+    label_zero_sec = 2**62 + {"utc": 37, "tai": 10}[scale]
     everywhere, hosts = ("0.0.0.0", HOSTS[:1]) if lack == "ipv6" else ("::", HOSTS)
-    with taiclockd(*args, lack=lack, CLOCK_SCALE=scale) as server:
+    with taiclockd(*args, lack=lack, CLOCK_SCALE=scale) as server, contextlib.ExitStack() as stack:
         assert server.start == "start: serving on %s\n" % ", ".join(
             "%s port %d" % (place, server.port) for place in args[1::2] or [everywhere])
-        before_ns = time.time_ns()
-        for host in hosts:
-            with client_of(server.port, host) as sock:
-                for query, size in VECTORS:
-                    replies = exchange(sock, [query])
-                    assert list(map(len, replies)) == [size] * (size is not None), query
-                    for reply in replies:
-                        check_reply(query, reply, before_ns, {"utc": 37, "tai": 10}[scale])
-        comm = "/proc/%d/comm" % server.pid
-        assert not os.path.exists(comm) or until(lambda: open(comm).read() == "taiclockd\n")
-
-
-@contextlib.contextmanager
-def halted(server):
-    """What is sent to it meanwhile comes at once."""
-    server.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
-    yield
-    server.send_signal(signal.SIGCONT)
-
-
-def hostile_datagram(rng):
-    """Mostly near misses: cut, lengthened, altered queries; half are what clients send."""
-    query = b"ctai" + bytes(12) + random_bytes(rng, rng.choice((12, 16)))
-    return rng.choice([query, query, query, query[:rng.randrange(32)], query + bytes(rng.randrange(1, 1400)),
-                       b"s" + query[1:], query[:rng.randrange(4)] + b"\xff" + query[4:], b""])
-
-
-@pytest.mark.parametrize("lack", ("nothing", "ctypes"))
-@pytest.mark.parametrize("args", [(), TWO_SOCKETS], ids=["one socket", "two sockets"])
-@pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.long)])
-def test_taiclockd_gives_each_query_of_a_flood_its_own_reply_and_does_not_grow(lack, args, rounds):
-    rng, sizes_kb, raw = random.Random(SEED), [], None
-    with taiclockd(*args, lack=lack) as server, contextlib.ExitStack() as stack:
-        with contextlib.suppress(PermissionError):  # which root has
-            raw = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP))
-        from_port_0 = struct.pack(">4H", 0, server.port, 40, 0) + QUERY  # to which nothing can be sent
-        socks = [stack.enter_context(client_of(server.port, host)) for host in HOSTS * 10]
+        socks = [stack.enter_context(client_of(server.port, host)) for host in hosts * 10]
         for number in (1, 2, 63, 64, 65, 100) * rounds:
-            before_ns, sent = time.time_ns(), {sock: [] for sock in socks}
-            with halted(server):
-                for _ in range(number):
-                    sock, datagram = rng.choice(socks), hostile_datagram(rng)
-                    sock.send(datagram)
-                    sent[sock].append(datagram)
-                    if raw and rng.random() < 0.1:
-                        raw.sendto(from_port_0, ("127.0.0.1", 0))
-            for sock, datagrams in sent.items():
-                queries = [each for each in datagrams if len(each) >= 20 and each.startswith(b"ctai")]
-                replies = exchange(sock, [])
-                assert len(replies) == len(queries)
-                for query, reply in zip(queries, replies):
-                    check_reply(query, reply, before_ns)
+            before_ns, wanted = time.time_ns(), {sock: [] for sock in socks}
+            server.send_signal(signal.SIGSTOP)  # what is sent to it meanwhile comes at once
+            os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
+            for vector, size in rng.choices(VECTORS, k=number):
+                sock, datagram = rng.choice(socks), vector[:20] + random_bytes(rng, len(vector[20:]))
+                sock.send(datagram)
+                wanted[sock] += [datagram[20:size]] if size else []
+            server.send_signal(signal.SIGCONT)
+            for sock, tails in wanted.items():
+                replies = replies_to(sock)
+                assert [reply[20:] for reply in replies] == tails
+                for reply in replies:
+                    word, sec, nano, atto = struct.unpack(">4sQII", reply[:20])
+                    assert (word, atto) == (b"stai", 0)
+                    assert before_ns <= (sec - label_zero_sec) * 10**9 + nano <= time.time_ns()
             status = pathlib.Path("/proc/%d/status" % server.pid).read_text()
             sizes_kb.append(int(re.search(r"VmRSS:\s+(\d+)", status).group(1)))
-        assert sizes_kb[-1] <= sizes_kb[5] + 64
+        assert status.startswith("Name:\ttaiclockd\n") and sizes_kb[-1] <= sizes_kb[5] + 64
 
 
-@pytest.mark.parametrize("args, place", [((), "::"), (("-i", "127.0.0.1"), "127.0.0.1"), (("-r",), "::")])
-def test_taiclockd_says_who_has_its_port(args, place, monkeypatch):
-    with udp_socket() as sock:
-        port = sock.getsockname()[1]
-        who = ", which process %d has" % os.getpid() if os.path.exists("/proc/net/udp") else ""
-        refused(run("taiclockd", "-p", port, *args), "^taiclockd: fatal: unable to bind %s port %d%s: "
-                "Address already in use" % (place, port, who))
-        refused(run("taiclockd", "-p", port, "-i", "no.invalid"),  # that is not for want of a port
-                "^taiclockd: fatal: unable to bind no.invalid port %d: .*" % port)
+def test_taiclockd_says_who_has_its_port_and_shares_it_by_option(monkeypatch):
+    with taiclockd("-r") as first:
+        who = ", which process %d has" % first.pid
+        with taiclockd("-r", "-p", first.port) as second:
+            assert second.start == "start: serving on :: port %d%s\n" % (first.port, who)
+        for args, place, why in (
+                ((), "::", who + ": Address already in use"),
+                (("-i", HOSTS[0]), HOSTS[0], who + ": Address already in use"),
+                (("-i", "no.invalid"), "no.invalid", ": .*")):  # that is not for want of a port
+            refused(run("taiclockd", "-p", first.port, *args),
+                    "^taiclockd: fatal: unable to bind %s port %d%s" % (place, first.port, why))
     table = "sl local_address\n1: 00000000:0FAE 00000000:0000 07 0:0 0:0 0 1234 0 999999999\n"
     monkeypatch.setattr(SERVER, "open", lambda _: io.StringIO(table), raising=False)
     assert (SERVER.holders(4014), SERVER.holders(4015)) == (", which a process of user 1234 has", "")
-
-
-def test_taiclockds_share_a_port_by_option_and_tell_it():
-    with contextlib.ExitStack() as stack:
-        first = stack.enter_context(taiclockd("-r"))
-        second = stack.enter_context(taiclockd("-r", "-p", first.port))
-        assert second.start.endswith(" port %d, which process %d has\n" % (first.port, first.pid))
-        socks = [stack.enter_context(client_of(first.port)) for _ in range(50)]  # of 50 ports
-        with halted(first):
-            for sock in socks:
-                sock.send(QUERY)
-            until(lambda: select.select(socks, [], [], 0.2)[0])
-            assert 0 < len(select.select(socks, [], [], 0)[0]) < 50
-        for sock in socks:
-            sock.recv(256)
 
 
 def test_taiclockd_tells_each_reason_of_its_silence(monkeypatch, capfd):
@@ -1565,29 +1511,31 @@ def test_taiclockd_tells_each_reason_of_its_silence(monkeypatch, capfd):
         assert (clock.head(), capfd.readouterr().err) == (head, said and "taiclockd: info: " + said)
 
 
-@pytest.mark.parametrize("maker", (SERVER.in_batches,
-                                   lambda sock: functools.partial(SERVER.answer_one, sock)))
-def test_taiclockd_is_silent_while_its_clock_is_not_set_and_rests_after_errors(maker, monkeypatch):
-    pauses, clock = [], SERVER.Clock(False, 37)
-    with udp_socket() as sock:
+@pytest.mark.parametrize("way", ("in_batches", "answer_one"))
+def test_taiclockd_counts_queries_and_those_that_it_answers(way, monkeypatch):
+    clock = SERVER.Clock(False, 37)
+    with udp_socket() as sock, client_of(sock.getsockname()[1]) as client:
         sock.setblocking(False)
-        answer = maker(sock)
-        with client_of(sock.getsockname()[1]) as client:
-            for now_sec, datagram, counts in (
-                    (0, QUERY, (1, 1, 0)), (SERVER.RELEASE_SEC, b"x", (1, 0, 0)),
-                    (SERVER.RELEASE_SEC, QUERY[:31] + b"x", (1, 1, 1))):
-                monkeypatch.setattr(SERVER.time, "time_ns", lambda: now_sec * 10**9)
+        answer = SERVER.answer_one if way == "answer_one" else SERVER.in_batches(sock)
+        for now_sec, datagram, counts in (
+                (0, QUERY, (1, 1, 0)), (SERVER.RELEASE_SEC, b"x", (1, 0, 0)),
+                (SERVER.RELEASE_SEC, QUERY[:31] + b"x", (1, 1, 1)), (SERVER.RELEASE_SEC, None, (0, 0, 0))):
+            monkeypatch.setattr(SERVER.time, "time_ns", lambda: now_sec * 10**9)
+            if datagram is not None:
                 client.send(datagram)
-                assert answer(clock) == counts
-            assert client.recv(256)[20:] == datagram[20:]
-        monkeypatch.setattr(SERVER.time, "sleep", pauses.append)
-        assert (answer(clock), pauses) == ((0, 0, 0), [0.01])  # there is nothing
+            assert answer(sock, clock) == counts
+        assert client.recv(256)[20:] == QUERY[20:31] + b"x"
+        with contextlib.suppress(PermissionError), socket.socket(socket.AF_INET, socket.SOCK_RAW,
+                                                                 socket.IPPROTO_UDP) as raw:  # root has it
+            port = sock.getsockname()[1]
+            raw.sendto(struct.pack(">4H", 0, port, 40, 0) + QUERY, ("127.0.0.1", 0))  # which has no reply
+            assert answer(sock, clock) == (1, 1, 0)
 
 
-def test_taiclockd_tells_its_counts_once_an_hour(monkeypatch, capfd):
-    now_sec = [0]
+def test_taiclockd_tells_its_counts_once_an_hour_and_rests_after_errors(monkeypatch, capfd):
+    now_sec, pauses = [0], []
     rows = iter([(0, (64, 60, 50)), (3599, (1, 1, 1)), (3600, (1, 1, 1)),
-                 (7199, (2, 2, 1)), (7200, (1, 0, 0))])
+                 (7199, (2, 2, 1)), (7199, (0, 0, 0)), (7200, (1, 0, 0))])
 
     def answer(sock, clock):
         now_sec[0], counts = next(rows)
@@ -1595,23 +1543,22 @@ def test_taiclockd_tells_its_counts_once_an_hour(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "ctypes", None)
     monkeypatch.setattr(SERVER, "answer_one", answer)
     monkeypatch.setattr(SERVER.time, "monotonic", lambda: now_sec[0])
+    monkeypatch.setattr(SERVER.time, "sleep", pauses.append)
     with udp_socket() as sock, pytest.raises(StopIteration):
         SERVER.serve([sock], None)
     assert capfd.readouterr().err == ("taiclockd: info: count: 52 answered, 4 ignored, 10 refused\n"
                                       "taiclockd: info: count: 1 answered, 1 ignored, 1 refused\n")
+    assert pauses == [0.01]
 
 
-def test_taiclockd_takes_inherited_sockets_and_refuses_other_descriptors():
-    inherit = "os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')"
-    with udp_socket() as sock, socket.socket() as tcp:
-        sock.setblocking(False)
-        fd, tcp_fd = sock.fileno(), tcp.fileno()
-        with taiclockd(lack=inherit % fd, pass_fds=[fd]) as server, client_of(server.port) as client:
-            assert server.start == "start: serving on 127.0.0.1 port %d\n" % sock.getsockname()[1]
-            exchange(client, [])
-        done = subprocess.run(command_with(inherit % tcp_fd, "taiclockd"), pass_fds=[tcp_fd],
-                              stderr=subprocess.PIPE)
-        assert done.returncode == 111 and done.stderr.endswith(b" not all of them are UDP sockets\n")
+def test_taiclockd_takes_inherited_udp_sockets_and_no_others():
+    inherit = ("import socket; sock = socket.socket(type=socket.%s); sock.bind(('127.0.0.1', 0))\n"
+               "sock.setblocking(False); os.dup2(sock.fileno(), 3)\n"
+               "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')")
+    with taiclockd(lack=inherit % "SOCK_DGRAM") as server, client_of(server.port) as client:
+        assert server.start == "start: serving on 127.0.0.1 port %d\n" % server.port
+        assert replies_to(client) == []
+    refused(run("taiclockd", code=inherit % "SOCK_STREAM"), " LISTEN_FDS: not all of them are UDP sockets")
 
 
 def test_taiclockd_asks_the_kernel_where_it_can():
