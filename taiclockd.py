@@ -111,7 +111,6 @@ def clock_scale():
 
 QUERY_MIN, QUERY_MAX = 20, 256  # the original reads 256 bytes of a longer one, and answers those
 HEAD = struct.Struct(">4sQII")  # of a reply: `stai` and the label
-LABEL_ZERO_SEC = 2**62  # the seconds of the label of 1970-01-01 00:00:00 TAI
 SLOTS = 64  # datagrams in a batch; with more of them the label would be older and the system calls no cheaper
 QUEUE_MAX = 4 << 20  # bytes that a burst may take in the kernel, whose own limit is usually lower
 PAUSE_SEC = 0.01  # after an error that may come again at once, such as a lack of memory
@@ -123,7 +122,6 @@ MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
 NAME_SIZE_AT, RECEIVED_AT = struct.calcsize("@P"), struct.calcsize("@PIPNPNi0P")
 SLOT_BYTES = QUERY_MAX + 28  # the datagram, and its sender as a struct sockaddr_in6
 MSG_WAITFORONE, MSG_DONTWAIT = 0x10000, 0x40  # wait for the first datagram only; for none
-TIME_ERROR = 5  # from adjtimex(2): not synchronised
 TRUSTED = "answering: the clock can be trusted now"
 
 
@@ -140,7 +138,7 @@ class Clock:
     """The heads of replies, while the system clock can be trusted."""
 
     def __init__(self, synced_only, offset_sec):
-        self.synced_only, self.zero_sec = synced_only, LABEL_ZERO_SEC + offset_sec
+        self.synced_only, self.zero_sec = synced_only, 2**62 + offset_sec  # 2^62 is 1970-01-01 00:00:00 TAI
         self.judged_sec, self.verdict = None, TRUSTED
 
     def head(self):
@@ -157,7 +155,7 @@ class Clock:
         if sec < RELEASE_SEC:
             return "silent: the clock shows a time before this program's release; it was never set"
         state = kernel_state() if self.synced_only else 0
-        if state == TIME_ERROR:
+        if state == 5:  # TIME_ERROR
             return "silent: the kernel says that its clock is not synchronised"
         return TRUSTED if state >= 0 else "silent: the kernel does not say whether its clock is synchronised"
 
@@ -175,10 +173,7 @@ def answer_one(sock, clock):
 
 
 def in_batches(sock):
-    """-> what does as answer_one() with up to SLOTS datagrams, by recvmmsg(2) and sendmmsg(2).
-
-    OSError, ImportError, AttributeError where the system can't do that.
-    """
+    """-> an answer_one() for up to SLOTS datagrams at once; OSError, ImportError, AttributeError."""
     import ctypes  # here, since python3-minimal has none
     libc = ctypes.PyDLL(None)  # keeps Python's lock, as there is one thread: half of a call's cost
     recvmmsg, sendmmsg = libc.recvmmsg, libc.sendmmsg

@@ -1430,7 +1430,7 @@ def taiclockd(*args, lack="nothing", says=b"", **env):
 
 
 def client_of(port, host="127.0.0.1"):
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock = udp_socket(host)
     sock.settimeout(PATIENCE_SEC)
     sock.connect((host, port))
     return sock
@@ -1451,8 +1451,7 @@ def replies_to(sock):
     ("ctypes", TWO_SOCKETS, "utc"), ("recvmmsg", (), "utc"), ("ipv6", (), "utc")])
 @pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.long)])
 def test_taiclockd_answers_each_datagram_of_a_flood_as_specified_and_does_not_grow(lack, args, scale, rounds):
-    rng, sizes_kb = random.Random(SEED), []
-    label_zero_sec = 2**62 + {"utc": 37, "tai": 10}[scale]
+    rng, sizes_kb, label_zero_sec = random.Random(SEED), [], 2**62 + {"utc": 37, "tai": 10}[scale]
     everywhere, hosts = ("0.0.0.0", HOSTS[:1]) if lack == "ipv6" else ("::", HOSTS)
     with taiclockd(*args, lack=lack, CLOCK_SCALE=scale) as server, contextlib.ExitStack() as stack:
         assert server.start == "start: serving on %s\n" % ", ".join(
@@ -1525,10 +1524,9 @@ def test_taiclockd_counts_queries_and_those_that_it_answers(way, monkeypatch):
                 client.send(datagram)
             assert answer(sock, clock) == counts
         assert client.recv(256)[20:] == QUERY[20:31] + b"x"
-        with contextlib.suppress(PermissionError), socket.socket(socket.AF_INET, socket.SOCK_RAW,
-                                                                 socket.IPPROTO_UDP) as raw:  # root has it
-            port = sock.getsockname()[1]
-            raw.sendto(struct.pack(">4H", 0, port, 40, 0) + QUERY, ("127.0.0.1", 0))  # which has no reply
+        with contextlib.suppress(PermissionError), socket.socket(type=socket.SOCK_RAW, proto=17) as raw:
+            from_port_0 = struct.pack(">4H", 0, sock.getsockname()[1], 40, 0) + QUERY  # which has no reply
+            raw.sendto(from_port_0, HOSTS[:1] + (0,))
             assert answer(sock, clock) == (1, 1, 0)
 
 
