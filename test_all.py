@@ -268,6 +268,8 @@ def test_every_script_begins_in_the_same_way(name):
     done = run(name, "--no-such-option")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (100, b"", 1)
     assert done.stderr.startswith("%s: usage: %s" % (program, program))
+    fds = os.listdir("/proc/self/fd")
+    assert module.begin([program]) is False and os.listdir("/proc/self/fd") == fds
     refused(run(name, "--help", code="os.close(1)"),
             "^%s: fatal: unable to write output: Bad file descriptor" % program)
     interrupt = "sys.meta_path.insert(0, type('', (), {'find_spec': lambda *_: os.kill(os.getpid(), 2)}))"
