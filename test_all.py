@@ -3143,27 +3143,21 @@ def test_until_waits_for_the_bound(host):
 
 def test_metrics_are_a_file_that_is_replaced_as_a_whole(host):
     host.status()
-    assert host.says("metrics", "--output", host.home + "/out") == ""
-    with open(host.home + "/out") as file:
-        values = dict(line.rsplit(" ", 1) for line in file)
-    low, high = (float(values['clockspeed_bound_seconds{side="%s"}' % side]) for side in ("low", "high"))
-    assert low < float(values["clockspeed_offset_seconds"]) < high and high - low == pytest.approx(0.01)
-    assert values['clockspeed_marks_total{outcome="used"}'] == "12\n"
-    assert float(values["clockspeed_last_mark_timestamp_seconds"]) == pytest.approx(time.time() - 100, abs=60)
-    os.symlink("out", host.home + "/link")
-    for name, why in (("link", "Too many levels of symbolic links"), ("adjust", "No such device or address")):
-        assert host.says("metrics", "--output", host.home + "/" + name) == "write output: " + why
-
-
-def test_a_file_is_replaced_and_a_device_written_to(host):
-    path, other = host.home + "/out", host.home + "/other"
+    path, other, link = host.home + "/out", host.home + "/other", host.home + "/link"
     host.write("out", "old")
-    os.link(path, other)
     host.write("out.tmp", "left over")
-    CTL.replace_file(path, b"new")
-    CTL.replace_file("/dev/null", b"new")
-    assert [pathlib.Path(each).read_text() for each in (path, other)] == ["new", "old"]
-    assert not os.path.exists(path + ".tmp") and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    os.link(path, other)
+    os.symlink("out", link)
+    assert host.says("metrics", "--output", path) == "" and not os.path.exists(path + ".tmp")
+    new, old = (pathlib.Path(each).read_text() for each in (path, other))
+    values = {name: float(value) for name, value in map(str.split, new.splitlines())}
+    low, high = (values['clockspeed_bound_seconds{side="%s"}' % side] for side in ("low", "high"))
+    assert low < values["clockspeed_offset_seconds"] < high and high - low == pytest.approx(0.01)
+    assert values['clockspeed_marks_total{outcome="used"}'] == 12 and old == "old"
+    assert values["clockspeed_last_mark_timestamp_seconds"] == pytest.approx(time.time() - 100, abs=60)
+    for path, why in (link, "Too many levels of symbolic links"), (host.adjust, "No such device or address"):
+        assert host.says("metrics", "--output", path) == "write output: " + why
+    assert host.says("metrics", "--output", "/dev/null") == "" and stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
 def test_atto_shows_the_rate(host):
