@@ -3135,7 +3135,7 @@ def test_variance_and_bound_are_carried_on_as_clockspeed_does():
 
 def test_until_waits_for_the_bound(host):
     host.status()
-    with process(command_of("clockctl", "until", "1ms"), env=host.env) as waiting:
+    with process(command_of("clockctl", "until", "1ms", "--timeout", "99"), env=host.env) as waiting:
         host.status(offset_ns=0, bound_ns=10**5)
         assert waiting.wait(PATIENCE_SEC) == 0
 
@@ -3149,11 +3149,14 @@ def test_metrics_are_a_file_that_is_replaced_as_a_whole(host):
     os.symlink("out", link)
     assert host.says("metrics", "--output", path) == "" and not os.path.exists(path + ".tmp")
     new, old = (pathlib.Path(each).read_text() for each in (path, other))
-    values = {name: float(value) for name, value in map(str.split, new.splitlines())}
-    low, high = (values['clockspeed_bound_seconds{side="%s"}' % side] for side in ("low", "high"))
-    assert low < values["clockspeed_offset_seconds"] < high and high - low == pytest.approx(0.01)
-    assert values['clockspeed_marks_total{outcome="used"}'] == 12 and old == "old"
-    assert values["clockspeed_last_mark_timestamp_seconds"] == pytest.approx(time.time() - 100, abs=60)
+    values = {name[len("clockspeed_"):]: float(value) for name, value in map(str.split, new.splitlines())}
+    exact = {"up": 1, "observe_only": 0, "rate_error_ratio": 1.23e-8, "mark_noise_seconds": 0.002,
+             "last_mark_offset_seconds": 0.001234567, 'marks_total{outcome="used"}': 12}
+    assert {name: values[name] for name in exact} == pytest.approx(exact) and old == "old"
+    low, high = (values['bound_seconds{side="%s"}' % side] for side in ("low", "high"))
+    assert low < values["offset_seconds"] < high and high - low == pytest.approx(0.01)
+    for name in "status_timestamp_seconds", "last_mark_timestamp_seconds":
+        assert values[name] == pytest.approx(time.time() - 100, abs=60)
     for path, why in (link, "Too many levels of symbolic links"), (host.adjust, "No such device or address"):
         assert host.says("metrics", "--output", path) == "write output: " + why
     assert host.says("metrics", "--output", "/dev/null") == "" and stat.S_ISCHR(os.stat("/dev/null").st_mode)
