@@ -3550,11 +3550,9 @@ def failed(stderr):
     return said(stderr=stderr, status=111)
 
 
-def levels(findings):
-    """The levels in short, and all the words."""
-    findings = list(findings)
-    return (" ".join(each.level for each in findings),
-            "\n".join(each.text + "; " + each.todo for each in findings))
+def told(probe, *arguments):
+    """What a probe finds, a line each."""
+    return "\n".join("%s %s; %s" % finding for finding in probe(*arguments))
 
 
 def test_one_cause_is_one_failure_and_what_follows_says_so():
@@ -3565,167 +3563,153 @@ def test_one_cause_is_one_failure_and_what_follows_says_so():
         return [CHECK.fail("does not run", "start it"), CHECK.ok("well")]
 
     def check_space():
+        yield CHECK.fail("full")
         raise OSError(errno.EIO, "broken")
-    taken_over = CHECK.check_marks, dict(STATUS, marks=[1])
-    found = list(CHECK.findings([(check_services,), (check_clockspeed,), (check_space,), taken_over]))
-    assert [" ".join((topic, finding.level)) for topic, finding in found] == [
-        "services fail", "services fail", "clockspeed warn", "clockspeed ok", "space warn", "marks warn"]
-    assert levels(CHECK.check_marks(status(next={"settling": 10**12})))[1].startswith("settling, the clock")
-    assert found[2][1].todo == "that follows from services" and found[4][1].text == "unable to look: broken"
+    odd = CHECK.check_marks, {"now": {"problem": None}}
+    found = list(CHECK.findings([(check_services,), (check_clockspeed,), (check_space,), odd]))
+    assert " ".join(topic + " " + finding.level for topic, finding in found) == (
+        "services fail services fail clockspeed warn clockspeed ok space fail space warn marks warn")
+    assert found[2][1].todo == "that follows from services" and found[5][1].text == "unable to look: broken"
     assert [finding.level for _, finding in CHECK.findings([(check_clockspeed,)])] == ["fail", "ok"]
 
 
-CONFIG = {"CLOCK_TYPE": "ntp", "CLOCK_IP": "192.0.2.7 192.0.2.8"}
-STATUS = {"pid": 7, "doing": "steering", "observe_only": False,
-          "marks": {"used": 9, "doubted": 0, "refused": 1}, "last_mark": {"outcome": "used"},
-          "next": {"settling": False},
-          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "mark_age_sec": 105,
-                  "next_mark_sec": 50}}
+def status(outcome="used", settling=False, observe_only=False, **now):
+    return {"pid": 7, "doing": "steering", "observe_only": observe_only, "marks": {"used": 9, "refused": 1},
+            "last_mark": outcome and {"outcome": outcome}, "next": {"settling": settling},
+            "now": dict({"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "mark_age_sec": 105,
+                         "next_mark_sec": 50}, **now)}
 
 
-def status(**fields):
-    """STATUS with other fields, those of `now` included."""
-    now = {name: fields.pop(name, value) for name, value in STATUS["now"].items()}
-    return dict(STATUS, now=now, **fields)
+def needs(path, may):
+    """What user a needs, and b, who is not there; whether they may."""
+    return [("a", "write", path), ("b", "read", path)], {"a"}.__contains__, lambda *_: said(status=not may)
+
+
+def owned(uid, mode, roots=("/usr/bin/env", "/usr/bin/none"), private=()):
+    """/usr/bin is that user's, with that mode, and all else is as it should be."""
+    def lstat(path):
+        mode_of, uid_of = (mode, uid) if path == "/usr/bin" else (0o40755, 0)
+        return os.stat_result((mode_of, 0, 0, 1, uid_of, 0, 0, 0, 0, 0))
+    return roots, private, lstat, 77
 
 
 def disk(blocks, files=9, flags=0):
     return ["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, blocks, 9, files, files, flags, 255))
 
 
-def viewed(words, stderr=""):
-    return said("before: x\nafter:  y\nthis clock is %s\n" % words, stderr)
+def viewed(words, stderr="", status=0):
+    return said("before: x\nafter:  y\nthis clock is %s\n" % words, stderr, status)
 
 
-@pytest.mark.parametrize("probe, arguments, level, words", [
-    ("configuration", (CONFIG, said(), said()), "ok", "ntp servers: 192.0.2.7 192.0.2.8"),
-    ("configuration", ({}, failed("clockctl: fatal: unable to read c: line 1: no\n"), failed("")), "fail",
-     "^unable to read c: line 1: no; correct it"),
-    ("configuration", (CONFIG, failed("p: fatal: unable to run c: Permission denied"), said()), "fail",
-     "^clocksd can't use it: unable to run c: Permission denied; chmod"),
-    ("configuration", (dict(CONFIG, CLOCK_IP="192.0.2.1"), said(), said()), "fail", "not name your servers"),
-    ("configuration", ({}, said(), said()), "fail", "not name your servers; run svc/install"),
-    ("programs", (HERE, ("clockview", "clockctl")), "ok", "clockview, clockctl in "),
-    ("programs", (HERE, ("clockview", "LICENSE", "none")), "fail", "no executable LICENSE or none"),
-    ("users", ([("a", "-w", "/x")], {"a"}.__contains__, lambda *need: True), "ok", ""),
-    ("users", ([("a", "-w", "/x"), ("b", "-r", "/y")], {"a"}.__contains__, lambda *need: False), "warn fail",
-     "no user b;(.|\n)*a can't write /x; chown a /x"),
-    ("clockspeed", (STATUS, said(), True), "ok", "process 7, steering"),
-    ("clockspeed", (STATUS, said(), None), "ok", "process 7, steering"),
-    ("clockspeed", (STATUS, said(), False), "fail", "^it does not read adjust; read its log"),
-    ("clockspeed", (status(observe_only=True), said(), True), "warn", "only observes"),
-    ("clockspeed", (status(problem="it died"), said(), False), "fail", "^it died; read its log"),
-    ("clockspeed", (status(problem="it hangs"), said(), True), "fail", "^it hangs; read its log"),
-    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), None), "fail",
-     "is none; read"),
-    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: No module named 'json'"), True), "warn",
-     "it runs, but tells nothing: unable to read s: No module named 'json'"),
-    ("marks", (STATUS,), "ok",
-     "^the clock is 3 ms behind, give or take 400 us, marks: 10, the next one in 50 s"),
-    ("marks", (status(offset_sec=-3600),), "fail", "^the clock is 1 h ahead.*clockctl set.*83.3 d"),
-    ("marks", (status(offset_sec=0.51, next={"settling": True}),), "fail", "510 ms behind"),
-    ("marks", (status(next={"settling": True}, last_mark={"outcome": "doubted"}, next_mark_sec=1),), "ok",
-     "^settling, .*marks: 10, .*in 1 s"),
-    ("marks", (status(offset_sec=None, last_mark=None, next={"settling": True}),), "ok",
-     "^settling, none in this boot, the next one in 50 s"),
-    ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn",
-     "none in this boot; read the log"),
-    ("marks", (status(next_mark_sec=-601),), "warn", "the next one is late"),
-    ("marks", (status(next_mark_sec=-599),), "ok", "marks: 10; $"),
-    ("marks", (status(mark_age_sec=3 * 10**6, next_mark_sec=None),), "warn", "late"),
-    ("marks", (status(last_mark={"outcome": "doubted"}),), "warn", "one was doubted"),
-    ("marks", (status(problem="it died"),), "warn", "not known"), ("marks", (None,), "warn", "not known"),
-    ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok",
-     "^this clock is 3.2 ms behind"),
-    ("server", (viewed("1 h ahead of ntp x, give or take 1 ms"),), "fail", "1 h ahead.*`clockctl set`"),
-    ("server", (viewed("1 ms behind ntp x", "sntpclock: warning: 192.0.2.8: a falseticker\n"),), "warn ok",
-     "^192.0.2.8: a falseticker; correct CLOCK_IP"),
-    ("server", (failed("sntpclock: fatal: this clock is 6 years off; see `clockctl set`"),), "fail",
-     "^this clock is 6 years off; see `clockctl set`; $"),
-    ("server", (said(viewed("1 ms behind x").stdout, "c: fatal: it failed", 1),), "fail", "^it failed"),
-    ("server", (said(),), "fail", "ended with 0"),
-    ("server", (failed("x: warning: w\nx: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
-     "fail", "^unable to ask x: no usable answer; correct"),
-    ("space", disk(10**6), "ok", "3906 MB at /"), ("space", disk(10**6, files=0), "fail", "full"),
-    ("space", disk(200), "fail", "full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail", "read-only"),
-    ("counter", ("tsc",), "ok", "tsc"), ("counter", ("hpet",), "warn", "slow"),
-    ("counter", ("jiffies",), "fail", "milliseconds"),
-    ("scale", ("utc", "utc", None), "ok", ""), ("scale", ("tai", "tai", "utc"), "fail", "set CLOCK_SCALE"),
-    ("scale", ("tai", "utc", "tai"), "warn", "the time zone utc")])
-def test_a_probe_finds(probe, arguments, level, words):
-    found = levels(getattr(CHECK, "check_" + probe)(*arguments))
-    assert found[0] == level and re.search(words, found[1]), found
+@pytest.mark.parametrize("probe, arguments, finding", [
+    ("configuration", (said(), {"CLOCK_TYPE": "ntp", "CLOCK_IP": "a b"}), "ok ntp servers: a b"),
+    ("configuration", (failed("clockctl: fatal: unable to read c: line 1: no\n"), {}),
+     "fail unable to read c: line 1: no; correct it; clocksd must be able to run clockctl"),
+    ("configuration", (said(), {"CLOCK_IP": "192.0.2.1"}), "fail CLOCK_IP does not name your servers"),
+    ("configuration", (said(), {}), "fail CLOCK_IP does not name your servers; run svc/install"),
+    ("programs", (HERE, ("clockview", "LICENSE", "none")), "fail there is no executable LICENSE or none in "),
+    ("owners", owned(77, 0o40755), "ok only root can change what root runs"),
+    ("owners", owned(0, 0o41777), "ok"), ("owners", owned(0, 0o120777), "ok"),
+    ("owners", owned(0, 0o40775), "fail others can change /usr/bin; chmod go-w /usr/bin$"),
+    ("owners", owned(78, 0o40755), "fail user 78 can change /usr/bin, and so .*; chown root /usr/bin$"),
+    ("owners", owned(78, 0o40775, (), ["/usr/bin"]), "ok"),
+    ("owners", owned(78, 0o40757, (), ["/usr/bin"]), "fail others can change /usr/bin"),
+    ("users", needs("/", may=True), "warn there is no user b; run svc/install$"),
+    ("users", needs("/none", may=False), "warn there is no user b; run svc/install$"),
+    ("users", needs("/", may=False), "warn .* b.*\nfail a can't write /; chown a /$"),
+    ("users", ([], None, None), "ok each can use"),
+    ("clockspeed", (status(), said(), None), "ok it runs as process 7, steering"),
+    ("clockspeed", (status(), said(), False), "fail it does not read adjust; read its log"),
+    ("clockspeed", (status(observe_only=True), said(), True), "warn it only observes"),
+    ("clockspeed", (status(problem="it hangs"), said(), True), "fail it hangs; read its log"),
+    ("clockspeed", (None, failed("clockctl: fatal: there is none"), None), "fail there is none; read"),
+    ("clockspeed", (None, failed("no module named json"), True), "warn it runs, .*: no module named json;"),
+    ("marks", (status(),), "ok the clock is 3 ms behind, give or take 400 us, marks: 10, .* in 50 s; $"),
+    ("marks", (status(offset_sec=-3600),), "fail the clock is 1 h ahead.*clockctl set.*83.3 d"),
+    ("marks", (status(offset_sec=0.51, settling=True),), "fail the clock is 510 ms behind"),
+    ("marks", (status("doubted", settling=True, next_mark_sec=1),), "ok settling, .*marks: 10, .*in 1 s"),
+    ("marks", (status(None, settling=True, offset_sec=None),), "ok settling, none in this boot, .*in 50 s"),
+    ("marks", (status(None, offset_sec=None, next_mark_sec=None),), "warn none in this boot.*read the log"),
+    ("marks", (status(next_mark_sec=-601),), "warn .*, the next one is late"),
+    ("marks", (status(next_mark_sec=-599),), "ok .*marks: 10; $"),
+    ("marks", (status(mark_age_sec=3 * 10**6, next_mark_sec=None),), "warn .*late"),
+    ("marks", (status(mark_age_sec=2.6 * 10**6, next_mark_sec=None),), "ok .*marks: 10; $"),
+    ("marks", (status("doubted"),), "warn .*one was doubted"),
+    ("marks", (status(problem="it died"),), "warn .*not known"), ("marks", (None,), "warn .*not known"),
+    ("server", (viewed("1 h ahead of ntp x, give or take 1 ms"),), "fail this.* 1 h ahead.*`clockctl set`"),
+    ("server", (viewed("3.2 ms behind ntp x", "sntpclock: warning: x: a falseticker\n"),),
+     "warn x: a falseticker; correct CLOCK_IP.*\nok this clock is 3.2 ms behind ntp x"),
+    ("server", (failed("sntpclock: fatal: 6 years off; see `clockctl set`"),), "fail 6 .* `clockctl set`; $"),
+    ("server", (viewed("1 ms behind x", "c: fatal: it failed", 1),), "fail it failed; correct CLOCK_IP"),
+    ("server", (said(),), "fail it ended with 0"),
+    ("server", (failed("x: warning: w\nx: fatal: unable to ask: no answer\nclockctl: fatal: z"),),
+     "fail unable to ask: no answer; correct"),
+    ("space", disk(10**6), "ok 3906 MB at /"), ("space", disk(10**6, files=0), "fail .* is full"),
+    ("space", disk(200), "fail .* is full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail .* read-only"),
+    ("counter", ("tsc",), "ok tsc"), ("counter", ("hpet",), "warn hpet is slow"),
+    ("counter", ("jiffies",), "fail jiffies counts milliseconds"),
+    ("scale", ("tai", "tai", "utc"), "fail clockspeed takes .* utc, the clients for tai; set CLOCK_SCALE"),
+    ("scale", ("tai", "utc", "tai"), "warn the clock counts tai, the time zone utc")])
+def test_a_probe_finds(probe, arguments, finding):
+    found = told(getattr(CHECK, "check_" + probe), *arguments)
+    assert re.match(finding, found), found
 
 
-@pytest.mark.parametrize("kept, tool, shown, age_sec, level, words", [
-    ((), "svstat", "s: up (pid 7) 0 seconds", 500, "ok", "up for 8.33 min"),  # the clock was set back
-    ((), "svstat", "s: up (pid 7) 900 seconds", 2.9, "warn", "just been started"),
-    ((), "svstat", "s: down 3 seconds, normally up", None, "fail", "down 3 seconds.*svc -u"),
-    (("stat",), "sv", "run: s: (pid 7) 5s; run: log: (pid 8) 5s", 3, "ok", "3 s"),
-    (("stat",), "sv", "down: s: 5s; run: log: (pid 8) 5s", 50, "fail", "down"),
-    (("death_tally",), "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok", "50 s")])
-def test_a_service_is_up_by_the_age_of_its_process(kept, tool, shown, age_sec, level, words, tmp_path):
-    for service in ("clockspeed", "clockspeed_adjust"):
-        (tmp_path / service / "supervise").mkdir(parents=True)
-        for name in kept:
-            (tmp_path / service / "supervise" / name).touch()
-
+@pytest.mark.parametrize("kept, tool, shown, age_sec, finding", [
+    ("", "svstat", "s: up (pid 7) 0 seconds", 500, "ok .*up for 8.33 min"),  # the clock was set back
+    ("", "svstat", "s: up (pid 7) 900 seconds", 2.9, "warn .*just been started"),
+    ("", "svstat", "s: down 3 seconds, normally up", None, "fail s: down 3 seconds.*svc -u"),
+    ("stat", "sv", "run: s: (pid 7) 5s; run: log: (pid 8) 5s", 3, "ok .* 3 s"),
+    ("stat", "sv", "down: s: 5s; run: log: (pid 8) 5s", 50, "fail down"),
+    ("death_tally", "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok .* 50 s")])
+def test_a_service_is_up_by_the_age_of_its_process(kept, tool, shown, age_sec, finding, tmp_path):
     def run_tool(command):
         assert command[0] == tool
         return said(shown)
-    found = levels(CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get))
-    assert found[0] == level + " " + level and re.search(words, found[1])
+    places = [str(tmp_path / "none"), str(tmp_path)]
+    (tmp_path / "clockspeed" / "supervise" / kept).mkdir(parents=True)
+    (tmp_path / "clockspeed" / "log").mkdir()
+    service, log, adjust = told(CHECK.check_services, places, run_tool, {"7": age_sec}.get).splitlines()
+    assert re.match(finding, service) and "fail %s/clockspeed/log is not supervised" % tmp_path in log
+    assert adjust.startswith("warn no clockspeed_adjust in %s, %s" % tuple(places))
     with process(["sleep", "60"]) as young:
-        assert 0 <= CHECK.age_sec(young.pid) < PATIENCE_SEC and CHECK.age_sec("0") == 0
-    assert levels(CHECK.check_services([str(tmp_path / "none")]))[0] == "warn warn"
-
-
-@pytest.mark.parametrize("uid, mode, level", [
-    (0, 0o40755, "ok"), (0, 0o41777, "ok"), (0, 0o120777, "ok"), (0, 0o40775, "fail"), (0, 0o100666, "fail"),
-    (1234, 0o40755, "fail"), (77, 0o40755, "ok")])
-def test_who_can_change_what_root_runs(uid, mode, level):
-    def lstat(path):
-        odd = path == "/usr/local/etc"
-        return os.stat_result((mode if odd else 0o40755, 0, 0, 1, uid if odd else 0, 0, 0, 0, 0, 0))
-    found = levels(CHECK.check_owners(["/usr/local/etc/clockspeed.conf", "/usr/local/etc/x"], [], lstat, 77))
-    assert found[0] == level and (level == "ok" or "/usr/local/etc" in found[1])
-    private = levels(CHECK.check_owners([], ["/usr/local/etc"], lstat, 77))
-    assert private[0] == ("fail" if mode == 0o100666 else "ok")
+        assert 0 <= CHECK.age_sec(young.pid) < PATIENCE_SEC
 
 
 def test_whether_marks_are_read_from_the_fifo(tmp_path):
     fifo, link, file = (str(tmp_path / name) for name in ("fifo", "link", "file"))
     os.mkfifo(fifo)
     os.symlink(fifo, link)
-    (tmp_path / "file").touch()
-    assert not any(map(CHECK.is_read, (fifo, file, str(tmp_path / "none"))))
+    pathlib.Path(file).touch()
+    assert [CHECK.is_read(path) for path in (fifo, file, file + "s")] == [False] * 3
     with reading(fifo):
         assert CHECK.is_read(fifo) is True and CHECK.is_read(link) is False
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another")
 def test_root_looks_with_the_eyes_of_another(groups, tmp_path):
-    secret = tmp_path / "conf"
-    secret.write_text("x")
-    secret.chmod(0o600)
-    assert CHECK.run(["cat", str(secret)]).stdout == "x" and not CHECK.may_use("nobody", "-r", str(secret))
-    assert "Permission denied" in CHECK.complaint(CHECK.run([str(secret)], "nobody"))
-    assert CHECK.may_use("nobody", "-r", str(tmp_path / "none")) and CHECK.may_use("nobody", "-r", "/")
+    secret = str(tmp_path / "conf")
+    pathlib.Path(secret).touch(0o600)
+    paths = secret, secret + ".none", "/"
+    assert told(CHECK.check_users, [("nobody", "read", path) for path in paths]) == (
+        "fail nobody can't read %s; chown nobody %s" % (secret, secret))
+    assert CHECK.run(["cat", secret]).returncode == 0
+    assert "Permission denied" in CHECK.complaint(CHECK.run([secret], "nobody"))
     assert CHECK.run(["id", "-G"], "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid)]
 
 
 def test_who_sets_the_clock_is_known_by_name_or_by_the_log(tmp_path):
     line = "@4000000000000e1a00000000 foreign: x\n"
-    assert levels(CHECK.check_rivals(tmp_path, line, 20000))[0] == "ok"
+    assert told(CHECK.check_rivals, tmp_path, line, 20000).startswith("ok")
     for pid, name, words in (
-            ("1", "chronyd", "a"), ("2", "chronyd", "a\0-x"), ("3", "sh", "-x"), ("4", "ntpd", "a")):
+            ("1", "chronyd", "a"), ("2", "chronyd", "a\0-x"), ("3", "sh", "-x"), ("4", "ntpd", "a\0-x")):
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "comm").write_text(name + "\n")
         (tmp_path / pid / "cmdline").write_text(words + "\0")
-    found = levels(CHECK.check_rivals(tmp_path, line, 10000))
-    assert found[0] == "fail fail fail" and "by clockspeed's log another program" in found[1]
-    assert set(re.findall(r"(\w+ sets the clock too, as process \d);", found[1])) == {
-        "chronyd sets the clock too, as process 1", "ntpd sets the clock too, as process 4"}
+    *found, by_log = told(CHECK.check_rivals, tmp_path, line, 10000).splitlines()
+    assert by_log.startswith("fail by clockspeed's log another program steers the clock")
+    assert sorted(found) == ["fail %s sets the clock too, as process %d; stop and disable it" % rival
+                             for rival in (("chronyd", 1), ("ntpd", 4))]
 
 
 def test_check_looks_at_every_topic_where_nothing_is_installed_and_counts(tmp_path):
@@ -3734,8 +3718,9 @@ def test_check_looks_at_every_topic_where_nothing_is_installed_and_counts(tmp_pa
         tmp_path, HERE))
     *lines, _ = run("clockctl-check", CLOCKSPEED_CONF=conf).stdout.decode().splitlines()
     found = {topic: level for level, topic in (line.partition(":")[0].split() for line in lines)}
-    assert " ".join(topic for topic in found if topic not in ("users", "counter")) == (
-        "configuration programs owners services clockspeed marks server rivals scale")
+    found.pop("counter", None)  # not every system has it
+    assert " ".join(found) == "configuration programs owners %sservices clockspeed marks server rivals scale" % (
+        "users " * (os.getuid() == 0))
     assert [found[topic] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
     assert "unable to look" not in str(lines)
     conf.write_text("CLOCK_IP=(x)\n")
@@ -3743,10 +3728,6 @@ def test_check_looks_at_every_topic_where_nothing_is_installed_and_counts(tmp_pa
     first, *rest = done.stdout.decode().splitlines()
     assert done.returncode == 2 and rest == ["0 ok, 0 warn, 1 fail"]
     assert first.startswith("fail  configuration: unable to read %s" % tmp_path) and "line 1" in first
-    assert run("clockctl-check", "x").returncode == 100
-    with open("/dev/full", "wb") as full:
-        said = subprocess.run(command_of("clockctl-check"), stdout=full, stderr=subprocess.PIPE).stderr
-    assert said == b"clockctl-check: fatal: unable to write output: No space left on device\n"
 
 
 # ==== clockctl-graph ================================================================================
@@ -3906,7 +3887,7 @@ def text_of(data):
 
 
 def read_as_clockctls(text):
-    CHECK.parse_environment(said(text)), levels(CHECK.check_server(said(text, text)))
+    told(CHECK.check_server, said(text, text))
     CHECK.FOREIGN_LINE.findall(text)
 
 
