@@ -3774,6 +3774,7 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     elements = xml.etree.ElementTree.fromstring(picture.read_text()).iter()
     classes = [each.get("class") for each in elements if each.get("points", "").count(",") == 200]
     assert sorted(classes) == ["bound", "bound", "deviation", "deviation", "value"]
+    refused(run("clockctl-graph", "--svg", log + "/no/x", CLOCKSPEED_LOG=log), "write .*/x: No such file .*")
     assert len(shown("--csv")) == 201 and shown("--csv")[1] == (
         "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
     for words in ["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"]:
