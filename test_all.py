@@ -3727,9 +3727,9 @@ def test_a_mark_is_read_off_the_log():
         assert part in a_mark() and not list(GRAPH.parse_marks(a_mark().replace(part, odd))), odd
 
 
-def write_log(directory, count, offset=lambda number: number * 1e-6):
+def write_log(directory, count):
     """So many used marks, in two of multilog's files."""
-    lines = [a_mark(number, offset(number), "used\n") for number in range(count)]
+    lines = [a_mark(number, 1e-4 * (number % 20) - 1e-3, "used\n") for number in range(count)]
     directory.mkdir()
     (directory / ("@" + "4" * 24 + ".s")).write_text("".join(lines[:count // 2]) + "moved: x\nrubbish\n\xff")
     (directory / "current").write_text("".join(lines[count // 2:]))
@@ -3738,7 +3738,7 @@ def write_log(directory, count, offset=lambda number: number * 1e-6):
 
 def test_a_log_is_read_whole_and_nothing_else_is(tmp_path):
     log = write_log(tmp_path / "log", 9)
-    assert [round(mark.offset_sec * 1e6) for mark in GRAPH.read_marks(log)] == list(range(9))
+    assert [mark.at_sec - 1800000000 for mark in GRAPH.read_marks(log)] == list(range(0, 5400, 600))
     assert GRAPH.read_foreign(log + "/current", os.path.getsize(log + "/current"))
     for plant in (lambda path: os.symlink("/dev/zero", path), os.mkfifo):
         os.unlink(log + "/current")
@@ -3749,7 +3749,7 @@ def test_a_log_is_read_whole_and_nothing_else_is(tmp_path):
 
 
 def test_standard_deviation_and_bound_are_two_things(tmp_path):
-    log = write_log(tmp_path / "log", 200, lambda number: 1e-4 * (number % 20) - 1e-3)
+    log = write_log(tmp_path / "log", 200)
 
     def shown(*words):
         done = run("clockctl-graph", *words, CLOCKSPEED_LOG=log)
@@ -3804,8 +3804,8 @@ def test_one_value_far_out_does_not_flatten_the_rest():
 
 def test_dates_are_as_fine_as_the_span_wants(monkeypatch):
     monkeypatch.setattr(GRAPH.time, "localtime", time.gmtime)
-    for span_sec, date in ((3600, "01-15 09:00:00"), (3601, "01-15 09:00"), (345600, "01-19 08:00"),
-                           (345601, "2027-01-19")):
+    dates = {3600: "01-15 09:00:00", 3601: "01-15 09:00", 345600: "01-19 08:00", 345601: "2027-01-19"}
+    for span_sec, date in dates.items():
         chart = chart_of([1, 1, 1], [1800000000 + at_sec for at_sec in (0, 9, span_sec)])
         assert chart.dates[-1] == (1, date) and max(map(len, GRAPH.draw_text(chart, 60))) <= 60
 
@@ -3834,10 +3834,8 @@ def test_a_reader_that_has_gone_ends_it_quietly(host, name, word, status):
     assert (done.returncode, done.stderr) == (status, "")
 
 
-DECODERS += [
-    ("a mark in the log", lambda data: list(GRAPH.parse_marks(data.decode("ascii", "replace"))),
-     [a_mark().encode()], ()),
-]
+DECODERS += [("a mark in the log", lambda data: list(GRAPH.parse_marks(data.decode("ascii", "replace"))),
+              [a_mark().encode()], ())]
 
 
 # ==== the services ==================================================================================
