@@ -3423,270 +3423,211 @@ def said(stdout="", stderr="", status=0):
     return subprocess.CompletedProcess([], status, stdout, stderr)
 
 
-def failed(stderr):
-    return said(stderr=stderr, status=111)
-
-
-def levels(findings):
-    """The levels in short, and all the words."""
-    findings = list(findings)
-    return (" ".join(each.level for each in findings),
-            "\n".join(each.text + "; " + each.todo for each in findings))
+def told(probe, *arguments):
+    """What a probe finds, a line each."""
+    return "\n".join("%s %s; %s" % finding for finding in probe(*arguments))
 
 
 def test_one_cause_is_one_failure_and_what_follows_says_so():
-    def check_services():
-        return [CHECK.fail("down", "svc -u"), CHECK.fail("down too", "svc -u")]
-
-    def check_clockspeed():
-        return [CHECK.fail("does not run", "start it"), CHECK.ok("well")]
-
-    def check_space():
-        raise OSError(errno.EIO, "broken")
-    taken_over = CHECK.check_marks, dict(STATUS, marks=[1])
-    found = list(CHECK.findings([(check_services,), (check_clockspeed,), (check_space,), taken_over]))
-    assert [" ".join((topic, finding.level)) for topic, finding in found] == [
-        "services fail", "services fail", "clockspeed warn", "clockspeed ok", "space warn", "marks warn"]
-    assert levels(CHECK.check_marks(status(next={"settling": 10**12})))[1].startswith("settling, the clock")
-    assert found[2][1].todo == "that follows from services" and found[4][1].text == "unable to look: broken"
-    assert [finding.level for _, finding in CHECK.findings([(check_clockspeed,)])] == ["fail", "ok"]
+    clockspeed = CHECK.check_clockspeed, None, said(status=1), None
+    odd = CHECK.check_marks, {"now": {"problem": None}}
+    found = [(topic,) + finding for topic, finding in CHECK.findings([
+        (CHECK.check_programs, HERE, ["none"]), clockspeed, (CHECK.check_counter, "jiffies"), odd])]
+    assert [" ".join(each[:2]) for each in found] == [
+        "programs fail", "clockspeed warn", "counter fail", "marks warn"]
+    assert found[1][3] == "that follows from programs" and found[3][2] == "unable to look: 'last_mark'"
+    assert [finding.level for _, finding in CHECK.findings([clockspeed])] == ["fail"]
 
 
-CONFIG = {"CLOCK_TYPE": "ntp", "CLOCK_IP": "192.0.2.7 192.0.2.8"}
-STATUS = {"pid": 7, "doing": "steering", "observe_only": False,
-          "marks": {"used": 9, "doubted": 0, "refused": 1}, "last_mark": {"outcome": "used"},
-          "next": {"settling": False},
-          "now": {"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "mark_age_sec": 105,
-                  "next_mark_sec": 50}}
+def status(outcome="used", settling=False, observe_only=False, **now):
+    return {"pid": 7, "doing": "steering", "observe_only": observe_only, "marks": {"used": 9, "refused": 1},
+            "last_mark": outcome and {"outcome": outcome}, "next": {"settling": settling},
+            "now": dict({"problem": None, "offset_sec": 0.003, "deviation_sec": 4e-4, "mark_age_sec": 105,
+                         "next_mark_sec": 50}, **now)}
 
 
-def status(**fields):
-    """STATUS with other fields, those of `now` included."""
-    now = {name: fields.pop(name, value) for name, value in STATUS["now"].items()}
-    return dict(STATUS, now=now, **fields)
+def owned(uid, mode, roots=("/usr/bin/env", "/usr/bin/none"), private=()):
+    """/usr/bin is that user's, with that mode, and all else is as it should be."""
+    def lstat(path):
+        mode_of, uid_of = (mode, uid) if path == "/usr/bin" else (0o40755, 0)
+        return os.stat_result((mode_of, 0, 0, 1, uid_of, 0, 0, 0, 0, 0))
+    return roots, private, lstat, 77
 
 
 def disk(blocks, files=9, flags=0):
     return ["/"], lambda path: os.statvfs_result((4096, 4096, 0, 0, blocks, 9, files, files, flags, 255))
 
 
-def viewed(words, stderr=""):
-    return said("before: x\nafter:  y\nthis clock is %s\n" % words, stderr)
+@pytest.mark.parametrize("probe, arguments, finding", [
+    ("configuration", (said(), {"CLOCK_TYPE": "ntp", "CLOCK_IP": "a b"}), "ok ntp servers: a b"),
+    ("configuration", (said(), {"CLOCK_IP": "192.0.2.1"}), "fail CLOCK_IP does not name your servers"),
+    ("configuration", (said(), {}), "fail CLOCK_IP does not name your servers; run svc/install"),
+    ("programs", (HERE, ("clockview", "LICENSE", "none")), "fail there is no executable LICENSE or none in "),
+    ("owners", owned(77, 0o40755), "ok only root can change what root runs"),
+    ("owners", owned(0, 0o41777), "ok"), ("owners", owned(0, 0o120777), "ok"),
+    ("owners", owned(0, 0o40775), "fail others can change /usr/bin; chmod go-w /usr/bin$"),
+    ("owners", owned(78, 0o40755), "fail user 78 can change /usr/bin, and so .*; chown root /usr/bin$"),
+    ("owners", owned(78, 0o40775, (), ["/usr/bin"]), "ok"),
+    ("owners", owned(78, 0o40757, (), ["/usr/bin"]), "fail others can change /usr/bin"),
+    ("users", ([("b", "read", "/")], {}.get), "warn there is no user b; run svc/install$"),
+    ("users", ([("a", "write", "/")], {"a": 1}.get, lambda *_: said(status=1)), "fail a can't write /; cho"),
+    ("users", ([("a", "read", "/")], {"a": 1}.get, lambda *_: said()), "ok each can use"),
+    ("clockspeed", (status(), said(), None), "ok it runs as process 7, steering"),
+    ("clockspeed", (status(), said(), False), "fail it does not read adjust; read its log"),
+    ("clockspeed", (status(observe_only=True), said(), True), "warn it only observes"),
+    ("clockspeed", (status(problem="it hangs"), said(), True), "fail it hangs; read its log"),
+    ("clockspeed", (None, said("", "clockctl: fatal: there is none", 1), None), "fail there is none; read"),
+    ("clockspeed", (None, said("", "c: no json", 1), True), "warn it runs, but tells nothing: c: no json;"),
+    ("marks", (status(),), "ok the clock is 3 ms behind, give or take 400 us, marks: 10, .* in 50 s; $"),
+    ("marks", (status(offset_sec=-0.51),), "fail the clock is 510 ms ahead.*clockctl set.* takes 17 min"),
+    ("marks", (status("doubted", settling=True, next_mark_sec=1),), "ok settling, .*marks: 10, .*in 1 s"),
+    ("marks", (status(None, settling=True, offset_sec=None),), "ok settling, none in this boot, .*in 50 s"),
+    ("marks", (status(None, offset_sec=None, next_mark_sec=None),), "warn none in this boot.*read the log"),
+    ("marks", (status(next_mark_sec=-601),), "warn .*, the next one is late"),
+    ("marks", (status(next_mark_sec=-599),), "ok .*marks: 10; $"),
+    ("marks", (status(mark_age_sec=3 * 10**6, next_mark_sec=None),), "warn .*late"),
+    ("marks", (status(mark_age_sec=2.6 * 10**6, next_mark_sec=None),), "ok .*marks: 10; $"),
+    ("marks", (status("doubted"),), "warn .*one was doubted"),
+    ("marks", (status(problem="it died"),), "warn how far the clock is off is not known"),
+    ("server", (said("after: y\nthis clock is 1 h ahead of x\n"),), "fail this.* ahead of x; `clockctl set`"),
+    ("server", (said("this clock is 3 ms behind x", "c: warning: odd\n"),), "warn odd;.*\nok .* behind x"),
+    ("server", (said("", "x: fatal: see `clockctl set`", 1),), "fail see `clockctl set`; $"),
+    ("server", (said("this clock is 3 ms behind x", "", 2),), "fail it ended with 2; correct CLOCK_IP"),
+    ("server", (said("", "x: warning: w\nx: fatal: none\nclockctl: fatal: z", 1),), "fail none; correct"),
+    ("server", (said(),), "fail it ended with 0"),
+    ("space", disk(256), "ok 1 MB at /"), ("space", disk(10**6, files=0), "fail .* is full"),
+    ("space", disk(255), "fail .* is full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail .* read-only"),
+    ("counter", ("tsc",), "ok tsc"), ("counter", ("hpet",), "warn hpet is slow"),
+    ("counter", ("jiffies",), "fail jiffies counts milliseconds"),
+    ("scale", ("tai", "tai", "utc"), "fail clockspeed takes .* utc, the clients for tai; set CLOCK_SCALE"),
+    ("scale", ("tai", "utc", "tai"), "warn the clock counts tai, the time zone utc")])
+def test_a_probe_finds(probe, arguments, finding):
+    found = told(getattr(CHECK, "check_" + probe), *arguments)
+    assert re.match(finding, found), found
 
 
-@pytest.mark.parametrize("probe, arguments, level, words", [
-    ("configuration", (CONFIG, said(), said()), "ok", "ntp servers: 192.0.2.7 192.0.2.8"),
-    ("configuration", ({}, failed("clockctl: fatal: unable to read c: line 1: no\n"), failed("")), "fail",
-     "^unable to read c: line 1: no; correct it"),
-    ("configuration", (CONFIG, failed("p: fatal: unable to run c: Permission denied"), said()), "fail",
-     "^clocksd can't use it: unable to run c: Permission denied; chmod"),
-    ("configuration", (dict(CONFIG, CLOCK_IP="192.0.2.1"), said(), said()), "fail", "not name your servers"),
-    ("configuration", ({}, said(), said()), "fail", "not name your servers; run svc/install"),
-    ("programs", (HERE, ("clockview", "clockctl")), "ok", "clockview, clockctl in "),
-    ("programs", (HERE, ("clockview", "LICENSE", "none")), "fail", "no executable LICENSE or none"),
-    ("users", ([("a", "-w", "/x")], {"a"}.__contains__, lambda *need: True), "ok", ""),
-    ("users", ([("a", "-w", "/x"), ("b", "-r", "/y")], {"a"}.__contains__, lambda *need: False), "warn fail",
-     "no user b;(.|\n)*a can't write /x; chown a /x"),
-    ("clockspeed", (STATUS, said(), True), "ok", "process 7, steering"),
-    ("clockspeed", (STATUS, said(), None), "ok", "process 7, steering"),
-    ("clockspeed", (STATUS, said(), False), "fail", "^it does not read adjust; read its log"),
-    ("clockspeed", (status(observe_only=True), said(), True), "warn", "only observes"),
-    ("clockspeed", (status(problem="it died"), said(), False), "fail", "^it died; read its log"),
-    ("clockspeed", (status(problem="it hangs"), said(), True), "fail", "^it hangs; read its log"),
-    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: there is none"), None), "fail",
-     "is none; read"),
-    ("clockspeed", (None, failed("clockctl: fatal: unable to read s: No module named 'json'"), True), "warn",
-     "it runs, but tells nothing: unable to read s: No module named 'json'"),
-    ("marks", (STATUS,), "ok",
-     "^the clock is 3 ms behind, give or take 400 us, marks: 10, the next one in 50 s"),
-    ("marks", (status(offset_sec=-3600),), "fail", "^the clock is 1 h ahead.*clockctl set.*83.3 d"),
-    ("marks", (status(offset_sec=0.51, next={"settling": True}),), "fail", "510 ms behind"),
-    ("marks", (status(next={"settling": True}, last_mark={"outcome": "doubted"}, next_mark_sec=1),), "ok",
-     "^settling, .*marks: 10, .*in 1 s"),
-    ("marks", (status(offset_sec=None, last_mark=None, next={"settling": True}),), "ok",
-     "^settling, none in this boot, the next one in 50 s"),
-    ("marks", (status(offset_sec=None, last_mark=None, next_mark_sec=None),), "warn",
-     "none in this boot; read the log"),
-    ("marks", (status(next_mark_sec=-601),), "warn", "the next one is late"),
-    ("marks", (status(next_mark_sec=-599),), "ok", "marks: 10; $"),
-    ("marks", (status(mark_age_sec=3 * 10**6, next_mark_sec=None),), "warn", "late"),
-    ("marks", (status(last_mark={"outcome": "doubted"}),), "warn", "one was doubted"),
-    ("marks", (status(problem="it died"),), "warn", "not known"), ("marks", (None,), "warn", "not known"),
-    ("server", (viewed("3.2 ms behind ntp 192.0.2.1, give or take 0.4 ms"),), "ok",
-     "^this clock is 3.2 ms behind"),
-    ("server", (viewed("1 h ahead of ntp x, give or take 1 ms"),), "fail", "1 h ahead.*`clockctl set`"),
-    ("server", (viewed("1 ms behind ntp x", "sntpclock: warning: 192.0.2.8: a falseticker\n"),), "warn ok",
-     "^192.0.2.8: a falseticker; correct CLOCK_IP"),
-    ("server", (failed("sntpclock: fatal: this clock is 6 years off; see `clockctl set`"),), "fail",
-     "^this clock is 6 years off; see `clockctl set`; $"),
-    ("server", (said(viewed("1 ms behind x").stdout, "c: fatal: it failed", 1),), "fail", "^it failed"),
-    ("server", (said(),), "fail", "ended with 0"),
-    ("server", (failed("x: warning: w\nx: fatal: unable to ask x: no usable answer\nclockctl: fatal: z"),),
-     "fail", "^unable to ask x: no usable answer; correct"),
-    ("space", disk(10**6), "ok", "3906 MB at /"), ("space", disk(10**6, files=0), "fail", "full"),
-    ("space", disk(200), "fail", "full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail", "read-only"),
-    ("counter", ("tsc",), "ok", "tsc"), ("counter", ("hpet",), "warn", "slow"),
-    ("counter", ("jiffies",), "fail", "milliseconds"),
-    ("scale", ("utc", "utc", None), "ok", ""), ("scale", ("tai", "tai", "utc"), "fail", "set CLOCK_SCALE"),
-    ("scale", ("tai", "utc", "tai"), "warn", "the time zone utc")])
-def test_a_probe_finds(probe, arguments, level, words):
-    found = levels(getattr(CHECK, "check_" + probe)(*arguments))
-    assert found[0] == level and re.search(words, found[1]), found
-
-
-@pytest.mark.parametrize("kept, tool, shown, age_sec, level, words", [
-    ((), "svstat", "s: up (pid 7) 0 seconds", 500, "ok", "up for 8.33 min"),  # the clock was set back
-    ((), "svstat", "s: up (pid 7) 900 seconds", 2.9, "warn", "just been started"),
-    ((), "svstat", "s: down 3 seconds, normally up", None, "fail", "down 3 seconds.*svc -u"),
-    (("stat",), "sv", "run: s: (pid 7) 5s; run: log: (pid 8) 5s", 3, "ok", "3 s"),
-    (("stat",), "sv", "down: s: 5s; run: log: (pid 8) 5s", 50, "fail", "down"),
-    (("death_tally",), "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok", "50 s")])
-def test_a_service_is_up_by_the_age_of_its_process(kept, tool, shown, age_sec, level, words, tmp_path):
-    for service in ("clockspeed", "clockspeed_adjust"):
-        (tmp_path / service / "supervise").mkdir(parents=True)
-        for name in kept:
-            (tmp_path / service / "supervise" / name).touch()
-
+@pytest.mark.parametrize("kept, tool, shown, age_sec, finding", [
+    ("", "svstat", "s: up (pid 7) 0 seconds", 500, "ok .*up for 8.33 min"),  # the clock was set back
+    ("", "svstat", "s: up (pid 7) 900 seconds", 2.9, "warn .*just been started"),
+    ("", "svstat", "s: down 3 seconds, normally up", None, "fail s: down 3 seconds.*svc -u"),
+    ("stat", "sv", "run: s: (pid 7) 5s; run: log: (pid 8) 5s", 3, "ok .* 3 s"),
+    ("stat", "sv", "down: s: 5s; run: log: (pid 8) 5s", 50, "fail down"),
+    ("death_tally", "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok .* 50 s")])
+def test_a_service_is_up_by_the_age_of_its_process(kept, tool, shown, age_sec, finding, tmp_path):
     def run_tool(command):
         assert command[0] == tool
         return said(shown)
-    found = levels(CHECK.check_services([str(tmp_path)], run_tool, {"7": age_sec}.get))
-    assert found[0] == level + " " + level and re.search(words, found[1])
+    places = [str(tmp_path / "none"), str(tmp_path)]
+    (tmp_path / "clockspeed" / "supervise" / kept).mkdir(parents=True)
+    (tmp_path / "clockspeed" / "log").mkdir()
+    service, log, adjust = told(CHECK.check_services, places, run_tool, {"7": age_sec}.get).splitlines()
+    assert re.match(finding, service) and "fail %s/clockspeed/log is not supervised" % tmp_path in log
+    assert re.match("warn no clockspeed_adjust in {0}, {1}; .* {0}/$".format(*places), adjust)
     with process(["sleep", "60"]) as young:
-        assert 0 <= CHECK.age_sec(young.pid) < PATIENCE_SEC and CHECK.age_sec("0") == 0
-    assert levels(CHECK.check_services([str(tmp_path / "none")]))[0] == "warn warn"
-
-
-@pytest.mark.parametrize("uid, mode, level", [
-    (0, 0o40755, "ok"), (0, 0o41777, "ok"), (0, 0o120777, "ok"), (0, 0o40775, "fail"), (0, 0o100666, "fail"),
-    (1234, 0o40755, "fail"), (77, 0o40755, "ok")])
-def test_who_can_change_what_root_runs(uid, mode, level):
-    def lstat(path):
-        odd = path == "/usr/local/etc"
-        return os.stat_result((mode if odd else 0o40755, 0, 0, 1, uid if odd else 0, 0, 0, 0, 0, 0))
-    found = levels(CHECK.check_owners(["/usr/local/etc/clockspeed.conf", "/usr/local/etc/x"], [], lstat, 77))
-    assert found[0] == level and (level == "ok" or "/usr/local/etc" in found[1])
-    private = levels(CHECK.check_owners([], ["/usr/local/etc"], lstat, 77))
-    assert private[0] == ("fail" if mode == 0o100666 else "ok")
+        assert 0 <= CHECK.age_sec(young.pid) < PATIENCE_SEC
 
 
 def test_whether_marks_are_read_from_the_fifo(tmp_path):
     fifo, link, file = (str(tmp_path / name) for name in ("fifo", "link", "file"))
     os.mkfifo(fifo)
     os.symlink(fifo, link)
-    (tmp_path / "file").touch()
-    assert not any(map(CHECK.is_read, (fifo, file, str(tmp_path / "none"))))
+    pathlib.Path(file).touch()
+    assert [CHECK.is_read(path) for path in (fifo, file, file + "s")] == [False] * 3
     with reading(fifo):
         assert CHECK.is_read(fifo) is True and CHECK.is_read(link) is False
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another")
 def test_root_looks_with_the_eyes_of_another(groups, tmp_path):
-    secret = tmp_path / "conf"
-    secret.write_text("x")
-    secret.chmod(0o600)
-    assert CHECK.run(["cat", str(secret)]).stdout == "x" and not CHECK.may_use("nobody", "-r", str(secret))
-    assert "Permission denied" in CHECK.complaint(CHECK.run([str(secret)], "nobody"))
-    assert CHECK.may_use("nobody", "-r", str(tmp_path / "none")) and CHECK.may_use("nobody", "-r", "/")
+    secret = str(tmp_path / "conf")
+    pathlib.Path(secret).touch(0o600)
+    paths = secret, secret + ".none", "/"
+    assert told(CHECK.check_users, [("nobody", "read", path) for path in paths]) == (
+        "fail nobody can't read %s; chown nobody %s" % (secret, secret))
+    assert CHECK.run(["cat", secret]).returncode == 0
+    assert "Permission denied" in CHECK.complaint(CHECK.run([secret], "nobody"))
     assert CHECK.run(["id", "-G"], "nobody").stdout.split() == [str(CHECK.find_user("nobody").pw_gid)]
 
 
 def test_who_sets_the_clock_is_known_by_name_or_by_the_log(tmp_path):
     line = "@4000000000000e1a00000000 foreign: x\n"
-    assert levels(CHECK.check_rivals(tmp_path, line, 20000))[0] == "ok"
-    for pid, name, words in (
-            ("1", "chronyd", "a"), ("2", "chronyd", "a\0-x"), ("3", "sh", "-x"), ("4", "ntpd", "a")):
+    assert told(CHECK.check_rivals, tmp_path, line, 20000).startswith("ok")
+    for pid, name, words in (("1", "chronyd", "a"), ("2", "chronyd", "a\0-x"), ("3", "sh", "a\0-x"),
+                             ("4", "ntpd", "a\0-x")):
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "comm").write_text(name + "\n")
         (tmp_path / pid / "cmdline").write_text(words + "\0")
-    found = levels(CHECK.check_rivals(tmp_path, line, 10000))
-    assert found[0] == "fail fail fail" and "by clockspeed's log another program" in found[1]
-    assert set(re.findall(r"(\w+ sets the clock too, as process \d);", found[1])) == {
-        "chronyd sets the clock too, as process 1", "ntpd sets the clock too, as process 4"}
+    assert sorted(told(CHECK.check_rivals, tmp_path, line, 10000).splitlines()) == [
+        "fail by clockspeed's log another program steers the clock; find and stop it",
+        "fail chronyd sets the clock too, as process 1; stop and disable it",
+        "fail ntpd sets the clock too, as process 4; stop and disable it"]
 
 
-def test_check_looks_at_every_topic_where_nothing_is_installed_and_counts(tmp_path):
-    conf = tmp_path / "conf"
-    conf.write_text("CLOCK_IP=127.0.0.9\nCLOCKSPEED_HOME=%s\nCLOCKSPEED_BIN=%s\nCLOCK_CA=a=b\n" % (
-        tmp_path, HERE))
-    *lines, _ = run("clockctl-check", CLOCKSPEED_CONF=conf).stdout.decode().splitlines()
+def test_check_looks_at_every_topic_and_counts(host):
+    def looks(text):
+        host.configure(text)
+        done = run("clockctl-check", **host.env)
+        assert done.returncode == 2 and "unable to look" not in done.stdout.decode()
+        return done.stdout.decode().splitlines()
+    host.status()
+    for name in ("clockspeed", "clockadd"):
+        host.stand_in(name)
+    with reading(host.adjust):
+        *lines, _ = looks("CLOCK_IP=192.0.2.7\nCLOCK_CA=a=b\n")
     found = {topic: level for level, topic in (line.partition(":")[0].split() for line in lines)}
-    assert " ".join(topic for topic in found if topic not in ("users", "counter")) == (
-        "configuration programs owners services clockspeed marks server rivals scale")
-    assert [found[topic] for topic in ("configuration", "programs", "scale")] == ["ok"] * 3
-    assert "unable to look" not in str(lines)
-    conf.write_text("CLOCK_IP=(x)\n")
-    done = run("clockctl-check", CLOCKSPEED_CONF=conf)
-    first, *rest = done.stdout.decode().splitlines()
-    assert done.returncode == 2 and rest == ["0 ok, 0 warn, 1 fail"]
-    assert first.startswith("fail  configuration: unable to read %s" % tmp_path) and "line 1" in first
-    assert run("clockctl-check", "x").returncode == 100
-    with open("/dev/full", "wb") as full:
-        said = subprocess.run(command_of("clockctl-check"), stdout=full, stderr=subprocess.PIPE).stderr
-    assert said == b"clockctl-check: fatal: unable to write output: No space left on device\n"
+    fine = "configuration programs clockspeed marks server space scale".split()
+    assert [topic for topic in found if found[topic] == "ok" and topic not in ("counter", "rivals")] == fine
+    rest = ["services", "rivals"] + ["users"] * (os.getuid() == 0)
+    assert found["owners"] == "fail" and set(found) - {"counter"} == {"owners", *fine, *rest}
+    first, *rest = looks("CLOCK_IP=(x)\n")
+    assert rest == ["0 ok, 0 warn, 1 fail"]
+    assert first.startswith("fail  configuration: unable to read %s: line 3: " % host.conf)
 
 
 # ==== clockctl-graph ================================================================================
 
 GRAPH = load("clockctl-graph")
-LABEL = "@400000006b49d20a075bcd15 "
-A_MARK = ("mark: tick 5 ns, real 1800000001000000000 ns, spread 2 ns, distance - ns, offset -0.5 s, "
-          "error 0.25 s, bound 0.75 s, rate +3.5 ppm, rate error 0.5 ppm, refused")
 
 
-def parse_line(line):
-    """What the graph makes of a line of the log."""
-    marks = [GRAPH.parse_mark(match) for match in GRAPH.MARK_LINE.finditer(line)]
-    return marks[0] if marks else None
+def a_mark(number=1, offset_sec=-0.5, outcome="refused"):
+    """A line of the log; the marks are ten minutes apart."""
+    return ("@400000006b49d20a075bcd15 mark: tick 5 ns, real %d ns, spread 2 ns, distance - ns, "
+            "offset %+.9f s, error 0.000050000 s, bound 0.000900000 s, rate +12.%04d ppm, "
+            "rate error 0.0100 ppm, %s" % ((1800000000 + 600 * number) * 10**9, offset_sec, number, outcome))
 
 
-@pytest.mark.parametrize("line, mark", [
-    (LABEL + A_MARK, ("refused", 1800000001, -0.5, 0.25, 0.75, 3.5, 0.5)),
-    (LABEL + A_MARK.replace("0.75", "-"), ("refused", 1800000001, -0.5, 0.25, None, 3.5, 0.5)),
-    (LABEL + A_MARK.replace("1800000001000000000", "1e30"), None),
-    (A_MARK, None), (LABEL + A_MARK + "?", None), (LABEL + A_MARK.replace("0.25", "nan"), None),
-    (LABEL + A_MARK.replace("0.25", "-"), None), (LABEL + A_MARK.replace("0.25", "1e300"), None),
-    (LABEL + A_MARK.replace("error", "terror"), None), (LABEL + "mark: , used", None),
-    (LABEL + A_MARK.replace(", refused", ", x 1 s" * 200 + ", refused"), None),
-    (LABEL + "slew: 0.5 s", None), (LABEL + " " + A_MARK, None)])
-def test_a_mark_is_read_off_the_log(line, mark):
-    assert parse_line(line) == mark
+def test_a_mark_is_read_off_the_log():
+    assert list(GRAPH.parse_marks(a_mark())) == [("refused", 1800000600, -0.5, 5e-5, 9e-4, 12.0001, 0.01)]
+    assert [mark.bound_sec for mark in GRAPH.parse_marks(a_mark().replace("0.000900000", "-"))] == [None]
+    for part, odd in (
+            ("@4", "4"), (" mark", "  mark"), ("refused", "refused?"), ("1800", "9" * 10), ("-0.5", "nan"),
+            ("-0.5", "9" * 13), ("+12.0001", "-"), ("+12", "1e300"), ("error", "terror"), ("mark", "slew")):
+        assert part in a_mark() and not list(GRAPH.parse_marks(a_mark().replace(part, odd))), odd
 
 
-def write_log(directory, count, offset=lambda number: number * 1e-6):
-    """Marks ten minutes apart, in two of multilog's files."""
-    lines = [LABEL + "mark: tick 1 ns, real %d ns, offset %+.9f s, error 0.000050000 s, bound 0.000900000 s, "
-             "rate +12.%04d ppm, rate error 0.0100 ppm, used\n" % (
-                 (1800000000 + 600 * number) * 10**9, offset(number), number) for number in range(count)]
-    directory.mkdir(exist_ok=True)
-    (directory / ("@" + "4" * 24 + ".s")).write_text(
-        "".join(lines[:count // 2]) + LABEL + "moved: x\nrubbish\n\xff")
+def write_log(directory, count):
+    """So many used marks, in two of multilog's files."""
+    lines = [a_mark(number, 1e-4 * (number % 20) - 1e-3, "used\n") for number in range(count)]
+    directory.mkdir()
+    (directory / ("@" + "4" * 24 + ".s")).write_text("".join(lines[:count // 2]) + "moved: x\nrubbish\n\xff")
     (directory / "current").write_text("".join(lines[count // 2:]))
     return str(directory)
 
 
 def test_a_log_is_read_whole_and_nothing_else_is(tmp_path):
     log = write_log(tmp_path / "log", 9)
-    assert [round(mark.offset_sec * 1e6) for mark in GRAPH.read_marks(log)] == list(range(9))
+    assert [mark.at_sec - 1800000000 for mark in GRAPH.read_marks(log)] == list(range(0, 5400, 600))
     assert GRAPH.read_foreign(log + "/current", os.path.getsize(log + "/current"))
-
-    def refuses(log, said):
-        done = run("clockctl-graph", CLOCKSPEED_LOG=log)
-        assert (done.returncode, done.stdout) == (111, b"") and "unable to " + said in done.stderr
     for plant in (lambda path: os.symlink("/dev/zero", path), os.mkfifo):
         os.unlink(log + "/current")
         plant(log + "/current")
-        refuses(log, "read the log in " + log)
-    refuses(write_log(tmp_path / "short", 2), "draw the offset: marks to draw so far: 2; a graph needs 3")
-
-
-def chart_of(values, times=None):
-    return GRAPH.make_chart("offset", [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0)
-                                       for at_sec, value in zip(times or range(len(values)), values)])
+        refused(run("clockctl-graph", CLOCKSPEED_LOG=log), "unable to read the log in %s: .*" % log)
+    refused(run("clockctl-graph", CLOCKSPEED_LOG=write_log(tmp_path / "short", 2)),
+            "unable to draw the offset: marks to draw so far: 2; a graph needs 3")
 
 
 def test_standard_deviation_and_bound_are_two_things(tmp_path):
-    log = write_log(tmp_path / "log", 200, lambda number: 1e-4 * (number % 20) - 1e-3)
+    log = write_log(tmp_path / "log", 200)
 
     def shown(*words):
         done = run("clockctl-graph", *words, CLOCKSPEED_LOG=log)
@@ -3696,9 +3637,13 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     assert title == "offset, real time minus system clock; marks: 200 used"
     assert legend == "* offset +900 us,  . deviation 50 us,  = bound 900 us"
     assert re.fullmatch(r" +01-15 08:00 +01-16 00:35 +01-16 17:10", dates)
-    assert all(glyph in "".join(picture) for glyph in "*.=") and "+1 ms +" in "".join(picture)
+    assert all(glyph in "".join(picture) for glyph in "*.=")
+    labels = [line[:7].strip() for line in picture if line[8] == "+"]
+    assert labels == ["+1 ms", "+500 us", "0", "-500 us", "-1 ms"]
     assert {len(line) for line in [axis, dates]} == {79} and len(picture) == 17
-    assert shown("error")[0].startswith("standard deviation")
+    assert shown("rate")[:2] == [
+        "rate of the counter; marks: 200 used", "* rate +12 ppm,  . deviation 0.01 ppm"]
+    assert shown("error")[1] == "* error 50 us"
     picture = tmp_path / "graph.svg"
     picture.write_text("what was there before")
     os.link(picture, str(tmp_path / "before"))
@@ -3707,8 +3652,16 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     elements = xml.etree.ElementTree.fromstring(picture.read_text()).iter()
     classes = [each.get("class") for each in elements if each.get("points", "").count(",") == 200]
     assert sorted(classes) == ["bound", "bound", "deviation", "deviation", "value"]
+    refused(run("clockctl-graph", "--svg", log + "/no/x", CLOCKSPEED_LOG=log), "write .*/x: No such file .*")
     assert len(shown("--csv")) == 201 and shown("--csv")[1] == (
         "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
+    for words in ["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"]:
+        assert run("clockctl-graph", *words).returncode == 100
+
+
+def chart_of(values, times=None):
+    return GRAPH.make_chart("offset", [GRAPH.Mark("used", at_sec, value, 1e-12, None, 0, 0)
+                                       for at_sec, value in zip(times or range(len(values)), values)])
 
 
 @pytest.mark.parametrize("low, high", [
@@ -3720,15 +3673,6 @@ def test_ticks_are_round_some_and_differ(low, high):
     assert len(set(words)) == len(words) >= 2, words
 
 
-@pytest.mark.parametrize("field, value, words", [
-    ("offset_sec", 90, "+1.5 min"), ("offset_sec", -7200, "-2 h"), ("error_sec", 0.0025, "2.5 ms"),
-    ("bound_sec", 3e-10, "0.3 ns"), ("error_sec", 0, "0"), ("rate_ppm", 12.345, "+12.3 ppm"),
-    ("rate_error_ppm", 0.01, "0.01 ppm"), ("offset_sec", -0.9997, "-1 s"),
-    ("rate_ppm", 1000, "+1000 ppm"), ("offset_sec", 1.5e9, "+17400 d")])
-def test_a_value_has_the_unit_and_sign_that_suit_it(field, value, words):
-    assert GRAPH.format_value(field, value) == words
-
-
 def test_one_value_far_out_does_not_flatten_the_rest():
     values = [3600.0] + [number * 1e-6 for number in range(41)]
     assert GRAPH.value_range(values) == pytest.approx((-2e-6, 42e-6))
@@ -3736,34 +3680,25 @@ def test_one_value_far_out_does_not_flatten_the_rest():
     assert chart_of(values).title.endswith("marks: 42 used, 1 beyond the edge")
 
 
-@pytest.mark.parametrize("span_sec, date", [
-    (3600, "01-15 09:00:00"), (3601, "01-15 09:00"), (345600, "01-19 08:00"), (345601, "2027-01-19")])
-def test_dates_are_as_fine_as_the_span_wants(span_sec, date, monkeypatch):
+def test_dates_are_as_fine_as_the_span_wants(monkeypatch):
     monkeypatch.setattr(GRAPH.time, "localtime", time.gmtime)
-    times = [1800000000 + at_sec for at_sec in (0, 9, span_sec)]
-    chart = chart_of([1, 1, 1], times)
-    assert chart.dates[-1] == (1, date)
-    assert all(len(line) <= 60 for line in GRAPH.draw_text(chart, 60))
+    dates = {3600: "01-15 09:00:00", 3601: "01-15 09:00", 345600: "01-19 08:00", 345601: "2027-01-19"}
+    for span_sec, date in dates.items():
+        chart = chart_of([1, 1, 1], [1800000000 + at_sec for at_sec in (0, 9, span_sec)])
+        assert chart.dates[-1] == (1, date) and max(map(len, GRAPH.draw_text(chart, 60))) <= 60
 
 
 def test_a_curve_has_no_gaps_and_ends_at_the_edges():
     rng = random.Random(SEED)
     points = sorted((rng.random(), rng.random()) for _ in range(60))
-    rows = {}
-    for column, row in GRAPH.strokes([(0, 0.5)] + points + [(1, 0.5)], 200, 50):
-        rows.setdefault(column, set()).add(row)
-    assert sorted(rows) == list(range(200))
-    for left in range(199):
-        assert any(abs(row - other) <= 1 for row in rows[left] for other in rows[left + 1])
-        assert len(rows[left]) == max(rows[left]) - min(rows[left]) + 1
+    cells = list(GRAPH.strokes([(0, 0.5)] + points + [(1, 0.5)], 200, 50))
+    columns = [{row for column, row in cells if column == each} for each in range(200)]
+    for left, right in zip(columns, columns[1:]):
+        assert any(abs(row - other) <= 1 for row in left for other in right)
+        assert left == set(range(min(left), max(left) + 1))
     assert not any(list(GRAPH.strokes(points, 9, 9)) for points in ([(0, -2), (1, -1)], [(0, 2), (1, 3)]))
     assert {row for _, row in GRAPH.strokes([(0, -2), (0.5, 3), (1, -2)], 9, 9)} == set(range(9))
     assert set(GRAPH.strokes([(0, 0), (1, 1)], 9, 9)) == {(each, each) for each in range(9)}
-
-
-@pytest.mark.parametrize("words", (["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"], ["--svg"]))
-def test_graph_words_that_make_no_sense_are_usage(words):
-    assert run("clockctl-graph", *words).returncode == 100
 
 
 @pytest.mark.parametrize("name, word, status", [
@@ -3772,27 +3707,13 @@ def test_graph_words_that_make_no_sense_are_usage(words):
 def test_a_reader_that_has_gone_ends_it_quietly(host, name, word, status):
     output, pipe = os.pipe()
     os.close(output)  # as `| head` has it
-    done = subprocess.run(command_of(name, *word.split()), stdout=pipe, stderr=subprocess.PIPE,
-                          env=dict(host.env, CLOCKSPEED_LOG=host.home))
+    done = run(name, *word.split(), stdout=pipe, **dict(host.env, CLOCKSPEED_LOG=host.home))
     os.close(pipe)
-    assert (done.returncode, done.stderr) == (status, b"")
+    assert (done.returncode, done.stderr) == (status, "")
 
 
-def text_of(data):
-    return data.decode("ascii", "replace")
-
-
-def read_as_clockctls(text):
-    CHECK.parse_environment(said(text)), levels(CHECK.check_server(said(text, text)))
-    CHECK.FOREIGN_LINE.findall(text)
-
-
-DECODERS += [
-    ("a mark in the log", lambda data: parse_line(text_of(data)), [(LABEL + A_MARK + "\n").encode()], ()),
-    ("what check reads of clockctl", lambda data: read_as_clockctls(text_of(data)),
-     [b"CLOCK_IP=192.0.2.1\nCLOCK_TYPE=ntp\n", b"this clock is 3 ms behind\n", b"x: warning: y: fatal: z"],
-     ()),
-]
+DECODERS += [("a mark in the log", lambda data: list(GRAPH.parse_marks(data.decode("ascii", "replace"))),
+              [a_mark().encode()], ())]
 
 
 # ==== the services ==================================================================================
