@@ -542,24 +542,12 @@ ONES = 2**128 - 1
 BYTES, WORDS = ONES // 0xff, ONES // 0xffffffff  # with 1 in each byte, in each word of 4 bytes
 LOW_BITS, LOW_BYTES, LOW_HALVES = 0x7f * BYTES, 0xff * WORDS, 0xffff * WORDS
 CARRIES = ONES - 2**63 - 2**31  # RFC 5297 clears these two bits of the counter
-
-
-def twice_each(block):
-    """Twice each byte, in the field of 2^8."""
-    return (block & LOW_BITS) << 1 ^ (block >> 7 & BYTES) * 0x1b
-
-
-def make_box():
-    """What each byte is substituted by."""
-    powers = [1]  # of 3, which generates the field
-    for _ in range(254):
-        powers.append(powers[-1] ^ twice_each(powers[-1]))
-    inverse = dict(zip(powers, [1] + powers[:0:-1]))
-    wide = [inverse.get(x, 0) * 0x101 for x in range(256)]  # so that a shift rotates the byte
-    return bytes((y >> 8 ^ y >> 7 ^ y >> 6 ^ y >> 5 ^ y >> 4) & 255 ^ 0x63 for y in wide)
-
-
-BOX = make_box()
+BOX = bytes.fromhex(  # what each byte is substituted by
+    "637c777bf26b6fc53001672bfed7ab76ca82c97dfa5947f0add4a2af9ca472c0b7fd9326363ff7cc34a5e5f171d8311504c723c3"
+    "1896059a071280e2eb27b27509832c1a1b6e5aa0523bd6b329e32f8453d100ed20fcb15b6acbbe394a4c58cfd0efaafb434d3385"
+    "45f9027f503c9fa851a3408f929d38f5bcb6da2110fff3d2cd0c13ec5f974417c4a77e3d645d197360814fdc222a908846eeb814"
+    "de5e0bdbe0323a0a4906245cc2d3ac629195e479e7c8376d8dd54ea96c56f4ea657aae08ba78252e1ca6b4c6e8dd741f4bbd8b8a"
+    "703eb5664803f60e613557b986c11d9ee1f8981169d98e949b1e87e9ce5528df8ca1890dbfe6426841992d0fb054bb16")
 
 
 def substitute(block):
@@ -570,21 +558,21 @@ def substitute(block):
 def mix_columns(block):
     below = block << 8 & ONES - LOW_BYTES | block >> 24 & LOW_BYTES  # each word is a column
     pairs = block ^ below
-    return twice_each(pairs) ^ below ^ (pairs << 16 & ONES - LOW_HALVES | pairs >> 16 & LOW_HALVES)
+    twice = (pairs & LOW_BITS) << 1 ^ (pairs >> 7 & BYTES) * 0x1b  # each byte, in the field of 2^8
+    return twice ^ below ^ (pairs << 16 & ONES - LOW_HALVES | pairs >> 16 & LOW_HALVES)
 
 
 class Aes:
     """AES-128, to encrypt only."""
 
     def __init__(self, key):
-        self.keys, constant = [int.from_bytes(key, "big")], 1
-        for _ in range(10):
+        self.keys = [int.from_bytes(key, "big")]
+        for constant in bytes.fromhex("01020408102040801b36"):
             last = self.keys[-1] & 0xffffffff
             turned = (last << 8 & 0xffffffff | last >> 24).to_bytes(4, "big").translate(BOX)
             block = self.keys[-1] ^ (int.from_bytes(turned, "big") ^ constant << 24) << 96
             block ^= block >> 32  # each word with those before it
             self.keys.append(block ^ block >> 64)
-            constant = twice_each(constant)
 
     def encrypt(self, block):
         block ^= self.keys[0]
@@ -664,11 +652,9 @@ def export_keys(secret):
             for direction in (0, 1)]
 
 
-Grant = collections.namedtuple("Grant", "server port cookies")  # server "": the host that was asked
-
-
 def read_grant(data):
-    """What a host says in key establishment -> Grant, or None when that is not all yet; ValueError."""
+    """What a host says in key establishment -> (name of its NTP server, or "" for itself, port, cookies), or
+    None when that is not all yet; ValueError."""
     said, at = {kind: [] for kind in range(8)}, 0
     while not said[END]:
         body_at = at + HEAD.size
@@ -695,7 +681,7 @@ def read_grant(data):
     cookies = list(filter(is_cookie, said[NEW_COOKIE]))[:COOKIES]
     if not cookies:
         raise ValueError("it sent no cookie")
-    return Grant(server, int.from_bytes(port, "big"), cookies)
+    return server, int.from_bytes(port, "big"), cookies
 
 
 def is_cookie(cookie):
@@ -849,7 +835,7 @@ def validity(tls, ssl):
 
 
 def ask_for_keys(tls, end_ns):
-    """-> Grant; OSError, ValueError."""
+    """-> what read_grant() returns; OSError, ValueError."""
     if tls.selected_alpn_protocol() != PROTOCOL:
         raise ValueError("it does not speak " + PROTOCOL)
     tls.sendall(KE_QUERY)
@@ -878,20 +864,18 @@ def establish(host, settings):
         context = make_context(ssl, keylog_path, settings.letters.get("-c"))
         with socket.create_connection((name, settings.port), limit_ns / 2e9) as plain, \
                 context.wrap_socket(plain, server_hostname=name) as tls:  # of two addresses, one may be dead
-            grant, address = ask_for_keys(tls, end_ns), tls.getpeername()
-            since_sec, until_sec = validity(tls, ssl)
-        query_key, answer_key = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
-        if grant.server:
-            address = look_up(settings, grant.server, grant.port)[0]
+            (server, port, cookies), address = ask_for_keys(tls, end_ns), tls.getpeername()
+            times_sec = validity(tls, ssl)
+        secrets = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
+        if server:
+            address = look_up(settings, server, port)[0]
     except (OSError, ValueError) as err:
         raise ValueError("key establishment: " + tls_reason(err)) from None
     finally:
         os.close(keylog)
     numeric = numeric_name(address)
-    settings.tell(2, "%s: new keys, %d cookies, NTP at %s port %d"
-                  % (host, len(grant.cookies), numeric, grant.port))
-    return Keys(host, settings.port, numeric, grant.port, since_sec, until_sec, query_key, answer_key,
-                grant.cookies)
+    settings.tell(2, "%s: new keys, %d cookies, NTP at %s port %d" % (host, len(cookies), numeric, port))
+    return Keys(host, settings.port, numeric, port, *times_sec, *secrets, cookies)
 
 
 def find_servers(host):
