@@ -839,6 +839,7 @@ SERVER_ASKED = SNTP.Server(None, "somebody")
 def test_answers_that_are_refused_or_taken(fields, words):
     query = SNTP.ntp_query()
     packet = ntp_answer(query, **fields)
+    assert query[:40] == b"\x23" + bytes(39)
     assert SNTP.answers(query, packet) and not SNTP.answers(SNTP.ntp_query(), packet)
     assert not SNTP.answers(query, packet[:-1])
     with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
