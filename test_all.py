@@ -625,12 +625,11 @@ def test_a_terminal_gets_no_raw_bytes(name):
 
 DAY_SEC, YEAR_SEC = 86400, 365 * 86400
 QUARTER_NS, EIGHTH_NS = SECOND_NS // 4, SECOND_NS // 8
-ALONE = ((0, 2000, 0),)
 
 
 @pytest.mark.parametrize("line, results, wanted", [
-    ("", ALONE, (0, 2000, 0)), ("-e 0.002", ALONE, (0, 2000, 0)),
-    ("-e 0.001", ALONE, "^time uncertainty too large, 0.000002 s$"), ("-e 0.001 -f", ALONE, (0, 2000, 0)),
+    ("-e 0.002", ((0, 2000, 0),), (0, 2000, 0)), ("-e 0.001 -f", ((0, 2000, 0),), (0, 2000, 0)),
+    ("-e 0.001", ((0, 2000, 0),), "^time uncertainty too large, 0.000002 s$"),
     ("", ((2 * DAY_SEC * 10**9, 0, 0),), (2 * DAY_SEC * 10**9, 1, 0)),
     ("", ((-181440 * 10**9, 0, 0),), "^this clock is 2.1 days ahead; `clockctl set` sets it$"),
     ("-l 2.2", ((-181440 * 10**9, 9, 0),), (-181440 * 10**9, 9, 0)),
@@ -1024,8 +1023,8 @@ def kiss(query, word, siv=None):
 
 
 class NtsHost(Rogue):
-    """An NTS server of our own, which can do what real ones don't: talk(tls, grant) speaks in key establish-
-    ment, choose(good answer, keys, query, n) -> the packets that are sent.  Its cookies have the keys."""
+    """An NTS server of our own, which can do what real ones don't: talk(tls, grant) gives keys, and
+    choose(good answer, its Siv, query, n) -> the packets that are sent.  The keys are in its cookies."""
 
     def __init__(self, certificate, off_sec=0, talk=lambda tls, grant: tls.sendall(grant),
                  choose=lambda good, *_: good, address="127.0.0.1"):
