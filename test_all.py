@@ -591,6 +591,9 @@ def test_who_does_not_answer_has_no_vote_and_who_has_three_names_has_one(name, a
         refused(ask(name, server.port, "-r1", hosts=[two, one, "127.1", "127.0.1"]),
                 "^%s: fatal: unable to get the time from [^:]*: no majority of the servers agrees" % name)
         assert len(server.queries) == 1
+        with open(os.devnull) as unwritable:
+            assert ask(name, server.port, stdout=unwritable).stderr == (
+                "%s: fatal: unable to write output: Bad file descriptor\n" % name)
         for host, words, line in ((dead, "-r4", "ask 127.0.0.4: Connection refused (4 times)"),
                                   (three, "-r2", "ask 127.0.0.3: timed out"), (dead, "-v0", None),
                                   (one, "-s%s/no" % tmp_path, "write %s/no/sources: No such file or directory"
@@ -910,12 +913,10 @@ def test_labels_and_what_is_none():
     """The label of Unix second 1483228800, the first after the last leap second, is 2^62 and 37 s more."""
     query, other = TAI.make_query(None), TAI.make_query(None)
     assert len(query) == 32 and query[:20] == other[:20] == b"ctai" + bytes(16) and query[20:] != other[20:]
-    for label, sec, more_ns in (
-            ("40000000586846a50000000500000000", 1483228837, 0),
-            ("40000000586846a50000000500000001", 1483228837, 1),  # an attosecond is no lie
-            ("40000000586846a5000000053b9ac9ff", 1483228837, 1),
-            ("7fffffffffffffff0000000500000000", 2**62 - 1, 0)):
-        sent_ns = sec * 10**9 + 5
+    for label, sent_ns, more_ns in (
+            ("40000000586846a50000000500000000", 1483228837000000005, 0), (32 * "0", -2**62 * 10**9, 0),
+            ("40000000586846a50000000500000001", 1483228837000000005, 1),  # an attosecond is no lie
+            ("40000000586846a5000000053b9ac9ff", 1483228837000000005, 1)):
         assert TAI.decode(None, query, b"stai" + bytes.fromhex(label) + query[20:]) == (
             sent_ns + more_ns, sent_ns, 0, "-", "-")
     for label in bytes(8) + b"\xff" * 8, b"\x80" + bytes(15), bytes(8) + bytes.fromhex("000000003b9aca00"):
