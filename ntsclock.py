@@ -78,7 +78,7 @@ PROGRAM = "ntsclock"
 USAGE = "ntsclock [-f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days] [-p port] [-v n] " \
         "[-c file] [-s dir] host... | clockview"
 KIND = "nts"  # in dir/sources
-SERVER_WAKES = False  # servers have the kernel's stamps of queries too
+KERNEL_STAMPS = True  # of what arrives, as servers have
 
 
 # ==== shared by all: messages ====
@@ -140,24 +140,21 @@ def clock_scale():
 # A query leaves at t0 and its answer comes at t1 by the system clock; between them the server's clock showed
 # T2 <= T3.  That proves T3 - t1 <= offset <= T2 - t0, and the offset is real time minus system clock.
 #
-# A script has KIND, SERVER_WAKES, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
-# query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and
-# decode(server, query, packet) -> Answer, or None when that does not answer the query.  All three may raise
-# OSError and ValueError.
+# A script has KIND, KERNEL_STAMPS, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
+# query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and decode(server, query,
+# packet) -> Answer, or None when that is none to the query.  All three may raise OSError and ValueError.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
 READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
 DAY_NS, ANY = 86400 * 10**9, float("inf")
 NO_MAJORITY = "no majority of the servers agrees"
-SO_TIMESTAMPNS = 35  # Linux's, for which Python's socket module has no names
-SO_ATTACH_FILTER = 26
+SO_TIMESTAMPNS, SO_ATTACH_FILTER = 35, 26  # Linux's, for which Python's socket module has no names
 
 # T2 rounded up and T3 rounded down, as TAI since 1970, and what else the server said.
 Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns stratum reference")
 Reading = collections.namedtuple("Reading", "clock_ns tick_ns")  # system clock and counter at one moment
-# Readings before the query was sent, when the answer came, and when this program was told of it.
-Sample = collections.namedtuple("Sample", "answer sent came woke")
+Sample = collections.namedtuple("Sample", "answer sent came")  # with Readings of query and answer
 # What all samples of a server prove together, as in dir/sources.
 Result = collections.namedtuple("Result", "offset_ns spread_ns delay_ns distance_ns stratum reference")
 
@@ -196,7 +193,7 @@ class Server:
     def __init__(self, settings, host, address=None):
         numeric = numeric_name(address) if address else host
         self.name = host if numeric == host else host + "/" + numeric
-        self.settings, self.address, self.servers = settings, address, []  # the servers of a host
+        self.settings, self.address, self.servers = settings, address, [self]  # or those of a host
         self.samples, self.failures = [], collections.Counter()
         self.over = False  # is it not to be asked any more?
         self.result = self.verdict = None  # a Result; "agreed" or "falseticker"
@@ -217,8 +214,10 @@ def in_parallel(function, servers):
         thread.join(max(server.settings.end_ns + 10**8 - time.monotonic_ns(), 0) / 1e9)
 
 
-def look_up(host, port, family=socket.AF_UNSPEC):
+def look_up(settings, host, port):
     """-> up to 4 socket addresses of that name, the least with which three outvote one; OSError."""
+    family = (socket.AF_INET if "-4" in settings.letters else socket.AF_INET6 if "-6" in settings.letters
+              else socket.AF_UNSPEC)
     # In bytes, since for a str Python loads its megabyte of international names.
     found = socket.getaddrinfo(os.fsencode(host), port, family, socket.SOCK_DGRAM)
     return [address for _, _, _, _, address in found[:4]]
@@ -270,7 +269,7 @@ def prepare(sock, query):
              (0x06, 0, 0, 0), (0x06, 0, 0, 0xffff)]  # drop the packet; admit it
     program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in steps))
     with contextlib.suppress(OSError):  # not Linux: our own readings do
-        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, KERNEL_STAMPS)
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, program.buffer_info()[0]))
 
 
@@ -292,7 +291,7 @@ def exchange(sock, server):
             came = arrival(ancillary, sent, woke)
             if answer.sent_ns - answer.received_ns > came.tick_ns - sent.tick_ns:
                 raise ValueError("it says that its answer took longer than we waited for it")
-            return Sample(answer, sent, came, woke)
+            return Sample(answer, sent, came)
 
 
 def ask(server):
@@ -336,11 +335,9 @@ def weigh(samples, end, tai_minus_clock_ns):
     """-> the Result of a server's samples.  Where they contradict each other, the most of them count."""
     least_ns, most_ns, _ = vote([(answer.sent_ns - came.clock_ns + gained(came, end)[0],
                                   answer.received_ns - sent.clock_ns + gained(sent, end)[1])
-                                 for answer, sent, came, _ in samples])
-    if SERVER_WAKES:  # it stamps a query late, when it has woken up; counting our waking up too balances that
-        least_ns -= min(woke.clock_ns - came.clock_ns for _, _, came, woke in samples)
+                                 for answer, sent, came in samples])
     delay_ns = min(came.clock_ns - sent.clock_ns - (answer.sent_ns - answer.received_ns)
-                   for answer, sent, came, _ in samples)
+                   for answer, sent, came in samples)
     return Result((least_ns + most_ns) // 2 - tai_minus_clock_ns, (most_ns - least_ns + 1) // 2, delay_ns,
                   *samples[-1].answer[2:])
 
@@ -434,7 +431,7 @@ def measure(settings):
     hosts = [Server(settings, host) for host in dict.fromkeys(settings.hosts)]
     in_parallel(ask_host, hosts)
     end = read_clocks()
-    servers = list(dict.fromkeys(server for host in hosts for server in host.servers or [host]))
+    servers = list(dict.fromkeys(server for host in hosts for server in host.servers))
     for server in servers:
         if server.samples:
             server.result = weigh(server.samples, end, settings.tai_minus_clock_ns)
@@ -529,24 +526,12 @@ ONES = 2**128 - 1
 BYTES, WORDS = ONES // 0xff, ONES // 0xffffffff  # with 1 in each byte, in each word of 4 bytes
 LOW_BITS, LOW_BYTES, LOW_HALVES = 0x7f * BYTES, 0xff * WORDS, 0xffff * WORDS
 CARRIES = ONES - 2**63 - 2**31  # RFC 5297 clears these two bits of the counter
-
-
-def twice_each(block):
-    """Twice each byte, in the field of 2^8."""
-    return (block & LOW_BITS) << 1 ^ (block >> 7 & BYTES) * 0x1b
-
-
-def make_box():
-    """What each byte is substituted by."""
-    powers = [1]  # of 3, which generates the field
-    for _ in range(254):
-        powers.append(powers[-1] ^ twice_each(powers[-1]))
-    inverse = dict(zip(powers, [1] + powers[:0:-1]))
-    wide = [inverse.get(x, 0) * 0x101 for x in range(256)]  # so that a shift rotates the byte
-    return bytes((y >> 8 ^ y >> 7 ^ y >> 6 ^ y >> 5 ^ y >> 4) & 255 ^ 0x63 for y in wide)
-
-
-BOX = make_box()
+BOX = bytes.fromhex(  # what each byte is substituted by
+    "637c777bf26b6fc53001672bfed7ab76ca82c97dfa5947f0add4a2af9ca472c0b7fd9326363ff7cc34a5e5f171d8311504c723c3"
+    "1896059a071280e2eb27b27509832c1a1b6e5aa0523bd6b329e32f8453d100ed20fcb15b6acbbe394a4c58cfd0efaafb434d3385"
+    "45f9027f503c9fa851a3408f929d38f5bcb6da2110fff3d2cd0c13ec5f974417c4a77e3d645d197360814fdc222a908846eeb814"
+    "de5e0bdbe0323a0a4906245cc2d3ac629195e479e7c8376d8dd54ea96c56f4ea657aae08ba78252e1ca6b4c6e8dd741f4bbd8b8a"
+    "703eb5664803f60e613557b986c11d9ee1f8981169d98e949b1e87e9ce5528df8ca1890dbfe6426841992d0fb054bb16")
 
 
 def substitute(block):
@@ -557,21 +542,21 @@ def substitute(block):
 def mix_columns(block):
     below = block << 8 & ONES - LOW_BYTES | block >> 24 & LOW_BYTES  # each word is a column
     pairs = block ^ below
-    return twice_each(pairs) ^ below ^ (pairs << 16 & ONES - LOW_HALVES | pairs >> 16 & LOW_HALVES)
+    twice = (pairs & LOW_BITS) << 1 ^ (pairs >> 7 & BYTES) * 0x1b  # each byte, in the field of 2^8
+    return twice ^ below ^ (pairs << 16 & ONES - LOW_HALVES | pairs >> 16 & LOW_HALVES)
 
 
 class Aes:
     """AES-128, to encrypt only."""
 
     def __init__(self, key):
-        self.keys, constant = [int.from_bytes(key, "big")], 1
-        for _ in range(10):
+        self.keys = [int.from_bytes(key, "big")]
+        for constant in bytes.fromhex("01020408102040801b36"):
             last = self.keys[-1] & 0xffffffff
             turned = (last << 8 & 0xffffffff | last >> 24).to_bytes(4, "big").translate(BOX)
             block = self.keys[-1] ^ (int.from_bytes(turned, "big") ^ constant << 24) << 96
             block ^= block >> 32  # each word with those before it
             self.keys.append(block ^ block >> 64)
-            constant = twice_each(constant)
 
     def encrypt(self, block):
         block ^= self.keys[0]
@@ -651,11 +636,9 @@ def export_keys(secret):
             for direction in (0, 1)]
 
 
-Grant = collections.namedtuple("Grant", "server port cookies")  # server "": the host that was asked
-
-
 def read_grant(data):
-    """What a host says in key establishment -> Grant, or None when that is not all yet; ValueError."""
+    """What a host says in key establishment -> (name of its NTP server, or "" for itself, port, cookies), or
+    None when that is not all yet; ValueError."""
     said, at = {kind: [] for kind in range(8)}, 0
     while not said[END]:
         body_at = at + HEAD.size
@@ -682,7 +665,7 @@ def read_grant(data):
     cookies = list(filter(is_cookie, said[NEW_COOKIE]))[:COOKIES]
     if not cookies:
         raise ValueError("it sent no cookie")
-    return Grant(server, int.from_bytes(port, "big"), cookies)
+    return server, int.from_bytes(port, "big"), cookies
 
 
 def is_cookie(cookie):
@@ -836,7 +819,7 @@ def validity(tls, ssl):
 
 
 def ask_for_keys(tls, end_ns):
-    """-> Grant; OSError, ValueError."""
+    """-> what read_grant() returns; OSError, ValueError."""
     if tls.selected_alpn_protocol() != PROTOCOL:
         raise ValueError("it does not speak " + PROTOCOL)
     tls.sendall(KE_QUERY)
@@ -865,20 +848,18 @@ def establish(host, settings):
         context = make_context(ssl, keylog_path, settings.letters.get("-c"))
         with socket.create_connection((name, settings.port), limit_ns / 2e9) as plain, \
                 context.wrap_socket(plain, server_hostname=name) as tls:  # of two addresses, one may be dead
-            grant, address = ask_for_keys(tls, end_ns), tls.getpeername()
-            since_sec, until_sec = validity(tls, ssl)
-        query_key, answer_key = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
-        if grant.server:
-            address = look_up(grant.server, grant.port)[0]
+            (server, port, cookies), address = ask_for_keys(tls, end_ns), tls.getpeername()
+            times_sec = validity(tls, ssl)
+        secrets = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
+        if server:
+            address = look_up(settings, server, port)[0]
     except (OSError, ValueError) as err:
         raise ValueError("key establishment: " + tls_reason(err)) from None
     finally:
         os.close(keylog)
     numeric = numeric_name(address)
-    settings.tell(2, "%s: new keys, %d cookies, NTP at %s port %d"
-                  % (host, len(grant.cookies), numeric, grant.port))
-    return Keys(host, settings.port, numeric, grant.port, since_sec, until_sec, query_key, answer_key,
-                grant.cookies)
+    settings.tell(2, "%s: new keys, %d cookies, NTP at %s port %d" % (host, len(cookies), numeric, port))
+    return Keys(host, settings.port, numeric, port, *times_sec, *secrets, cookies)
 
 
 def find_servers(host):
@@ -888,7 +869,7 @@ def find_servers(host):
     fresh = not keys  # established in this run
     if fresh:
         keys = establish(host.name, settings)
-    server = Server(settings, host.name, look_up(keys.address, keys.ntp_port)[0])
+    server = Server(settings, host.name, look_up(settings, keys.address, keys.ntp_port)[0])
     server.keys, server.fresh, server.spent = keys, fresh, None  # spent: why others are needed
     settings.servers.append(server)
     return [server]

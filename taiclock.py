@@ -60,7 +60,7 @@ USAGE = "taiclock [-46f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days
         "[-s dir] host... | clockview"
 KIND = "tai"  # in dir/sources
 ECHO = 20, 20  # the cookie, most of it
-SERVER_WAKES = True  # a server stamps its answer some microseconds after the query came, when it got to run
+KERNEL_STAMPS = False  # a server stamps its answer some microseconds after the query came, as late as we do
 
 
 # ==== shared by all: messages ====
@@ -138,24 +138,21 @@ def clock_scale():
 # A query leaves at t0 and its answer comes at t1 by the system clock; between them the server's clock showed
 # T2 <= T3.  That proves T3 - t1 <= offset <= T2 - t0, and the offset is real time minus system clock.
 #
-# A script has KIND, SERVER_WAKES, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
-# query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and
-# decode(server, query, packet) -> Answer, or None when that does not answer the query.  All three may raise
-# OSError and ValueError.
+# A script has KIND, KERNEL_STAMPS, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
+# query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and decode(server, query,
+# packet) -> Answer, or None when that is none to the query.  All three may raise OSError and ValueError.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
 READING_NS = 1000  # clock and counter are read this close to each other, unless the scheduler comes between
 DAY_NS, ANY = 86400 * 10**9, float("inf")
 NO_MAJORITY = "no majority of the servers agrees"
-SO_TIMESTAMPNS = 35  # Linux's, for which Python's socket module has no names
-SO_ATTACH_FILTER = 26
+SO_TIMESTAMPNS, SO_ATTACH_FILTER = 35, 26  # Linux's, for which Python's socket module has no names
 
 # T2 rounded up and T3 rounded down, as TAI since 1970, and what else the server said.
 Answer = collections.namedtuple("Answer", "received_ns sent_ns distance_ns stratum reference")
 Reading = collections.namedtuple("Reading", "clock_ns tick_ns")  # system clock and counter at one moment
-# Readings before the query was sent, when the answer came, and when this program was told of it.
-Sample = collections.namedtuple("Sample", "answer sent came woke")
+Sample = collections.namedtuple("Sample", "answer sent came")  # with Readings of query and answer
 # What all samples of a server prove together, as in dir/sources.
 Result = collections.namedtuple("Result", "offset_ns spread_ns delay_ns distance_ns stratum reference")
 
@@ -194,7 +191,7 @@ class Server:
     def __init__(self, settings, host, address=None):
         numeric = numeric_name(address) if address else host
         self.name = host if numeric == host else host + "/" + numeric
-        self.settings, self.address, self.servers = settings, address, []  # the servers of a host
+        self.settings, self.address, self.servers = settings, address, [self]  # or those of a host
         self.samples, self.failures = [], collections.Counter()
         self.over = False  # is it not to be asked any more?
         self.result = self.verdict = None  # a Result; "agreed" or "falseticker"
@@ -215,8 +212,10 @@ def in_parallel(function, servers):
         thread.join(max(server.settings.end_ns + 10**8 - time.monotonic_ns(), 0) / 1e9)
 
 
-def look_up(host, port, family=socket.AF_UNSPEC):
+def look_up(settings, host, port):
     """-> up to 4 socket addresses of that name, the least with which three outvote one; OSError."""
+    family = (socket.AF_INET if "-4" in settings.letters else socket.AF_INET6 if "-6" in settings.letters
+              else socket.AF_UNSPEC)
     # In bytes, since for a str Python loads its megabyte of international names.
     found = socket.getaddrinfo(os.fsencode(host), port, family, socket.SOCK_DGRAM)
     return [address for _, _, _, _, address in found[:4]]
@@ -268,7 +267,7 @@ def prepare(sock, query):
              (0x06, 0, 0, 0), (0x06, 0, 0, 0xffff)]  # drop the packet; admit it
     program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in steps))
     with contextlib.suppress(OSError):  # not Linux: our own readings do
-        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, KERNEL_STAMPS)
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, program.buffer_info()[0]))
 
 
@@ -290,7 +289,7 @@ def exchange(sock, server):
             came = arrival(ancillary, sent, woke)
             if answer.sent_ns - answer.received_ns > came.tick_ns - sent.tick_ns:
                 raise ValueError("it says that its answer took longer than we waited for it")
-            return Sample(answer, sent, came, woke)
+            return Sample(answer, sent, came)
 
 
 def ask(server):
@@ -334,11 +333,9 @@ def weigh(samples, end, tai_minus_clock_ns):
     """-> the Result of a server's samples.  Where they contradict each other, the most of them count."""
     least_ns, most_ns, _ = vote([(answer.sent_ns - came.clock_ns + gained(came, end)[0],
                                   answer.received_ns - sent.clock_ns + gained(sent, end)[1])
-                                 for answer, sent, came, _ in samples])
-    if SERVER_WAKES:  # it stamps a query late, when it has woken up; counting our waking up too balances that
-        least_ns -= min(woke.clock_ns - came.clock_ns for _, _, came, woke in samples)
+                                 for answer, sent, came in samples])
     delay_ns = min(came.clock_ns - sent.clock_ns - (answer.sent_ns - answer.received_ns)
-                   for answer, sent, came, _ in samples)
+                   for answer, sent, came in samples)
     return Result((least_ns + most_ns) // 2 - tai_minus_clock_ns, (most_ns - least_ns + 1) // 2, delay_ns,
                   *samples[-1].answer[2:])
 
@@ -432,7 +429,7 @@ def measure(settings):
     hosts = [Server(settings, host) for host in dict.fromkeys(settings.hosts)]
     in_parallel(ask_host, hosts)
     end = read_clocks()
-    servers = list(dict.fromkeys(server for host in hosts for server in host.servers or [host]))
+    servers = list(dict.fromkeys(server for host in hosts for server in host.servers))
     for server in servers:
         if server.samples:
             server.result = weigh(server.samples, end, settings.tai_minus_clock_ns)
@@ -448,10 +445,8 @@ def measure(settings):
 # ==== shared by some: servers by name ====
 def find_servers(host):
     """-> a Server for each address of that name; OSError."""
-    settings = host.settings
-    family = (socket.AF_INET if "-4" in settings.letters else socket.AF_INET6 if "-6" in settings.letters
-              else socket.AF_UNSPEC)
-    return [Server(settings, host.name, address) for address in look_up(host.name, settings.port, family)]
+    addresses = look_up(host.settings, host.name, host.settings.port)
+    return [Server(host.settings, host.name, address) for address in addresses]
 # ==== end shared ====
 
 
