@@ -2850,6 +2850,16 @@ def moved(*secs, may_step=True):
     return live
 
 
+def insisting(simulation):
+    """At once, after 1, 2, 4 and 8 hours, and when it gave up."""
+    for _ in range(24 * 12):
+        simulation.kernel.set_clock(HOUR_NS - round(simulation.kernel.clock))
+        simulation.run(300)
+    assert len(simulation.kernel.steps) == 5 and 20 <= len(simulation.said("foreign: ")) <= 25
+    simulation.run(2 * 86400)
+    return 6
+
+
 def set_and_marked(simulation):
     """As by clockctl on a machine that was paused: clockspeed can't know, and the mark is in doubt."""
     simulation.kernel.pass_by(60, suspended=False)
@@ -2886,64 +2896,59 @@ def full_disk(simulation):
     assert simulation.settle(541).status()["marks"]["used"] == 10
 
 
-# What happens to a clockspeed that has learned; what lives through it; the lines of the log besides marks,
-# with ... for anything; how many s the clock is off at most when it is over.  NOTES.md has the same rows.
-BAD_DAYS = (
-    ("the server is silent for a month", lambda simulation: simulation.run(30 * 86400), (), 0.01),
-    ("the server is back after a day, 3 s off", back(1), ("slew: +3.0... s will take ...",), 0.01),
-    ("the server is back after a month, 3 s off", back(30), ("slew: +3.0... s will take ...",), 0.01),
-    ("one mark of four is wild", wild, (), 0.001),
-    ("date -s by hand, an hour off", moved(3600),
-     ("moved: somebody set the system clock by +3600.000 s",
-      "step: the system clock by -3... s, back to the time of the marks; ..."), 0.001),
-    ("date -s by hand, 20 years off", moved(-20 * 31556952),
-     ("moved: somebody set the system clock by -63113... s",
-      "step: the system clock by +63113... s, back to the time of the marks; ..."), 0.001),
-    ("suspended for a night", stopped(8 * 3600, True),
-     ("suspend: the counter stood still for 8 h; a mark is wanted", "slew: +0.4... s will take ..."), 0.001),
-    ("virtual machine paused for 0.3 s", stopped(0.3), ("slew: +0.3... s will take 10 min; ...",),
-     0.001),
-    ("virtual machine paused for a minute", stopped(60), ("slew: +... s will take 3... h; ...",), 60),
-    ("restored from a snapshot, the counter goes back", stopped(0, counter_ns=-7140 * 10**9),
-     ("counter: it went back by 1... min, as in a machine that is restored from a snapshot; ...",), 0.001),
-    ("virtual machine migrated, 55 ppm and 0.2 s", stopped(0.2, ppm=-55),
-     ("slew: +... s will take ...",), 0.01),
-    ("another program sets the frequency", rival,
-     ("foreign: another program sets the clock's frequency; one of the two must go",), 0.1),
-    ("the disk is full", full_disk,
-     ("clockspeed: warning: unable to write etc/state: No space left on device",
-      "clockspeed: warning: unable to write etc/status: No space left on device"), 0.001),
-)
-SIMILAR_DAYS = (
-    ("an hour off under -S", moved(0.4, 3600, may_step=False),
-     ("moved: somebody set the system clock by +0.400 s", "slew: -0.4... s will take 13.3 min; ...",
-      "moved: somebody set the system clock by +3600.000 s", "slew: -3... s will take 83.3 d; ..."), 3600),
-    ("not even half a second off", moved(0.4),
-     ("moved: somebody set the system clock by +0.400 s", "slew: -0.4... s will take 13.3 min; ..."), 0.001),
-    ("hardly more than half a second off", moved(-0.51),
-     ("moved: somebody set the system clock by -0.510 s", "step: ... back to the time of the marks; ..."),
-     0.001),
-    ("set to the right time and marked", set_and_marked,
-     ("moved: somebody set the system clock by +60.000 s", "slew: -60... s will take 33.3 h; ..."), 0.001),
-)
+# What happens to a clockspeed that has learned: what lives through it, and how many s the clock is off at
+# most when it is over.  A table in NOTES.md has the same rows, with the lines of the log besides marks.
+BAD_DAYS = {
+    "the server is silent for a month": (lambda simulation: simulation.run(30 * 86400), 0.01),
+    "the server is back after a day, 3 s off": (back(1), 0.01),
+    "the server is back after a month, 3 s off": (back(30), 0.01),
+    "one mark of four is wild": (wild, 0.001),
+    "date -s by hand, an hour off": (moved(3600), 0.001),
+    "date -s by hand, 20 years off": (moved(-20 * 31556952), 0.001),
+    "suspended for a night": (stopped(8 * 3600, True), 0.001),
+    "virtual machine paused for 0.3 s": (stopped(0.3), 0.001),
+    "virtual machine paused for a minute": (stopped(60), 60),
+    "restored from a snapshot, the counter goes back": (stopped(0, counter_ns=-7140 * 10**9), 0.001),
+    "virtual machine migrated, 55 ppm and 0.2 s": (stopped(0.2, ppm=-55), 0.01),
+    "another program sets the frequency": (rival, 0.1),
+    "the disk is full": (full_disk, 0.001)}
+ROWS = [line.split("|")[1:-1] for line in read_script("NOTES.md").split("\n## ")[1].splitlines()]
+NOTES_SAY = {row[0].strip(): re.findall("`(.*?)`", row[2]) for row in ROWS if len(row) == 4}
+SIMILAR_DAYS = [
+    ("an hour off under -S", moved(0.4, 3600, may_step=False), 3600,
+     ["moved: somebody set the system clock by +0.400 s", "slew: -0.4... s will take 13.3 min; ...",
+      "moved: somebody set the system clock by +3600.000 s", "slew: -3... s will take 83.3 d; ..."]),
+    ("about half a second off", moved(0.4, -0.51), 0.001,
+     ["moved: somebody set the system clock by +0.400 s", "slew: -0.4... s will take 13.3 min; ...",
+      "moved: somebody set the system clock by -0.510 s", "step: ... back to the time of the marks; ..."]),
+    ("set again and again", insisting, 0.001,
+     ["moved: somebody set the system clock by +...", "step: ... back to the time of the marks; ...",
+      "slew: -3... s will take ...", "foreign: another program sets the system clock; one of the two must go"]),
+    ("set to the right time and marked", set_and_marked, 0.001,
+     ["moved: somebody set the system clock by +60.000 s", "slew: -60... s will take 33.3 h; ..."])]
 
 
-@pytest.mark.parametrize("event, live, said, off_sec", BAD_DAYS + SIMILAR_DAYS)
-def test_a_bad_day(event, live, said, off_sec, simulate, monkeypatch):
+def test_notes_tell_of_the_bad_days_that_are_tested():
+    assert list(NOTES_SAY) == ["event", "---", *BAD_DAYS]
+
+
+@pytest.mark.parametrize("event, live, off_sec, said", SIMILAR_DAYS + [
+    (event, *day, NOTES_SAY.get(event, [])) for event, day in BAD_DAYS.items()])
+def test_a_bad_day(event, live, off_sec, said, simulate, monkeypatch):
     if "month" in event:
         monkeypatch.setattr(CS, "SETTLED_SEC", 1200)  # for the test to be short
     kernel = FakeKernel(ppm=20)
     simulation = simulate(kernel).settle(64, 541, 1623, 3600, 3600, 3600)
     assert abs(kernel.clock) < 1e6 and abs(simulation.rate_ppm() - 20) < 0.1
     del simulation.lines[:]
-    live(simulation)
+    steps = live(simulation) or sum(text.startswith("step: ") for text in said)
     patterns = {text: ".*".join(map(re.escape, text.split("..."))) for text in said}
     lines = [line for line in simulation.lines if not line.startswith("mark: ")]
     told = [[text for text in said if re.fullmatch(patterns[text], line)] for line in lines]
     assert all(told) and {text for texts in told for text in texts} == set(said), lines
     assert abs(kernel.clock) < off_sec * 1e9
     assert abs(simulation.rate_ppm() - kernel.ppm) < 1, "nothing else is learned as drift"
-    assert len(kernel.steps) == sum(text.startswith("step: ") for text in said)
+    assert len(kernel.steps) == steps
 
 
 @pytest.mark.long
@@ -4333,16 +4338,6 @@ def test_what_it_names_exists():
                    for title in re.findall("(?m)^#+ (.*)", text)}
         for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
             assert link[1:] in anchors if link.startswith("#") else os.path.exists(path_of(link)), link
-
-
-def test_notes_tell_of_the_bad_days_what_their_tests_do():
-    table = NOTES.partition("## Bad days")[2].partition("\n## ")[0]
-    cells = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
-    rows = {row[1].strip(): row[3] for row in cells}
-    for event, _, said, _ in BAD_DAYS:
-        assert event in rows, event
-        for text in said:
-            assert "`%s`" % text in rows[event], text
 
 
 # ==== every decoder =================================================================================
