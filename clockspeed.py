@@ -5,31 +5,28 @@ SYNOPSIS
     clockspeed [-n] [-S] [-u user] [-w user] [home]
 
 DESCRIPTION
-    A daemon, to be run in the foreground by daemontools, runit or s6.  It learns from the
-    marks written into the FIFO `adjust` how fast the machine's counter really ticks, and
-    keeps the system clock at that rate for as long as nobody asks a time server.
+    A daemon, to be run in the foreground by daemontools, runit or s6.  From the marks written
+    into the FIFO `adjust` it learns how fast the machine's counter really ticks, and keeps the
+    system clock at that rate for as long as nobody asks a time server.
 
     A mark is what is to be added to the system clock's reading: 16 bytes of TAI64NA in one
-    write, as sntpclock and taiclock make them.  A positive offset means that the system clock
-    is behind.  A rate is (real seconds per counter second - 1) * 10^6 ppm; a positive one means
-    that the counter ticks too slowly.  The counter is CLOCK_MONOTONIC_RAW, which nobody steers,
-    or CLOCK_MONOTONIC where there is no such clock.
+    write, as sntpclock and taiclock make them; positive when the clock is behind.  A rate is
+    (real seconds per counter second - 1) * 10^6 ppm; positive when the counter ticks too slowly.
+    The counter is CLOCK_MONOTONIC_RAW, which nobody steers, else CLOCK_MONOTONIC.
 
-    On Linux the rate goes into the kernel (adjtimex), so that the clock runs right between
-    wake-ups and also after clockspeed is killed.  What the clock is off by is slewed away by
-    the kernel at 500 ppm: 1.8 s take an hour.  To slew faster it would have to set a wrong
-    rate, which would stay if clockspeed were killed.  On other systems adjtime() nudges the
-    clock every 3 seconds.
+    Linux is given the rate by adjtimex, so that the clock runs right between wake-ups and after
+    clockspeed is killed.  What the clock is off by the kernel slews away at 500 ppm: 1.8 s take
+    an hour.  Faster slews need a wrong rate, which would stay if clockspeed were killed.  On
+    other systems adjtime() nudges the clock every 3 seconds.
 
     A clock that is over 0.5 s off is stepped in three cases, and never with -S:
     - by one of the first 3 marks used in a boot, so that a wrong first mark does not last;
-    - when another program or person has set it: it is set back once, and after that at most
-      once an hour, which doubles up to a day for who insists;
+    - back, when somebody else has set it: once, then at most once an hour, doubling up to a day;
     - at the start, forward to the last time known, on a host without a hardware clock.
 
-    The kernel is told the bound and what is still to be slewed as maxerror, the standard
-    deviation as esterror.  It is told that its clock is unsynchronised, and does not copy it
-    to the hardware clock, while that is known to be over 0.5 s off or may be 16 s off.
+    The kernel is told the standard deviation as esterror, and as maxerror the bound with what
+    is still to be slewed.  While the clock is known to be over 0.5 s off, or may be 16 s off, it
+    is told that its clock is unsynchronised, and does not copy it to the hardware clock.
 
     Who can write marks can make the clock wrong: by any amount in the first 3 marks of a boot,
     later at 1500 ppm (130 s a day) at most.  No rate over 1000 ppm is ever believed, and no
@@ -40,23 +37,21 @@ OPTIONS
     -S       never step
     -u user  after the start as root give etc to that user, become it, and keep only the
              right to set the clock (Linux: CAP_SYS_TIME)
-    -w user  give adjust to that user, who writes the marks and can do no more; without it,
-             to that of -u
+    -w user  give adjust to that user and not to that of -u: who writes marks can do no more
     home     the directory below, instead of $CLOCKSPEED_HOME or /usr/local/clockspeed
 
 FILES (in home)
-    adjust      the FIFO, made with mode 0600 when missing; who may read it can keep
-                clockspeed from starting
-    etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it; when
-                that one has written it, its rate is taken, within 500 ppm of 1 ns
+    adjust      the FIFO, made with mode 0600; who may read it can keep clockspeed from starting
+    etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it, whose
+                rate is taken when it wrote last, within 500 ppm of 1 ns
     etc/state   what is known, for the next start: written at each mark and each hour
     etc/status  the same for people and programs: at each mark and every 10 minutes
     etc/lock    so that no second clockspeed runs on this home
 
     etc/status is JSON.  When the counter read tick_ns, the system clock read written_ns, and
-    real time was offset_ns more.  When the counter reads TICK, t = (TICK - tick_ns) / 10^9
-    seconds have passed, and real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm).
-    Its variance is c0 + c1 t + c2 t^2 + c3 t^3 ns^2, with the factors in `variance`.
+    real time was offset_ns more.  When it reads TICK, t = (TICK - tick_ns) / 10^9 seconds have
+    passed, and real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm), with a variance
+    of c0 + c1 t + c2 t^2 + c3 t^3 ns^2, the factors in `variance`.
 
     `bound` tells where real time certainly is, if the servers tell the truth.  With t counted
     from the tick_ns in `bound`, and with C = change_ppm sqrt(max(1, t / 86400)), real time is
@@ -68,9 +63,9 @@ OUTPUT
     once for as long as it fails for that reason.
 
     start:    how the clock is steered, by which counter, and which rate is known from where
-    mark:     counter, real time, the mark's spread and the server's root distance (- for a mark
-              that doesn't tell), then what is believed after it: real time minus the clock,
-              standard deviation, bound, rate; used, doubted (until others agree) or refused
+    mark:     counter, real time, the mark's spread and the server's root distance (- if it
+              doesn't tell); what is believed now: real time minus the clock, standard deviation,
+              bound, rate; and whether the mark was used, doubted (until others agree) or refused
     refused:  what came was no mark, or of an impossible time; one line for all at once
     step:     the clock was stepped, and why
     slew:     what is slewed away takes over a minute; clockctl set steps at once
@@ -82,14 +77,14 @@ OUTPUT
     stop:     TERM or INT came
 
 ENVIRONMENT
-    CLOCK_SCALE   what the system clock counts: utc, or tai (the right/ time zones); without it
-                  the time zone tells
-    CLOCK_ERROR   the error that is to be kept (0.010, 10ms): etc/status then tells when the
-                  next mark is wanted, and of how many exchanges
+    CLOCK_SCALE  what the system clock counts, utc or tai (right/ time zones), if not what the
+                 time zone tells
+    CLOCK_ERROR  the error to be kept (0.010, 10ms): etc/status then tells when the next mark is
+                 wanted, and of how many exchanges
 
 EXIT STATUS
-    0 after TERM or INT; 100 wrong usage; 111 unable to start, or to go on: when adjust was
-    deleted under -u, only a start as root can make it again
+    0 after TERM or INT; 100 wrong usage; 111 unable to start or to go on: an adjust that was
+    deleted under -u only a start as root can make again
 
 SEE ALSO
     clockctl
