@@ -1247,13 +1247,14 @@ class Clockspeed:
         self.news = True  # there is what neither the kernel nor the files have been told
         self.set_back_wait_sec = 0
         self.tick_ns, self.clock_ns = clock.read()
-        self.suspended_ns, self.offset_ns, self.set_by_others = clock.suspended_ns(), 0, False
+        self.suspended_ns, self.set_by_others = clock.suspended_ns(), False
         self.phase_lost = False  # by a suspend or a counter that went back, until a mark
         source = self.load()
         self.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
                  % (clock.doing, clock.counter, scale, *self.estimator.rate(), source))
         if not self.estimator.has_phase() and self.clock_ns < self.known_ns - STEP_NS:
-            self.step(self.known_ns - self.clock_ns, "which showed a time before the last one known")
+            self.attempt("step the clock", self.step, self.known_ns - self.clock_ns,
+                         "which showed a time before the last one known")
 
     def due(self, name, sec=HOURLY_SEC):
         """Whether it is so many seconds ago that this said yes, or it never did."""
@@ -1266,6 +1267,9 @@ class Clockspeed:
         """Real time at the last sample."""
         return self.estimator.real(self.tick_ns)[0] if self.estimator.has_phase() else self.clock_ns
 
+    def offset_ns(self):
+        return self.real_ns() - self.clock_ns
+
     def most_ns(self):
         """How far what is believed at the last sample can be off real time, or None."""
         bound = self.bound.at(self.tick_ns)
@@ -1273,7 +1277,7 @@ class Clockspeed:
 
     def sample(self):
         """Read counter and clock, and see what happened to them since the last time."""
-        before_tick_ns, before_offset_ns = self.tick_ns, self.offset_ns
+        before_tick_ns, before_offset_ns = self.tick_ns, self.offset_ns()
         self.tick_ns, self.clock_ns = self.clock.read()
         ticks_ns = self.tick_ns - before_tick_ns
         slept_ns = self.clock.suspended_ns() - self.suspended_ns
@@ -1282,8 +1286,7 @@ class Clockspeed:
             return self.lose_phase(REBOOT_PPM, text % duration(-ticks_ns / 1e9))
         if abs(slept_ns) > SUSPENDED_NS:
             return self.lose_phase(0, "suspend: the counter stood still for " + duration(slept_ns / 1e9))
-        self.offset_ns = self.real_ns() - self.clock_ns
-        moved_ns = before_offset_ns - self.offset_ns
+        moved_ns = before_offset_ns - self.offset_ns()
         if abs(moved_ns) > MOVED_NS + ticks_ns * MOVED_PPM // 10**6:
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             self.news = True  # a slew that was on its way is lost in a step
@@ -1296,7 +1299,7 @@ class Clockspeed:
         self.estimator.forget_phase(rate_error_ppm)
         self.bound.forget()
         self.done_ns.clear()
-        self.suspended_ns, self.offset_ns, self.set_by_others = self.clock.suspended_ns(), 0, False
+        self.suspended_ns, self.set_by_others = self.clock.suspended_ns(), False
         self.phase_lost = self.news = True
 
     def take(self, packets):
@@ -1337,32 +1340,28 @@ class Clockspeed:
                  "bound %s s, rate %+.4f ppm, rate error %.4f ppm, %s"
                  % (self.tick_ns, real_ns, spread, distance, offset_ns / 1e9,
                     self.estimator.real(self.tick_ns)[1] / 1e9, bound, *self.estimator.rate(), outcome))
-        self.offset_ns = self.real_ns() - self.clock_ns
-        if outcome == "used" and self.marks["used"] <= self.early_marks and abs(self.offset_ns) > STEP_NS:
-            self.step(self.offset_ns, "by one of the first %d marks of this boot" % EARLY_MARKS)
+        if outcome == "used" and self.marks["used"] <= self.early_marks and abs(self.offset_ns()) > STEP_NS:
+            self.attempt("step the clock", self.step, self.offset_ns(),
+                         "by one of the first %d marks of this boot" % EARLY_MARKS)
 
     def step(self, delta_ns, why):
-        def step():
+        """OSError, struct.error"""
+        if self.may_step:
             self.clock.step(delta_ns)
             self.say("step: the system clock by %+.9f s, %s" % (delta_ns / 1e9, why))
-
-        if not self.may_step:
-            return
-        self.attempt("step the clock", step)
-        self.tick_ns, self.clock_ns = self.clock.read()
-        self.offset_ns = self.real_ns() - self.clock_ns
+            self.tick_ns, self.clock_ns = self.clock.read()
 
     def set_back(self):
         """Undo what others did to the clock, now and then; not while a mark in doubt may prove them right."""
-        if abs(self.offset_ns) <= STEP_NS:
+        if abs(self.offset_ns()) <= STEP_NS:
             self.set_by_others = False
         elif self.set_by_others and self.may_step and not self.estimator.doubts():
             if not self.due("set back", self.set_back_wait_sec):
                 return self.say_foreign("system clock")
             self.set_back_wait_sec = min(max(HOURLY_SEC, 2 * self.set_back_wait_sec), 86400)
             self.set_by_others = False
-            self.step(self.offset_ns,
-                      "back to the time of the marks; if it was meant, stop clockspeed (svc -d) first")
+            self.attempt("step the clock", self.step, self.offset_ns(),
+                         "back to the time of the marks; if it was meant, stop clockspeed (svc -d) first")
 
     def say_foreign(self, what):
         if self.due("foreign"):
@@ -1371,7 +1370,7 @@ class Clockspeed:
     def steer(self):
         """-> seconds until the next time; OSError"""
         rate_ppm = self.estimator.rate_at(self.tick_ns)
-        wait_sec = self.clock.steer(rate_ppm, self.offset_ns, self.tick_ns, self.news)
+        wait_sec = self.clock.steer(rate_ppm, self.offset_ns(), self.tick_ns, self.news)
         if self.clock.foreign:
             self.say_foreign("clock's frequency")
         sigma_ns = most_ns = MAXERROR_NS  # where nobody knows any more
@@ -1379,7 +1378,7 @@ class Clockspeed:
             sigma_ns = self.estimator.real(self.tick_ns)[1]
             most_ns = self.most_ns() or 4 * sigma_ns  # no mark tells of itself, as the C clients' don't
         if self.phase_lost or self.estimator.has_phase():  # else the kernel may know better
-            self.clock.announce(sigma_ns, most_ns, self.offset_ns, self.clock_ns - self.tick_ns,
+            self.clock.announce(sigma_ns, most_ns, self.offset_ns(), self.clock_ns - self.tick_ns,
                                 TAI_MINUS_CLOCK_SEC[self.scale])
         return wait_sec
 
@@ -1387,10 +1386,10 @@ class Clockspeed:
         """Sample the clock and steer it -> seconds until the next time."""
         self.sample()
         self.set_back()
-        slew_sec = abs(self.offset_ns) / (SLEW_PPM * 1000)
+        slew_sec = abs(self.offset_ns()) / (SLEW_PPM * 1000)
         if self.news and slew_sec > 60 and self.clock.steers and self.due("slew"):
             self.say("slew: %+.3f s will take %s; clockctl set steps at once"
-                     % (self.offset_ns / 1e9, duration(slew_sec)))
+                     % (self.offset_ns() / 1e9, duration(slew_sec)))
         wait_sec = self.attempt("steer the clock", self.steer) or SETTLED_SEC
         self.save()
         return wait_sec
@@ -1421,7 +1420,6 @@ class Clockspeed:
             self.bound = state["bound"]
             self.tick_ns, self.clock_ns, self.suspended_ns = (
                 state["tick_ns"], state["clock_ns"], state["suspended_ns"])
-            self.offset_ns = self.real_ns() - self.clock_ns
         if c_was_here:
             return "rate of etc/atto, the rest of etc/state"
         return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
@@ -1448,17 +1446,16 @@ class Clockspeed:
                 self.attempt("write etc/atto", self.home.replace, "atto", atto)
         if self.due("status", 0 if self.news else STATUS_SEC):
             wander, noise_ns = self.estimator.learned()
-            wait_sec = exchanges = None
+            plan = Plan(None, None)
             if self.target_ns:
-                wait_sec, exchanges = self.estimator.next_mark_plan(self.tick_ns, self.target_ns)
+                plan = self.estimator.next_mark_plan(self.tick_ns, self.target_ns)
             self.attempt("write etc/status", self.home.replace, "status", dict(
                 both, pid=os.getpid(), doing=self.clock.doing, observe_only=not self.clock.steers,
-                written_ns=self.clock_ns, offset_ns=self.offset_ns if known else None,
+                written_ns=self.clock_ns, offset_ns=self.offset_ns() if known else None,
                 variance=self.estimator.variance(self.tick_ns) if known else None,
                 bound=self.bound.coefficients(), rate_ppm=rate_ppm, rate_error_ppm=rate_error_ppm,
                 noise_ns=noise_ns, wander=wander, kernel=self.clock.report(),
-                next={"wait_sec": wait_sec, "exchanges": exchanges,
-                      "settling": self.marks["used"] < EARLY_MARKS}), 1)
+                next=dict(plan._asdict(), settling=self.marks["used"] < EARLY_MARKS)), 1)
         self.news = False
 
 
