@@ -2452,7 +2452,8 @@ class Daemon:
 
     def __init__(self, stack, home, *options, code="", before=(), log=None, wait_for="start: "):
         self.home, self.log = home, home.parent / "log"
-        command = command_with(code, "clockspeed", *options, home)
+        words = "clockspeed", *options, home
+        command = command_with(code, *words) if code else command_of(*words)
         file = log or stack.enter_context(open(self.log, "wb"))
         self.process = stack.enter_context(process([*before, *without_the_right(command)], env=UTC_ENV,
                                                    stdout=file, stderr=file))
