@@ -37,7 +37,8 @@ OPTIONS
     -S       never step
     -u user  after the start as root give etc to that user, become it, and keep only the
              right to set the clock (Linux: CAP_SYS_TIME)
-    -w user  give adjust to that user and not to that of -u: who writes marks can do no more
+    -w user  give adjust to that user, who writes the marks and can do no more; without it,
+             to that of -u
     home     the directory below, instead of $CLOCKSPEED_HOME or /usr/local/clockspeed
 
 FILES (in home)
@@ -83,8 +84,8 @@ ENVIRONMENT
                  wanted, and of how many exchanges
 
 EXIT STATUS
-    0 after TERM or INT; 100 wrong usage; 111 unable to start or to go on: an adjust that was
-    deleted under -u only a start as root can make again
+    0 after TERM or INT; 100 wrong usage; 111 unable to start, or to go on: when adjust was
+    deleted under -u, only a start as root can make it again
 
 SEE ALSO
     clockctl
