@@ -2415,6 +2415,7 @@ def test_where_there_is_no_adjtimex_the_clock_is_nudged_and_set(monkeypatch):
     monkeypatch.setattr(time, "clock_settime_ns", lambda *args: calls.append(args))
     monkeypatch.setattr(time, "time_ns", lambda: 5 * 10**9)
     clock = CS.AdjtimeClock()
+    assert clock.steers and clock.doing.endswith("with adjtime")
     assert clock.steer(0, -1500000, 0, False) == 3
     clock.step(-10**9)
     assert calls == [("adjtime", 0, 0, None), ("adjtime", -1, 998500, None), (time.CLOCK_REALTIME, 4 * 10**9)]
@@ -2504,7 +2505,9 @@ def daemon():
 def test_clockspeed_learns_from_its_fifo_and_term_or_int_ends_it_with_0(daemon):
     process = daemon("-n")
     assert re.match("start: observing, CLOCK_MONOTONIC_RAW, scale utc, .*, no rate known\n", process.text())
-    assert os.lstat(process.home / "adjust").st_mode == stat.S_IFIFO | 0o600
+    for name, mode in ("adjust", stat.S_IFIFO | 0o600), ("etc/lock", stat.S_IFREG | 0o600):
+        assert os.lstat(process.home / name).st_mode == mode, "for no other user"
+    assert run("clockspeed", "-n", process.home, process.home).returncode == 100
     for us in (50, 100, 150):  # real time gains 50 ppm: 50 us in a second
         process.mark(us * 1000)
         assert "offset +0.000%03d" % us in process.text()
