@@ -2503,10 +2503,11 @@ def daemon():
 
 
 def test_clockspeed_learns_from_its_fifo_and_term_or_int_ends_it_with_0(daemon):
-    process = daemon("-n")
+    process = daemon("-n", before=["sh", "-c", 'umask 077; exec "$@"', "sh"])
     assert re.match("start: observing, CLOCK_MONOTONIC_RAW, scale utc, .*, no rate known\n", process.text())
-    for name, mode in ("adjust", stat.S_IFIFO | 0o600), ("etc/lock", stat.S_IFREG | 0o600):
-        assert os.lstat(process.home / name).st_mode == mode, "for no other user"
+    for name, mode in ("adjust", stat.S_IFIFO | 0o600), ("etc", stat.S_IFDIR | 0o755), (
+            "etc/lock", stat.S_IFREG | 0o600):
+        assert os.lstat(process.home / name).st_mode == mode
     assert run("clockspeed", "-n", process.home, process.home).returncode == 100
     for us in (50, 100, 150):  # real time gains 50 ppm: 50 us in a second
         process.mark(us * 1000)
