@@ -5,31 +5,28 @@ SYNOPSIS
     clockspeed [-n] [-S] [-u user] [-w user] [home]
 
 DESCRIPTION
-    A daemon, to be run in the foreground by daemontools, runit or s6.  It learns from the
-    marks written into the FIFO `adjust` how fast the machine's counter really ticks, and
-    keeps the system clock at that rate for as long as nobody asks a time server.
+    A daemon, to be run in the foreground by daemontools, runit or s6.  From the marks written
+    into the FIFO `adjust` it learns how fast the machine's counter really ticks, and keeps the
+    system clock at that rate for as long as nobody asks a time server.
 
     A mark is what is to be added to the system clock's reading: 16 bytes of TAI64NA in one
-    write, as sntpclock and taiclock make them.  A positive offset means that the system clock
-    is behind.  A rate is (real seconds per counter second - 1) * 10^6 ppm; a positive one means
-    that the counter ticks too slowly.  The counter is CLOCK_MONOTONIC_RAW, which nobody steers,
-    or CLOCK_MONOTONIC where there is no such clock.
+    write, as sntpclock and taiclock make them; positive when the clock is behind.  A rate is
+    (real seconds per counter second - 1) * 10^6 ppm; positive when the counter ticks too slowly.
+    The counter is CLOCK_MONOTONIC_RAW, which nobody steers, else CLOCK_MONOTONIC.
 
-    On Linux the rate goes into the kernel (adjtimex), so that the clock runs right between
-    wake-ups and also after clockspeed is killed.  What the clock is off by is slewed away by
-    the kernel at 500 ppm: 1.8 s take an hour.  To slew faster it would have to set a wrong
-    rate, which would stay if clockspeed were killed.  On other systems adjtime() nudges the
-    clock every 3 seconds.
+    Linux is given the rate by adjtimex, so that the clock runs right between wake-ups and after
+    clockspeed is killed.  What the clock is off by the kernel slews away at 500 ppm: 1.8 s take
+    an hour.  Faster slews need a wrong rate, which would stay if clockspeed were killed.  On
+    other systems adjtime() nudges the clock every 3 seconds.
 
     A clock that is over 0.5 s off is stepped in three cases, and never with -S:
     - by one of the first 3 marks used in a boot, so that a wrong first mark does not last;
-    - when another program or person has set it: it is set back once, and after that at most
-      once an hour, which doubles up to a day for who insists;
+    - back, when somebody else has set it: once, then at most once an hour, doubling up to a day;
     - at the start, forward to the last time known, on a host without a hardware clock.
 
-    The kernel is told the bound and what is still to be slewed as maxerror, the standard
-    deviation as esterror.  It is told that its clock is unsynchronised, and does not copy it
-    to the hardware clock, while that is known to be over 0.5 s off or may be 16 s off.
+    The kernel is told the standard deviation as esterror, and as maxerror the bound with what
+    is still to be slewed.  While the clock is known to be over 0.5 s off, or may be 16 s off, it
+    is told that its clock is unsynchronised, and does not copy it to the hardware clock.
 
     Who can write marks can make the clock wrong: by any amount in the first 3 marks of a boot,
     later at 1500 ppm (130 s a day) at most.  No rate over 1000 ppm is ever believed, and no
@@ -45,18 +42,17 @@ OPTIONS
     home     the directory below, instead of $CLOCKSPEED_HOME or /usr/local/clockspeed
 
 FILES (in home)
-    adjust      the FIFO, made with mode 0600 when missing; who may read it can keep
-                clockspeed from starting
-    etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it; when
-                that one has written it, its rate is taken, within 500 ppm of 1 ns
+    adjust      the FIFO, made with mode 0600; who may read it can keep clockspeed from starting
+    etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it, whose
+                rate is taken when it wrote last, within 500 ppm of 1 ns
     etc/state   what is known, for the next start: written at each mark and each hour
     etc/status  the same for people and programs: at each mark and every 10 minutes
     etc/lock    so that no second clockspeed runs on this home
 
     etc/status is JSON.  When the counter read tick_ns, the system clock read written_ns, and
-    real time was offset_ns more.  When the counter reads TICK, t = (TICK - tick_ns) / 10^9
-    seconds have passed, and real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm).
-    Its variance is c0 + c1 t + c2 t^2 + c3 t^3 ns^2, with the factors in `variance`.
+    real time was offset_ns more.  When it reads TICK, t = (TICK - tick_ns) / 10^9 seconds have
+    passed, and real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm), with a variance
+    of c0 + c1 t + c2 t^2 + c3 t^3 ns^2, the factors in `variance`.
 
     `bound` tells where real time certainly is, if the servers tell the truth.  With t counted
     from the tick_ns in `bound`, and with C = change_ppm sqrt(max(1, t / 86400)), real time is
@@ -68,9 +64,9 @@ OUTPUT
     once for as long as it fails for that reason.
 
     start:    how the clock is steered, by which counter, and which rate is known from where
-    mark:     counter, real time, the mark's spread and the server's root distance (- for a mark
-              that doesn't tell), then what is believed after it: real time minus the clock,
-              standard deviation, bound, rate; used, doubted (until others agree) or refused
+    mark:     counter, real time, the mark's spread and the server's root distance (- if it
+              doesn't tell); what is believed now: real time minus the clock, standard deviation,
+              bound, rate; and whether the mark was used, doubted (until others agree) or refused
     refused:  what came was no mark, or of an impossible time; one line for all at once
     step:     the clock was stepped, and why
     slew:     what is slewed away takes over a minute; clockctl set steps at once
@@ -82,10 +78,10 @@ OUTPUT
     stop:     TERM or INT came
 
 ENVIRONMENT
-    CLOCK_SCALE   what the system clock counts: utc, or tai (the right/ time zones); without it
-                  the time zone tells
-    CLOCK_ERROR   the error that is to be kept (0.010, 10ms): etc/status then tells when the
-                  next mark is wanted, and of how many exchanges
+    CLOCK_SCALE  what the system clock counts, utc or tai (right/ time zones), if not what the
+                 time zone tells
+    CLOCK_ERROR  the error to be kept (0.010, 10ms): etc/status then tells when the next mark is
+                 wanted, and of how many exchanges
 
 EXIT STATUS
     0 after TERM or INT; 100 wrong usage; 111 unable to start, or to go on: when adjust was
@@ -1252,13 +1248,14 @@ class Clockspeed:
         self.news = True  # there is what neither the kernel nor the files have been told
         self.set_back_wait_sec = 0
         self.tick_ns, self.clock_ns = clock.read()
-        self.suspended_ns, self.offset_ns, self.set_by_others = clock.suspended_ns(), 0, False
+        self.suspended_ns, self.set_by_others = clock.suspended_ns(), False
         self.phase_lost = False  # by a suspend or a counter that went back, until a mark
         source = self.load()
         self.say("start: %s, %s, scale %s, rate %+.4f ppm, rate error %.4f ppm, %s"
                  % (clock.doing, clock.counter, scale, *self.estimator.rate(), source))
         if not self.estimator.has_phase() and self.clock_ns < self.known_ns - STEP_NS:
-            self.step(self.known_ns - self.clock_ns, "which showed a time before the last one known")
+            self.attempt("step the clock", self.step, self.known_ns - self.clock_ns,
+                         "which showed a time before the last one known")
 
     def due(self, name, sec=HOURLY_SEC):
         """Whether it is so many seconds ago that this said yes, or it never did."""
@@ -1271,6 +1268,9 @@ class Clockspeed:
         """Real time at the last sample."""
         return self.estimator.real(self.tick_ns)[0] if self.estimator.has_phase() else self.clock_ns
 
+    def offset_ns(self):
+        return self.real_ns() - self.clock_ns
+
     def most_ns(self):
         """How far what is believed at the last sample can be off real time, or None."""
         bound = self.bound.at(self.tick_ns)
@@ -1278,7 +1278,7 @@ class Clockspeed:
 
     def sample(self):
         """Read counter and clock, and see what happened to them since the last time."""
-        before_tick_ns, before_offset_ns = self.tick_ns, self.offset_ns
+        before_tick_ns, before_offset_ns = self.tick_ns, self.offset_ns()
         self.tick_ns, self.clock_ns = self.clock.read()
         ticks_ns = self.tick_ns - before_tick_ns
         slept_ns = self.clock.suspended_ns() - self.suspended_ns
@@ -1287,8 +1287,7 @@ class Clockspeed:
             return self.lose_phase(REBOOT_PPM, text % duration(-ticks_ns / 1e9))
         if abs(slept_ns) > SUSPENDED_NS:
             return self.lose_phase(0, "suspend: the counter stood still for " + duration(slept_ns / 1e9))
-        self.offset_ns = self.real_ns() - self.clock_ns
-        moved_ns = before_offset_ns - self.offset_ns
+        moved_ns = before_offset_ns - self.offset_ns()
         if abs(moved_ns) > MOVED_NS + ticks_ns * MOVED_PPM // 10**6:
             self.say("moved: somebody set the system clock by %+.3f s" % (moved_ns / 1e9))
             self.news = True  # a slew that was on its way is lost in a step
@@ -1301,7 +1300,7 @@ class Clockspeed:
         self.estimator.forget_phase(rate_error_ppm)
         self.bound.forget()
         self.done_ns.clear()
-        self.suspended_ns, self.offset_ns, self.set_by_others = self.clock.suspended_ns(), 0, False
+        self.suspended_ns, self.set_by_others = self.clock.suspended_ns(), False
         self.phase_lost = self.news = True
 
     def take(self, packets):
@@ -1342,32 +1341,28 @@ class Clockspeed:
                  "bound %s s, rate %+.4f ppm, rate error %.4f ppm, %s"
                  % (self.tick_ns, real_ns, spread, distance, offset_ns / 1e9,
                     self.estimator.real(self.tick_ns)[1] / 1e9, bound, *self.estimator.rate(), outcome))
-        self.offset_ns = self.real_ns() - self.clock_ns
-        if outcome == "used" and self.marks["used"] <= self.early_marks and abs(self.offset_ns) > STEP_NS:
-            self.step(self.offset_ns, "by one of the first %d marks of this boot" % EARLY_MARKS)
+        if outcome == "used" and self.marks["used"] <= self.early_marks and abs(self.offset_ns()) > STEP_NS:
+            self.attempt("step the clock", self.step, self.offset_ns(),
+                         "by one of the first %d marks of this boot" % EARLY_MARKS)
 
     def step(self, delta_ns, why):
-        def step():
+        """OSError, struct.error"""
+        if self.may_step:
             self.clock.step(delta_ns)
             self.say("step: the system clock by %+.9f s, %s" % (delta_ns / 1e9, why))
-
-        if not self.may_step:
-            return
-        self.attempt("step the clock", step)
-        self.tick_ns, self.clock_ns = self.clock.read()
-        self.offset_ns = self.real_ns() - self.clock_ns
+            self.tick_ns, self.clock_ns = self.clock.read()
 
     def set_back(self):
         """Undo what others did to the clock, now and then; not while a mark in doubt may prove them right."""
-        if abs(self.offset_ns) <= STEP_NS:
+        if abs(self.offset_ns()) <= STEP_NS:
             self.set_by_others = False
         elif self.set_by_others and self.may_step and not self.estimator.doubts():
             if not self.due("set back", self.set_back_wait_sec):
                 return self.say_foreign("system clock")
             self.set_back_wait_sec = min(max(HOURLY_SEC, 2 * self.set_back_wait_sec), 86400)
             self.set_by_others = False
-            self.step(self.offset_ns,
-                      "back to the time of the marks; if it was meant, stop clockspeed (svc -d) first")
+            self.attempt("step the clock", self.step, self.offset_ns(),
+                         "back to the time of the marks; if it was meant, stop clockspeed (svc -d) first")
 
     def say_foreign(self, what):
         if self.due("foreign"):
@@ -1376,7 +1371,7 @@ class Clockspeed:
     def steer(self):
         """-> seconds until the next time; OSError"""
         rate_ppm = self.estimator.rate_at(self.tick_ns)
-        wait_sec = self.clock.steer(rate_ppm, self.offset_ns, self.tick_ns, self.news)
+        wait_sec = self.clock.steer(rate_ppm, self.offset_ns(), self.tick_ns, self.news)
         if self.clock.foreign:
             self.say_foreign("clock's frequency")
         sigma_ns = most_ns = MAXERROR_NS  # where nobody knows any more
@@ -1384,7 +1379,7 @@ class Clockspeed:
             sigma_ns = self.estimator.real(self.tick_ns)[1]
             most_ns = self.most_ns() or 4 * sigma_ns  # no mark tells of itself, as the C clients' don't
         if self.phase_lost or self.estimator.has_phase():  # else the kernel may know better
-            self.clock.announce(sigma_ns, most_ns, self.offset_ns, self.clock_ns - self.tick_ns,
+            self.clock.announce(sigma_ns, most_ns, self.offset_ns(), self.clock_ns - self.tick_ns,
                                 TAI_MINUS_CLOCK_SEC[self.scale])
         return wait_sec
 
@@ -1392,10 +1387,10 @@ class Clockspeed:
         """Sample the clock and steer it -> seconds until the next time."""
         self.sample()
         self.set_back()
-        slew_sec = abs(self.offset_ns) / (SLEW_PPM * 1000)
+        slew_sec = abs(self.offset_ns()) / (SLEW_PPM * 1000)
         if self.news and slew_sec > 60 and self.clock.steers and self.due("slew"):
             self.say("slew: %+.3f s will take %s; clockctl set steps at once"
-                     % (self.offset_ns / 1e9, duration(slew_sec)))
+                     % (self.offset_ns() / 1e9, duration(slew_sec)))
         wait_sec = self.attempt("steer the clock", self.steer) or SETTLED_SEC
         self.save()
         return wait_sec
@@ -1426,7 +1421,6 @@ class Clockspeed:
             self.bound = state["bound"]
             self.tick_ns, self.clock_ns, self.suspended_ns = (
                 state["tick_ns"], state["clock_ns"], state["suspended_ns"])
-            self.offset_ns = self.real_ns() - self.clock_ns
         if c_was_here:
             return "rate of etc/atto, the rest of etc/state"
         return "phase and rate of etc/state" if self.estimator.has_phase() else "rate of etc/state"
@@ -1453,17 +1447,16 @@ class Clockspeed:
                 self.attempt("write etc/atto", self.home.replace, "atto", atto)
         if self.due("status", 0 if self.news else STATUS_SEC):
             wander, noise_ns = self.estimator.learned()
-            wait_sec = exchanges = None
+            plan = Plan(None, None)
             if self.target_ns:
-                wait_sec, exchanges = self.estimator.next_mark_plan(self.tick_ns, self.target_ns)
+                plan = self.estimator.next_mark_plan(self.tick_ns, self.target_ns)
             self.attempt("write etc/status", self.home.replace, "status", dict(
                 both, pid=os.getpid(), doing=self.clock.doing, observe_only=not self.clock.steers,
-                written_ns=self.clock_ns, offset_ns=self.offset_ns if known else None,
+                written_ns=self.clock_ns, offset_ns=self.offset_ns() if known else None,
                 variance=self.estimator.variance(self.tick_ns) if known else None,
                 bound=self.bound.coefficients(), rate_ppm=rate_ppm, rate_error_ppm=rate_error_ppm,
                 noise_ns=noise_ns, wander=wander, kernel=self.clock.report(),
-                next={"wait_sec": wait_sec, "exchanges": exchanges,
-                      "settling": self.marks["used"] < EARLY_MARKS}), 1)
+                next=dict(plan._asdict(), settling=self.marks["used"] < EARLY_MARKS)), 1)
         self.news = False
 
 
