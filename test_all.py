@@ -3985,9 +3985,9 @@ def image(tmp_path):
 def install(image, args="", status=0, shell=()):
     """-> the lines that svc/install prints: that of the image in a chroot there, if it has one, else ours."""
     command = ["chroot", image, "/bin/env", "PATH=/usr/bin:/bin", "/src/svc/install"]
-    command = command if (image / "src").exists() else [INSTALL, "--root", image]
-    done = subprocess.run([*shell, *command, *args.split()], env=UTC_ENV, timeout=60, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE)
+    command = command if (image / "src").exists() else [INSTALL, "--root", "."]
+    done = subprocess.run([*shell, *command, *args.split()], cwd=str(image), env=UTC_ENV, timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     lines = (done.stdout + done.stderr).decode().splitlines()
     assert done.returncode == status, lines
     return lines
@@ -4135,7 +4135,7 @@ sed -i 's/-check clockctl-graph/-check/' svc/install; """  # one program less
 KEEPS = "fatal: unable to start: %s runs and keeps the clock; stop it first: "
 
 
-# each line of `said` is said; `asked: ` is what the stand-ins were asked
+# Each line of `said` is said; `asked: ` is what the stand-ins were asked.
 @pytest.mark.parametrize("before, args, said", [
     ("name=svscan words='-P /no /srv/scan /tmp' process", START, SCANS),
     ("name=svscan cwd=/srv/scan process", START, SCANS), (SVSCAN + "chmod 775 /srv", START, NO_SCAN),
@@ -4192,8 +4192,8 @@ def test_what_it_makes_of_a_host(image, before, args, said):
     files = pathlib.Path(libraries[0]).parent.glob("libnss_files.so.2")  # an old libc reads /etc/passwd by it
     for name in [busybox, *libraries, *map(str, files)]:
         write(image / name[1:])
-        shutil.copy(name, str(image / name[1:]))
-    shutil.copytree(HERE, str(image / "src"), ignore=shutil.ignore_patterns(".*", "*_all.py"))
+        shutil.copy(name, image / name[1:])
+    shutil.copytree(HERE, image / "src", ignore=shutil.ignore_patterns(".*", "*_all.py"))
     write(image / "stand-in", STAND_IN, 0o755)
     script = SET_UP.replace("BUSYBOX", busybox) + before
     subprocess.run(["chroot", image, busybox, "sh", "-ec", script], check=True)
@@ -4241,7 +4241,7 @@ def test_by_hand_the_programs_are_as_installed(tmp_path):
 def test_by_hand_the_scripts_for_other_supervisors_are_as_installed(scanner, word, image, tmp_path):
     write(image / "usr/bin" / scanner, mode=0o755)
     install(image)
-    shutil.copytree(path_of("svc"), str(tmp_path / "svc.d"), ignore=shutil.ignore_patterns("*.conf"))
+    shutil.copytree(path_of("svc"), tmp_path / "svc.d", ignore=shutil.ignore_patterns("*.conf"))
     text, = [text for text in blocks("sh also") if word in text]
     text = text.replace("/var/svc.d", str(tmp_path / "svc.d"))
     subprocess.run(["sh", "-ec", text], check=True, stderr=subprocess.DEVNULL)
