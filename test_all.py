@@ -4151,7 +4151,8 @@ KEEPS = "fatal: unable to start: %s runs and keeps the clock; stop it first: "
     (S6, "--start", "asked: .*; s6-svscanctl -a /run/service\n/run/service is made anew at .*"),
     (SVSCAN + NEXT, "", "asked: \nsvc -t /srv/scan/clockspeed"),
     (SVSCAN + NEXT + "svc/install --start", "--remove", "asked: svc -t /srv/scan/clockspeed; svc -t "
-     "/srv/scan/clockspeed_adjust; svc -dx /var/svc.d/clockspeed /var/svc.d/clockspeed/log"),
+     "/srv/scan/clockspeed_adjust; svc -dx /var/svc.d/clockspeed /var/svc.d/clockspeed/log\n"
+     "remove /srv/scan/clockspeed\nremove /srv/scan/clockspeed_adjust"),
     (RUNIT + NEXT + "svc/install --start", "--remove",
      "asked: .*sv restart /srv/scan/clockspeed_adjust; sv exit /var/svc.d/clockspeed"),
     (S6 + NEXT + "svc/install --start", "--remove",
