@@ -4074,6 +4074,7 @@ def test_removal_leaves_what_was_edited_or_learned_and_follows_no_link(image):
     kept = [edited, image / "usr/local/clockspeed/etc/state", logs / "clockspeed/current"]
     write(theirs)
     write(before, "it was here before\n")
+    before.with_name("run.new.tmp").symlink_to(theirs)
     install(image, ASK)
     for path in kept + [logs / "clockspeed" / ("deep/" * 300) / "file"]:
         write(path, "edited")
@@ -4089,7 +4090,7 @@ def test_removal_leaves_what_was_edited_or_learned_and_follows_no_link(image):
     assert ("left to you: remove /var/multilog/clockspeed, which holds something that is not ours"
             in install(image, "--remove --purge"))
     assert not any(path.exists() for path in kept + [image / CONF, logs / "taiclockd"])
-    assert theirs.exists() and (logs / "clockspeed/deep").exists()
+    assert theirs.read_text() == "" and (logs / "clockspeed/deep").exists()
     assert before.read_text() == "it was here before\n"
 
 
@@ -4142,10 +4143,10 @@ KEEPS = "fatal: unable to start: %s runs and keeps the clock; stop it first: "
     ("name=svscan words=/srv/scan uid=7 process", START, NO_SCAN),
     ("name=svscan words=/srv/scan root=/tmp process", START, NO_SCAN),
     (SVSCAN + "chown 7 /srv/scan", START, NO_SCAN),
-    (SVSCAN + "chmod 757 /srv/scan", "", "warning: /srv/scan is scanned, but others .*"),
+    (SVSCAN + "chmod 757 /srv/scan; cp /usr/bin/svc /usr/bin/svscan; mkdir /etc/service", START,
+     "warning: /srv/scan is scanned, but others .*\nhave svscan run at boot on /etc/service"),
     ("mkdir /etc/service; touch /etc/debian_version", START,
      "fatal: .*: no supervisor is here; apt-get install daemontools-run, which scans .*"),
-    ("cp /usr/bin/svc /usr/bin/svscan; mkdir /etc/service", START, "have svscan run at boot on /etc/service"),
     (SVSCAN + "mkdir /srv/scan/clockspeed", "", "warning: .*/clockspeed is not our service, .*\n"
      "ln -s .*/taiclockd /srv/scan/taiclockd, if this host is to serve .*"),
     (S6, "--start", "asked: .*; s6-svscanctl -a /run/service\n/run/service is made anew at .*"),
