@@ -3491,37 +3491,15 @@ DECODERS += [("a mark in the log", lambda data: list(GRAPH.parse_marks(data.deco
 every_shell = pytest.mark.parametrize(
     "shell", (["dash"], ["bash"], ["mksh"], ["busybox", "sh"]), ids=lambda words: words[0])
 ADJUST = path_of("svc/clockspeed_adjust/clock_adjust.sh")
-# marks fail by the file `failing`; the sleeps are noted, and end at once but for the last
+# `mark` ends as the file `marking` says; sleeps are noted, and end at once but for the last
 FAKE_CLOCKCTL = """case $1 in
-run) echo %(home)s ;; atto) echo atto ;;
-mark) [ ! -e %(home)s/failing ] ;;
-wait) [ -z "$SAYS" ] && exec %(clockctl)s "$@"; echo "$SAYS" ;;
+run) echo HOME ;; atto) echo atto ;; mark) . HOME/marking ;;
+wait) [ -z "$SAYS" ] && exec CLOCKCTL "$@"; echo "$SAYS" ;;
 esac
 """
-FAKE_SLEEP = """echo "$1 $(cat %(home)s/mark/due | cut -d' ' -f2)" >>%(home)s/sleeps
-[ $(wc -l <%(home)s/sleeps) -lt $SLEEPS ] || exec /bin/sleep 3573
+FAKE_SLEEP = """echo "$1 $(cut -d' ' -f2 HOME/mark/due) $$" >>HOME/asked
+[ $(wc -l <HOME/asked) -lt $SLEEPS ] || exec /bin/sleep 3573
 """
-
-
-@pytest.fixture
-def loop(host):
-    """Starts the loop in a shell; its clockctl and sleep are stand-ins."""
-    clockctl = "%s -IS %s" % (sys.executable, path_of("clockctl"))
-    for name, text in (("clockctl", FAKE_CLOCKCTL), ("sleep", FAKE_SLEEP)):
-        host.write("bin/" + name, "#!/bin/sh\n" + text % {"home": host.home, "clockctl": clockctl}, 0o755)
-
-    def start(shell, **env):
-        need(shell[0])
-        host.write("sleeps", "")
-        return process(shell + [ADJUST], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(
-            UTC_ENV, PATH=host.bin + ":" + os.environ["PATH"], CLOCKSPEED_CONF=host.conf, **env))
-
-    def sleeps(count):
-        path = pathlib.Path(host.home, "sleeps")
-        until(lambda: path.read_text().count("\n") == count)
-        return [tuple(map(int, line.split())) for line in path.read_text().splitlines()]
-    host.start, host.sleeps = start, sleeps
-    return host
 
 
 @every_shell
@@ -3529,38 +3507,32 @@ def loop(host):
     ("", "", "", [541 * 3**power for power in range(8)] + [2617923] * 2), ("100", "", "", [100, 100]),
     ("garbage", "", "", [541, 1623]), ("", "timed out", "", [541, 541]),
     ("", "kiss-o'-death RATE", "", [1024, 1024]), ("", "", "BOOT +300", [300]), ("", "", "BOOT -300", [541]),
-    ("", "", "other +300", [541]), ("", "", "BOOT +9999999", [541]), ("", "", "BOOT x", [541])])
-def test_the_waits_triple_or_go_by_clockctl_and_what_is_due_is_kept(loop, shell, says, failed, due, waits):
+    ("", "", "other +300", [541]), ("", "", "BOOT +9999999", [541]), ("", "", "BOOT x", [541]),
+    ("", "hanging", "", [541])])
+def test_the_waits_triple_or_go_by_clockctl_and_a_term_ends_what_is_under_way(
+        host, shell, says, failed, due, waits):
+    need(shell[0])
     up_sec = int(time.clock_gettime(time.CLOCK_BOOTTIME))
-    due = re.sub(r"[+-]\d+", lambda found: str(up_sec + int(found.group())), due)
-    loop.write("mark/due", due.replace("BOOT", BOOT_ID) + "\n")
+    at = re.sub(r"[+-]\d+", lambda found: str(up_sec + int(found.group())), due)
+    host.write("mark/due", at.replace("BOOT", BOOT_ID) + "\n")
+    host.write("marking", "exec sleep 541" if failed == "hanging" else "exit %d" % bool(failed))
     if failed:
-        loop.write("failing", "")
-        loop.write("mark/sources", SOURCES % (time.time(), time.time(), "failed: " + failed))
-    with loop.start(shell, SLEEPS=str(len(waits)), SAYS=says) as adjusting:
-        seen = loop.sleeps(len(waits))
-        slack_sec = PATIENCE_SEC if due else 0
-        assert all(wait - slack_sec <= sleep <= wait for wait, (sleep, _) in zip(waits, seen))
-        assert all(-1 <= due - sleep - up_sec <= PATIENCE_SEC for sleep, due in seen)
+        host.write("mark/sources", SOURCES % (time.time(), time.time(), "failed: " + failed))
+    for name, text in (("clockctl", FAKE_CLOCKCTL), ("sleep", FAKE_SLEEP)):
+        text = text.replace("HOME", host.home).replace("CLOCKCTL", " ".join(command_of("clockctl")))
+        host.write("bin/" + name, "#!/bin/sh\n" + text, 0o755)
+    env = dict(host.env, PATH=host.bin + ":" + os.environ["PATH"], SLEEPS=str(len(waits)), SAYS=says)
+    with process(shell + [ADJUST], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env) as adjusting:
+        until(lambda: len(host.lines()) == len(waits))
+        seen = [tuple(map(int, line.split())) for line in host.lines()]
+        assert all(wait - PATIENCE_SEC * bool(due) <= sleep <= wait for wait, (sleep, *_) in zip(waits, seen))
+        assert all(-1 <= due - sleep - up_sec <= PATIENCE_SEC for sleep, due, _ in seen)
         adjusting.terminate()
-        assert adjusting.wait(PATIENCE_SEC) == 0 and not os.path.exists(loop.home + "/mark/due")
-        said = adjusting.stdout.read().decode().splitlines()
-    marks = len(waits) - (waits == [300])
-    assert (said.count("==="), said.count("atto")) == (marks, 0 if failed else marks)
-    assert said[-1] == "Waiting %d seconds until next adjustment..." % seen[-1][0]
-
-
-@every_shell
-@pytest.mark.parametrize("under_way", ("mark", "sleep"))
-def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell, under_way):
-    noted = "echo $$ >>%s\nexec /bin/sleep 3572\n" % loop.asked
-    loop.write("bin/sleep", "#!/bin/sh\n" + noted, 0o755)
-    loop.write("bin/clockctl", "#!/bin/sh\n[ $1 = %s ] || exit 0\n%s" % (under_way, noted), 0o755)
-    with loop.start(shell) as adjusting:
-        until(loop.lines)
-        adjusting.terminate()
-        assert adjusting.wait(PATIENCE_SEC) == 0
-    until(lambda: not os.path.exists("/proc/" + loop.lines()[0]))
+        assert adjusting.wait(PATIENCE_SEC) == 0 and not os.path.exists(host.home + "/mark/due")
+        until(lambda: not os.path.exists("/proc/%d" % seen[-1][2]))
+        mark = "" if waits == [300] else "===\n" if failed else "atto\n===\n"
+        lines = [mark + "Waiting %d seconds until next adjustment...\n" % sleep for sleep, *_ in seen]
+        assert adjusting.stdout.read().decode() == "".join(lines) * (failed != "hanging")
 
 
 # ==== svc/install ===================================================================================
@@ -3568,158 +3540,126 @@ def test_a_term_ends_the_mark_or_sleep_under_way(loop, shell, under_way):
 INSTALL = path_of("svc/install")
 PROGRAMS = ("clockspeed", "sntpclock", "taiclock", "ntsclock", "taiclockd", "clockadd", "clockview")
 SERVICES = ("clockspeed", "clockspeed_adjust", "taiclockd")
+RUN_SCRIPTS = [service + log + "run" for service in SERVICES for log in ("/", "/log/")]
 BIN, CONF = "usr/local/clockspeed/bin/", "usr/local/etc/clockspeed.conf"
-
-
-class Image:
-    """A directory into which svc/install installs."""
-
-    def __init__(self, path):
-        self.path, self.command = path, [INSTALL, "--root", path]
-        path.mkdir()
-
-    def install(self, *args, shell=(), status=0, **options):
-        """-> the lines that it printed."""
-        words = [str(word) for word in list(shell) + self.command + list(args)]
-        options = dict({"stdout": subprocess.PIPE}, **options)
-        done = subprocess.run(words, env=UTC_ENV, timeout=60, stderr=subprocess.PIPE, **options)
-        lines = ((done.stdout or b"") + done.stderr).decode().splitlines()
-        assert done.returncode == status, lines
-        return lines
-
-    def __call__(self, name):
-        return self.path / name
-
-    def read(self, name):
-        return self(name).read_text()
-
-    def write(self, name, text="", mode=0o644):
-        self(name).parent.mkdir(parents=True, exist_ok=True)
-        self(name).write_text(text)
-        self(name).chmod(mode)
-
-    def tree(self):
-        """-> name: mode, of all that is in it."""
-        return {str(path.relative_to(self.path)): oct(path.lstat().st_mode)[-4:]
-                for path in self.path.rglob("*")}
+START, ASK = "--start --dry-run", "--server ntp:192.0.2.7,2001:db8::1"
 
 
 @pytest.fixture
 def image(tmp_path):
-    return Image(tmp_path / "image")
+    return pathlib.Path(tempfile.mkdtemp(dir=str(tmp_path)))
+
+
+def install(image, args="", status=0, shell=()):
+    """-> the lines that svc/install prints: that of the image in a chroot there, if it has one, else ours."""
+    command = ["chroot", image, "/bin/env", "PATH=/usr/bin:/bin", "/src/svc/install"]
+    command = command if (image / "src").exists() else [INSTALL, "--root", "."]
+    done = subprocess.run([*shell, *command, *args.split()], cwd=str(image), env=UTC_ENV, timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    lines = (done.stdout + done.stderr).decode().splitlines()
+    assert done.returncode == status, lines
+    return lines
+
+
+def write(path, text="", mode=0o644):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+
+
+def tree(image):
+    """-> name: mode, of all that is in it."""
+    return {str(path.relative_to(image)): oct(path.lstat().st_mode)[-4:] for path in image.rglob("*")}
 
 
 @every_shell
 def test_every_shell_installs_the_same_and_then_finds_nothing_to_do(image, shell):
     need(shell[0])
-    args, umask = ("--server", "ntp:192.0.2.7,2001:db8::1"), 0o002 if shell == ["dash"] else 0o077
-    planned = image.install("--dry-run", *args, shell=shell)
-    assert not image.tree()
-    assert planned == image.install(*args, shell=shell, preexec_fn=lambda: os.umask(umask))
-    tree = image.tree()
+    shell = ["sh", "-c", 'umask %s; exec "$@"' % ("002" if shell == ["dash"] else "077"), "sh"] + shell
+    says = functools.partial(install, image, shell=shell)
+    planned = says(ASK + " --dry-run")
+    assert not tree(image)
+    assert says(ASK) == planned
+    modes = tree(image)
     for name in [BIN + program for program in PROGRAMS] + ["usr/local/bin/clockctl"]:
-        source = read_script(os.path.basename(name))
-        assert image.read(name) == source.replace("#!/usr/bin/env python3\n", "#!/usr/bin/python3 -IS\n", 1)
-        assert tree[name] == "0755"
-    for script in [name + log + "run" for name in SERVICES for log in ("/", "/log/")]:
-        assert image.read("var/svc.d/" + script) == read_script("svc/" + script)
-    assert tree["usr/local/clockspeed/adjust"] == "0600" and tree["usr/local/clockspeed/mark"] == "0700"
-    plain = {mode for name, mode in tree.items() if not name.endswith(("adjust", "/mark"))}
-    assert plain == {"0755", "0644"}, "directories and programs, files"
-    assert '\nCLOCK_IP="192.0.2.7 2001:db8::1"\n' in image.read(CONF)
-    assert image.install(*args, shell=shell)[0] == image.install(shell=shell)[0] == "nothing to do"
-    planned = image.install("--remove", "--purge", "--dry-run", shell=shell)
-    assert image.tree() == tree
-    assert image.install("--remove", "--purge", shell=shell) == planned and "userdel" in planned[-1]
-    assert set(image.tree()) == {"usr", "usr/local", "usr/local/bin", "usr/local/etc", "var"}
-    assert image.install("--remove", "--purge", shell=shell) == ["nothing to do"]
+        source = read_script(os.path.basename(name)).partition("\n")[2]
+        assert ((image / name).read_text(), modes[name]) == ("#!/usr/bin/python3 -IS\n" + source, "0755")
+    for script in RUN_SCRIPTS:
+        assert (image / "var/svc.d" / script).read_text() == read_script("svc/" + script)
+    assert [modes.pop("usr/local/clockspeed/" + name) for name in ("adjust", "mark")] == ["0600", "0700"]
+    assert set(modes.values()) == {"0755", "0644"}, "directories and programs, files"
+    assert '\nCLOCK_IP="192.0.2.7 2001:db8::1"\n' in (image / CONF).read_text()
+    assert says(ASK)[0] == says()[0] == "nothing to do"
+    modes, planned = tree(image), says("--remove --purge --dry-run")
+    assert tree(image) == modes
+    assert says("--remove --purge") == planned and "userdel" in planned[-1]
+    assert set(tree(image)) == {"usr", "usr/local", "usr/local/bin", "usr/local/etc", "var"}
+    assert says("--remove --purge") == ["nothing to do"]
 
 
-@pytest.mark.parametrize("args, said", [
-    ("--server 192.0.2.1", "usage: --server 192.0.2.1: the type is missing: ntp:192.0.2.1, or tai: or nts:"),
-    ("--server ntp:", "usage: --server ntp:: that is no list of hosts"),
-    ("--server tai:a,,b", "usage: --server tai:a,,b: that is no list of hosts"),
-    ('--server nts:a";reboot', "usage: --server nts:a\";reboot: that is no list of hosts"),
-    ("--server", "usage: --server needs a value"),
-    ("--purge", "usage: --purge goes with --remove"),
-    ("--remove --start", "usage: --remove goes with --purge, --root and --dry-run"),
-    ("--remove --server ntp:a", "usage: --remove goes with --purge, --root and --dry-run"),
-    ("--no-such", r"usage: install \[.* \(--no-such is unknown\)"),
-    ("--root /dev/null", "fatal: unable to use /dev/null: it is no directory"),
-])
-def test_what_is_wrong_is_one_line_and_changes_nothing(image, args, said):
-    line, = image.install(*args.split(), status=111 if said.startswith("fatal") else 100)
-    assert re.fullmatch("install: " + said, line) and not image.tree()
-
-
-def test_its_manual_and_version(image):
-    with open("/dev/full", "wb") as full:
-        assert image.install(status=111, stdout=full) == ["install: fatal: unable to write output"]
-    image.command = [INSTALL]
-    manual = image.install("--help")
-    assert manual == image.install("-h") and manual[-1].startswith("    0 done, or nothing to do; ")
+def test_its_manual_and_what_it_says_of_wrong_usage(image):
+    manual = install(image, "--help")
+    assert manual == install(image, "-h") and manual[-1].startswith("    0 done, or nothing to do; ")
     assert manual[0].startswith("install - ") and {"SYNOPSIS", "OPTIONS", "EXIT STATUS"} < set(manual)
-    assert image.install("--version") == ["install " + load("clockview").RELEASE]
+    assert install(image, "--version") == ["install " + load("clockview").RELEASE]
+    for args, said in [("--server " + hosts, "--server %s: that is no list of hosts" % hosts)
+                       for hosts in ("ntp:", "tai:a,,b", 'nts:a";reboot', "ntp:,a", "ntp:a,")] + [
+            ("--server 192.0.2.1", "--server 192.0.2.1: the type is missing: ntp:192.0.2.1, or tai: or nts:"),
+            ("--server", "--server needs a value"), ("--purge", "--purge goes with --remove"),
+            ("--remove --start", "--remove goes with --purge, --root and --dry-run"),
+            ("--remove --server ntp:a", "--remove goes with --purge, --root and --dry-run"),
+            ("--no-such", "install [options], which --help explains (--no-such is unknown)")]:
+        assert install(image, args, 100) == ["install: usage: " + said]
+    assert install(image, "--root /dev/null", 111) == [
+        "install: fatal: unable to use /dev/null: it is no directory"]
+    full = ["sh", "-c", '"$@" >/dev/full', "sh"]
+    assert install(image, "", 111, full) == ["install: fatal: unable to write output"]
+    assert not tree(image)
 
 
 def test_it_goes_by_the_configuration_and_changes_two_lines_of_it(image):
     conf = ('\texport CLOCKSPEED_HOME="/srv/clock"\nCLOCKSPEED_BIN=/opt/bin  # ours\n'
             'CLOCK_TYPE="tai"\n#CLOCK_IP="b"')
-    image.write(CONF, conf, 0o640)
-    image.write("usr/local/bin/python3")
-    image.install()
-    assert image.read(CONF) == conf and image.tree()[CONF] == "0640"
-    image.install("--server", "ntp:a,b")
-    assert image.read(CONF) == conf.replace('"tai"', '"ntp"') + '\nCLOCK_IP="a b"\n'
-    assert image.read("opt/bin/clockview").startswith("#!/usr/local/bin/python3 -IS\n")
+    write(image / CONF, conf, 0o640)
+    write(image / "usr/local/bin/python3")
+    install(image)
+    assert (image / CONF).read_text() == conf and tree(image)[CONF] == "0640"
+    install(image, "--server ntp:a,b")
+    assert (image / CONF).read_text() == conf.replace('"tai"', '"ntp"') + '\nCLOCK_IP="a b"\n'
+    assert (image / "opt/bin/clockview").read_text().startswith("#!/usr/local/bin/python3 -IS\n")
     for name in ("clockspeed", "taiclockd"):
-        assert " /opt/bin/%s" % name in image.read("var/svc.d/%s/run" % name).splitlines()[-1]
-    assert {"opt/bin/sntpclock", "srv/clock/adjust", "srv/clock/etc"} <= set(image.tree())
+        assert " /opt/bin/%s" % name in (image / "var/svc.d" / name / "run").read_text().splitlines()[-1]
+    assert {"opt/bin/sntpclock", "srv/clock/adjust", "srv/clock/etc"} <= set(tree(image))
     for wrong in ("/srv/$(reboot)", "srv", "/srv/", "/srv/../etc"):
-        image.write(CONF, "CLOCKSPEED_BIN='%s'\n" % wrong)
-        assert image.install(status=111) == [
+        write(image / CONF, "CLOCKSPEED_BIN='%s'\n" % wrong)
+        assert install(image, "", 111) == [
             "install: fatal: unable to use CLOCKSPEED_BIN: it is not a plain absolute path"]
 
 
-def test_the_next_version_replaces_what_was_not_edited(image):
-    run = "var/svc.d/clockspeed/run"
-    image.install("--server", "tai:192.0.2.7")
-    image.write(run, "#!/bin/sh\n# edited\n")
-    shutil.copytree(HERE, image("next"), ignore=shutil.ignore_patterns(".*"))
-    for name in ("next/clockview.py", "next/svc/clockspeed/run"):
-        image.write(name, image.read(name) + "# the next version\n", 0o755)
-    text = read_script("svc/install").replace("-check clockctl-graph", "-check")  # one program less
-    image.write("next/svc/install", text, 0o755)
-    image.command[0] = image("next/svc/install")
-    assert image.install()[:4] == [
-        "write /usr/local/clockspeed/bin/clockview", "write /%s.new, since /%s was edited" % (run, run),
-        "remove /usr/local/bin/clockctl-graph", "write /var/svc.d/.clockspeed-installed"]
-    assert image.install()[0] == "nothing to do"
-    image(run + ".new").rename(image(run))
-    assert image.install()[0] == "write /var/svc.d/.clockspeed-installed"
-
-
 def test_removal_leaves_what_was_edited_or_learned_and_follows_no_link(image):
-    kept = {"var/svc.d/clockspeed/run", "usr/local/clockspeed/etc/state", "var/multilog/clockspeed/current"}
-    image.write("theirs/file")
-    image.write("var/svc.d/taiclockd/run", "it was here before\n")
-    image.install("--server", "ntp:192.0.2.7")
-    for name in kept | {"var/multilog/clockspeed/deep" + "/deep" * 300 + "/file"}:
-        image.write(name, "edited")
-    image.install()
-    image("var/multilog/clockspeed_adjust").rmdir()
+    logs, theirs, before = image / "var/multilog", image / "theirs/file", image / "var/svc.d/taiclockd/run"
+    edited = image / "var/svc.d/clockspeed/run"
+    kept = [edited, image / "usr/local/clockspeed/etc/state", logs / "clockspeed/current"]
+    write(theirs)
+    write(before, "it was here before\n")
+    before.with_name("run.new.tmp").symlink_to(theirs)
+    install(image, ASK)
+    for path in kept + [logs / "clockspeed" / ("deep/" * 300) / "file"]:
+        write(path, "edited")
+    install(image)
+    (logs / "clockspeed_adjust").rmdir()
     for link in ("taiclockd/link", "clockspeed_adjust"):
-        image("var/multilog/" + link).symlink_to(image("theirs"))
+        (logs / link).symlink_to(theirs.parent)
     for _ in range(2):
-        edited = image.install("--remove")[-1]
-        assert edited == "left to you: remove /var/svc.d/clockspeed/run, which was edited"
-    assert image.install("--remove")[0] == "nothing to do"
-    assert kept | {CONF} < set(image.tree()) and not os.path.exists(image(BIN))
-    said, left = image.install("--remove", "--purge"), set(image.tree())
-    assert not left & (kept | {CONF}) and "var/multilog/clockspeed/deep" in left
-    assert "left to you: remove /var/multilog/clockspeed, which holds something that is not ours" in said
-    assert "var/multilog/taiclockd" not in left and "theirs/file" in left
-    assert image.read("var/svc.d/taiclockd/run") == "it was here before\n"
+        assert install(image, "--remove")[-1] == (
+            "left to you: remove /var/svc.d/clockspeed/run, which was edited")
+    assert install(image, "--remove")[0] == "nothing to do"
+    assert all(path.exists() for path in kept + [image / CONF]) and not (image / BIN).exists()
+    assert ("left to you: remove /var/multilog/clockspeed, which holds something that is not ours"
+            in install(image, "--remove --purge"))
+    assert not any(path.exists() for path in kept + [image / CONF, logs / "taiclockd"])
+    assert theirs.read_text() == "" and (logs / "clockspeed/deep").exists()
+    assert before.read_text() == "it was here before\n"
 
 
 # what svc/install calls on a host, but busybox lacks or a test must not do: it notes what it is asked
@@ -3744,98 +3684,94 @@ echo /usr/bin/python3 >/python; echo this clock is 2 s behind it >/shown
 printf 'root:x:0:0::/:\nnobody:x:7:7::/:\n' >/etc/passwd; echo root:x:0: >/etc/group
 printf 'passwd: files\ngroup: files\n' >/etc/nsswitch.conf; touch /dev/null /asked
 chmod -R go=rX /
+process() {
+    printf 'Name:\t%s\nUid:\t%d\t%d\t0\t0\n' $name ${uid:-0} ${uid:-0} >/proc/12/status
+    printf '%s\0' $name $words >/proc/12/cmdline
+    echo $name >/proc/12/comm; echo "0::$cgroup" >/proc/12/cgroup
+    ln -s ${root:-/} /proc/12/root; ln -s ${cwd:-/} /proc/12/cwd
+}
+cd /src
 """
-PROCESS = r"""#!/bin/sh
-printf 'Name:\t%s\nUid:\t%d\t%d\t0\t0\n' $name ${uid:-0} ${uid:-0} >/proc/12/status
-printf '%s\0' $name $words >/proc/12/cmdline
-echo $name >/proc/12/comm; echo "0::$cgroup" >/proc/12/cgroup
-ln -s ${root:-/} /proc/12/root; ln -s ${cwd:-/} /proc/12/cwd
-"""
-
-
-@pytest.fixture
-def machine(image):
-    """The image as a host of its own: a chroot with busybox, stand-ins, and files for its processes."""
-    need("busybox", "ldd", "chroot")
-    if os.getuid():
-        pytest.skip("not root")
-    busybox = shutil.which("busybox")
-    libraries = re.findall(r"/\S+(?= \(0x)", subprocess.check_output(["ldd", busybox]).decode())
-    files = pathlib.Path(libraries[0]).parent.glob("libnss_files.so.2")  # an old libc reads /etc/passwd by it
-    for name in libraries + [busybox] + [str(path) for path in files]:
-        image.write(name[1:])
-        shutil.copy(name, image(name[1:]))
-    shutil.copytree(HERE, image("src"), ignore=shutil.ignore_patterns(".*", "*_all.py"))
-    image.write("stand-in", STAND_IN, 0o755)
-    image.write("usr/bin/process", PROCESS, 0o755)
-    image.command = ["chroot", image.path, "/bin/env", "PATH=/usr/bin:/bin", "/src/svc/install"]
-    inside = ["chroot", str(image.path), busybox, "sh", "-ec"]
-    image.sh = lambda script: subprocess.run(inside + [script], check=True)
-    image.sh(SET_UP.replace("BUSYBOX", busybox))
-    return image
-
-
 SVSCAN = "name=svscan words=/srv/scan process; "
 RUNIT = "rm /usr/bin/useradd; name=runsvdir words='-P /srv/scan log:' process; "
 S6 = "name=s6-svscan words=/run/service process; "
-NEXT = "svc/install --start; touch /supervised; echo '# the next version' >>clockview.py"
-RUNS = "svc/install --start; touch /supervised"
-START, ASK = ["--start", "--dry-run"], ["--server", "ntp:192.0.2.7"]
+RUNS = "svc/install --start; touch /supervised; : >/asked; "
+NEXT = RUNS + "echo '# the next version' >>clockview.py; "
 SCANS, NO_SCAN = "ln -s .*/clockspeed /srv/scan/clockspeed", "fatal: .*: no supervisor is here; install .*"
-KEEPS = "fatal: unable to start: .* runs and keeps the clock; stop it first: "
+VERSIONS = r"""svc/install --server tai:192.0.2.7; echo '# edited' >>/var/svc.d/clockspeed/run
+echo '# the next version' | tee -a clockview.py >>svc/clockspeed/run
+sed -i 's/-check clockctl-graph/-check/' svc/install; """  # one program less
+KEEPS = "fatal: unable to start: %s runs and keeps the clock; stop it first: "
 
 
+# Each line of `said` is said; `asked: ` is what the stand-ins were asked.
 @pytest.mark.parametrize("before, args, said", [
     ("name=svscan words='-P /no /srv/scan /tmp' process", START, SCANS),
     ("name=svscan cwd=/srv/scan process", START, SCANS), (SVSCAN + "chmod 775 /srv", START, NO_SCAN),
     ("name=svscan words=/srv/scan uid=7 process", START, NO_SCAN),
     ("name=svscan words=/srv/scan root=/tmp process", START, NO_SCAN),
     (SVSCAN + "chown 7 /srv/scan", START, NO_SCAN),
-    (SVSCAN + "chmod 757 /srv/scan", [], "warning: /srv/scan is scanned, but others .*"),
-    ("mkdir /etc/service", START, NO_SCAN),
-    ("touch /etc/debian_version", [], ".*: apt-get install daemontools-run, which scans .*"),
-    ("cp /usr/bin/svc /usr/bin/svscan; mkdir /etc/service", START, "have svscan run at boot on /etc/service"),
-    (SVSCAN + "mkdir /srv/scan/clockspeed", [], "warning: .*/clockspeed is not our service, .*"),
-    (SVSCAN + "svc/install --start", [], "nothing to do"),
-    (SVSCAN, [], "ln -s .*/taiclockd /srv/scan/taiclockd, if this host is to serve .*"),
-    (S6, ["--start"], "asked: s6-svscanctl -a /run/service"), (S6, [], "/run/service is made anew at .*"),
-    (SVSCAN + NEXT, ["--start"], "asked: svc -t /srv/scan/clockspeed_adjust"),
-    (SVSCAN + NEXT + "; : >/asked", [], "asked: "), (SVSCAN + NEXT, [], "svc -t /srv/scan/clockspeed"),
-    (RUNIT + NEXT, ["--start"], "asked: sv restart /srv/scan/clockspeed_adjust"),
-    (S6 + NEXT, ["--start"], "asked: s6-svc -r /run/service/clockspeed_adjust"),
-    (SVSCAN + RUNS, ["--remove"], "asked: svc -dx /var/svc.d/clockspeed /var/svc.d/clockspeed/log"),
-    (RUNIT + RUNS, ["--remove"], "asked: sv exit /var/svc.d/clockspeed"),
-    (S6 + RUNS, ["--remove"], "asked: s6-svscanctl -an /run/service"),
-    (SVSCAN + RUNS, ["--remove", "--root", "/tmp"], "nothing to do"),
-    (SVSCAN + RUNS + " /stubborn", ["--remove"], "fatal: .*stop clockspeed: it still runs after .*"),
-    ("name=chronyd uid=7 process", START, KEEPS + "kill 12, and take it out of what is started at boot"),
-    ("name=systemd-timesyn process", START, KEEPS.replace(".*", "systemd") + "kill 12, .*"),
-    ("name=ntpd root=/tmp process", START, NO_SCAN),
-    ("name=ntpd cgroup=/system.slice/ntpsec.service process", START, KEEPS + "systemctl .* ntpsec.service"),
-    ("name=ntpd cgroup=/user.slice/ntpsec.service process", START, KEEPS + "kill 12, .*"),
+    (SVSCAN + "chmod 757 /srv/scan; cp /usr/bin/svc /usr/bin/svscan; mkdir /etc/service", START,
+     "warning: /srv/scan is scanned, but others .*\nhave svscan run at boot on /etc/service"),
+    ("mkdir /etc/service; touch /etc/debian_version", START,
+     "fatal: .*: no supervisor is here; apt-get install daemontools-run, which scans .*"),
+    (SVSCAN + "mkdir /srv/scan/clockspeed", "", "warning: .*/clockspeed is not our service, .*\n"
+     "ln -s .*/taiclockd /srv/scan/taiclockd, if this host is to serve .*"),
+    (S6, "--start", "asked: .*; s6-svscanctl -a /run/service\n/run/service is made anew at .*"),
+    (SVSCAN + NEXT, "", "asked: \nsvc -t /srv/scan/clockspeed"),
+    (SVSCAN + NEXT + "svc/install --start", "--remove", "asked: svc -t /srv/scan/clockspeed; svc -t "
+     "/srv/scan/clockspeed_adjust; svc -dx /var/svc.d/clockspeed /var/svc.d/clockspeed/log\n"
+     "remove /srv/scan/clockspeed\nremove /srv/scan/clockspeed_adjust"),
+    (RUNIT + NEXT + "svc/install --start", "--remove",
+     "asked: .*sv restart /srv/scan/clockspeed_adjust; sv exit /var/svc.d/clockspeed"),
+    (S6 + NEXT + "svc/install --start", "--remove",
+     "asked: .*s6-svc -r /run/service/clockspeed_adjust; s6-svscanctl -an /run/service"),
+    (SVSCAN + RUNS, "--remove --root /tmp", "nothing to do"),
+    (SVSCAN + RUNS + "touch /stubborn", "--remove", "fatal: .*stop clockspeed: it still runs after .*"),
+    (VERSIONS, "", "write /usr/local/clockspeed/bin/clockview\nremove /usr/local/bin/clockctl-graph\n"
+     "write /(.*/run).new, since /\\1 was edited\nwrite /var/svc.d/.clockspeed-installed"),
+    (VERSIONS + "svc/install; svc/install | grep -qx 'nothing to do'; mv /var/svc.d/clockspeed/run.new "
+     "/var/svc.d/clockspeed/run", "", "write .*/.clockspeed-installed"),
+    ("name=chronyd uid=7 cgroup=/user.slice/chrony.service process", START,
+     KEEPS % "chronyd" + "kill 12, and take it out of what is started at boot"),
+    ("name=systemd-timesyn process", START, KEEPS % "systemd-timesyn" + "kill 12, .*"),
+    ("name=ntpd cgroup=/system.slice/ntpsec.service process", START,
+     KEEPS % "ntpd" + "systemctl disable --now ntpsec.service"),
     ("start-stop-daemon -S -c nobody -x /src/svc/install 2>&1 | grep ': not root; '", START, NO_SCAN),
-    ("echo '' >/python", [], "fatal: unable to find python3, version 3.8 or newer"),
-    ("echo /tmp/python3 >/python; chmod 777 /tmp", [], "fatal: unable to use /tmp/python3: others .*"),
-    ("ln -s /dev/null /usr/local/clockspeed/adjust", [], "fatal: .*/adjust: it is no FIFO; remove it"),
-    ("ln -s /tmp /usr/local/clockspeed/etc", [], "fatal: unable to use .*/etc: it is a link"),
+    ("echo '' >/python", "", "fatal: unable to find python3, version 3.8 or newer"),
+    ("echo /tmp/python3 >/python; chmod 777 /tmp", "", "fatal: unable to use /tmp/python3: others .*"),
+    ("touch /usr/local/clockspeed/adjust", "", "fatal: unable to mkfifo .*/adjust: .*exists.*"),
+    ("ln -s /tmp /usr/local/clockspeed/etc", "", "fatal: unable to use .*/etc: it is a link"),
     ("svc/install; cd /usr/local/clockspeed; [ \"$(echo $(stat -c %U . adjust mark etc /var/multilog/*))\" ="
-     " 'root clocksd clocksd clockspeed multilog multilog multilog' ]", [], "nothing to do"),
+     " 'root clocksd clocksd clockspeed multilog multilog multilog' ]", "",
+     "nothing to do\nname your servers: svc/install --server ntp:HOST,..., or CLOCK_IP in .*"),
     (SVSCAN + "for dry in --dry-run ''; do svc/install --start --server ntp:a $dry >/tmp/said$dry; done;"
-     " cmp /tmp/said /tmp/said--dry-run", [], "nothing to do"),
-    ("", [], "name your servers: svc/install --server ntp:HOST,..., or CLOCK_IP in .*"),
-    ("", ["--no-set"] + ASK, "asked: useradd .* multilog"), (RUNIT, [], "asked: adduser .* multilog"),
-    ("name=ntpd process", ASK, "asked: .* multilog"), (SVSCAN + RUNS + "; : >/asked", ASK, "asked: "),
-    ("", ASK, "clockctl set, if the clock is more than a second off"),
-    ("echo this clock is 3 ms behind it >/shown", ASK, "asked: .*/clockctl view"),
-    ("echo this clock is 3 s ahead of it >/shown", ASK, "asked: .*/clockctl set"),
-    ("rm /shown", ASK, "asked: .*/clockctl set"),
+     " cmp /tmp/said /tmp/said--dry-run", "", "nothing to do"),
+    (RUNIT, "", "asked: .*; adduser .* multilog"), ("", "--no-set " + ASK, "asked: .*; useradd .* multilog"),
+    ("name=ntpd process", ASK, "asked: .* multilog"), (SVSCAN + RUNS, ASK, "asked: "),
+    ("", ASK, "clockctl set, if the clock is more than a second off\nasked: .*/clockctl set"),
+    ("echo this clock is 3 ms ahead of it >/shown", ASK, "asked: .*/clockctl view"),
 ])
-def test_what_it_makes_of_a_host(machine, before, args, said):
-    machine.sh("cd /src; " + before)
-    lines = machine.install(*args, status=111 * said.startswith("fatal"))
-    asked = machine.read("asked").splitlines() or [""]
-    lines = [re.sub("^(install|left to you): ", "", line) for line in lines + ["asked: " + asked[-1]]]
-    assert any(re.fullmatch(said, line) for line in lines), lines
+def test_what_it_makes_of_a_host(image, before, args, said):
+    """The host is a chroot with busybox, stand-ins, and files for its processes."""
+    need("busybox", "ldd", "chroot")
+    if os.getuid():
+        pytest.skip("not root")
+    busybox = shutil.which("busybox")
+    libraries = re.findall(r"/\S+(?= \(0x)", subprocess.check_output(["ldd", busybox]).decode())
+    files = pathlib.Path(libraries[0]).parent.glob("libnss_files.so.2")  # an old libc reads /etc/passwd by it
+    for name in [busybox, *libraries, *map(str, files)]:
+        write(image / name[1:])
+        shutil.copy(name, image / name[1:])
+    shutil.copytree(HERE, image / "src", ignore=shutil.ignore_patterns(".*", "*_all.py"))
+    write(image / "stand-in", STAND_IN, 0o755)
+    script = SET_UP.replace("BUSYBOX", busybox) + before
+    subprocess.run(["chroot", image, busybox, "sh", "-ec", script], check=True)
+    lines = install(image, args, 111 * said.startswith("fatal"))
+    lines.append("asked: " + "; ".join((image / "asked").read_text().splitlines()))
+    lines = [re.sub("^(install|left to you): ", "", line) for line in lines]
+    for pattern in said.splitlines():
+        assert any(re.fullmatch(pattern, line) for line in lines), lines
 
 
 # ==== the README ====================================================================================
@@ -3864,23 +3800,23 @@ def test_by_hand_the_programs_are_as_installed(tmp_path):
     text = blocks("sh host")[0].replace("/usr/local", str(tmp_path))
     subprocess.run(["sh", "-ec", "umask 077\n" + text], cwd=HERE, check=True)
     for name in PROGRAMS:
-        path = tmp_path / "clockspeed" / "bin" / name
+        path = tmp_path / "clockspeed/bin" / name
         first, _, rest = path.read_text().partition("\n")
         assert re.fullmatch("#!/.*python3 -IS", first) and rest == read_script(name).partition("\n")[2]
         assert path.stat().st_mode & 0o777 == 0o755
-    assert subprocess.check_output([str(tmp_path / "bin" / "clockctl"), "version"])
+    assert subprocess.check_output([str(tmp_path / "bin/clockctl"), "version"])
 
 
 @pytest.mark.parametrize("scanner, word", (("runsvdir", "chpst"), ("s6-svscan", "s6-setuidgid")))
 def test_by_hand_the_scripts_for_other_supervisors_are_as_installed(scanner, word, image, tmp_path):
-    image.write("usr/bin/" + scanner, mode=0o755)
-    image.install()
+    write(image / "usr/bin" / scanner, mode=0o755)
+    install(image)
     shutil.copytree(path_of("svc"), tmp_path / "svc.d", ignore=shutil.ignore_patterns("*.conf"))
     text, = [text for text in blocks("sh also") if word in text]
-    subprocess.run(["sh", "-ec", text.replace("/var/svc.d", str(tmp_path / "svc.d"))], check=True,
-                   stderr=subprocess.DEVNULL)
-    for script in [service + log + "run" for service in SERVICES for log in ("/", "/log/")]:
-        assert (tmp_path / "svc.d" / script).read_text() == image.read("var/svc.d/" + script)
+    text = text.replace("/var/svc.d", str(tmp_path / "svc.d"))
+    subprocess.run(["sh", "-ec", text], check=True, stderr=subprocess.DEVNULL)
+    for script in RUN_SCRIPTS:
+        assert (tmp_path / "svc.d" / script).read_text() == (image / "var/svc.d" / script).read_text()
 
 
 @pytest.mark.parametrize("text", blocks("conf"))
