@@ -1656,23 +1656,14 @@ NOISE_OF_FEW_SEEDS = 1.3  # how much looser than bench_all's limits, which are f
 DAY_NS = 86400 * 10**9
 
 
-@pytest.mark.parametrize("name", ("w 1e-9, 4 a mark, 3600 s", "LAN, 8 a mark, 1024 s", "20 us, wild",
-                                  "w 1e-9, 2 ms, asked 10 ms"))
+@pytest.mark.parametrize("name", ("w 1e-9, 4 a mark, 3600 s", "LAN, 8 a mark, 1024 s", "one way",
+                                  "other way, 4 a mark", "20 us, wild", "w 1e-9, 2 ms, asked 10 ms"))
 def test_estimator_reaches_what_is_wanted(name):
     options, goals = {**bench_all.SPREADS, **bench_all.WITHOUT}[name]
-    found = bench_all.compare(options, [SEED, SEED + 1])
+    found = bench_all.compare(options, (121, 138))  # whose first marks agree by luck, in the last of the worlds
     for name, most in dict(goals, honesty=bench_all.RATIO_MOST).items():
         assert getattr(found, name) < most * NOISE_OF_FEW_SEEDS
     assert found.honesty > bench_all.RATIO_LEAST / NOISE_OF_FEW_SEEDS and not found.outside
-
-
-@pytest.mark.parametrize("out, back, lean", ((bench_all.exponential(5e-3), bench_all.none, 1),
-                                             (bench_all.none, bench_all.exponential(5e-3), -1),
-                                             (bench_all.exponential(5e-3), None, 0)))
-def test_estimator_learns_to_which_side_queueing_leans(out, back, lean):
-    run = bench_all.simulate(SEED, 1, bench_all.Queues(out=out, back=back), bench_all.every(1024))
-    assert run.estimator.bank.mean[2] == pytest.approx(lean, abs=0.35)
-    assert run.rms(bench_all.DAY / 2) < 1.5e-3
 
 
 @pytest.mark.parametrize("name", bench_all.CHANGES)
@@ -1763,12 +1754,11 @@ def test_no_rate_over_1000_ppm_is_ever_believed(ppm):
 
 def test_nothing_hangs_for_ever_on_an_old_belief_and_each_mark_costs_little():
     estimator, tick_ns = settled()
-    rng, outcomes, used = random.Random(SEED), set(), []
-    for index in range(1, 25):
-        start = time.process_time()
-        outcomes.add(estimator.mark(tick_ns + index * 10**12, rng.randrange(10**18, 2 * 10**18), 10**6))
-        used.append(time.process_time() - start)
-    assert "used" in outcomes and sorted(used)[-3] < 0.1, "a slow core; 10 ms on a usual one"
+    rng, start = random.Random(SEED), time.process_time()
+    outcomes = [estimator.mark(tick_ns + index * 10**12, rng.randrange(10**18, 2 * 10**18), 10**6)
+                for index in range(1, 25)]
+    assert "used" in outcomes
+    assert time.process_time() - start < 24 * 0.1, "on a slow core; 10 ms a mark on a usual one"
 
 
 def test_estimator_refuses_what_is_no_mark():
@@ -1804,12 +1794,6 @@ def test_a_plan_takes_many_exchanges_where_queueing_is_the_noise_and_one_where_w
         assert least <= estimator.next_mark_plan(estimator.last.tick_ns, target_ns).exchanges <= most
         assert estimator.next_mark_plan(estimator.last.tick_ns, target_ns, 1).exchanges == 1
     assert bench_all.Estimator().next_mark_plan(0, 10**6) == (64, 1)
-
-
-@pytest.mark.parametrize("seed", (121, 138))
-def test_no_plan_waits_for_a_week_because_the_first_marks_agreed_by_luck(seed):
-    run = bench_all.simulate(seed, **bench_all.WITHOUT["w 1e-9, 2 ms, asked 10 ms"][0])
-    assert run.rms(7.5 * bench_all.DAY) < 10e-3, "or 110 ms and more"
 
 
 def test_the_wave_outlives_a_boot():
@@ -1917,27 +1901,27 @@ def test_a_mark_that_contradicts_the_bound_begins_it_anew_and_wider():
     assert bound.at(10**15) is None
 
 
-def test_replay_makes_each_estimate_of_a_log_again():
-    estimator, bound, lines, rng = bench_all.Estimator(), bench_all.Bound(), [], random.Random(SEED)
-    start = "start: observing, CLOCK_MONOTONIC_RAW, scale utc, rate +5.0000 ppm, rate error 10.0000 ppm, "
-    events = {4: ("suspend: 100 s", lambda: estimator.forget_phase(0.0)),
-              8: ("counter: it went back by 3 s", lambda: estimator.forget_phase(1.0)),
-              12: (start + "rate of etc/state", lambda: estimator.forget_phase(1.0)),
-              16: (start + "rate of etc/atto, the rest of etc/state",
-                   lambda: estimator.assume_rate(5.0, 10.0))}
-    for index in range(1, 20):
-        tick_ns, spread_ns = index * 10**12, rng.randrange(2 * 10**7, 3 * 10**7)
-        mark = tick_ns, 18 * 10**17 + tick_ns + rng.randrange(10**6), spread_ns if index % 5 else None, 10**6
-        if index in events:
-            lines.append(events[index][0])
-            events[index][1]()
-            bound.forget()
-        found = bench_all.replayed(estimator, bound, *mark)
-        lines.append("@4000000068dcd2a5075bcd15 mark: tick %d ns, real %d ns, spread %s ns, distance %s ns,"
-                     " offset +0.000123456 s, %s" % (*mark[:2], *(mark[2:] if mark[2] else "--"), found))
-    assert bench_all.replay(lines) == (19, [])
-    assert bench_all.replay(lines + [start + "phase and rate of etc/state", lines[-1]])[0] == 20
-    assert len(bench_all.replay(lines[:5] + lines[6:])[1]) > 5, "each mark counts"
+def test_replay_makes_each_estimate_of_a_log_again(simulate):
+    kernel, log, rng = FakeKernel(ppm=5.0), [], random.Random(SEED)
+    for source, event in (("no rate known", lambda: None), (None, lambda: kernel.pass_by(100)),
+                          (None, lambda: setattr(kernel, "tick", 10**9)),
+                          ("phase and rate of etc/state", lambda: None),
+                          ("rate of etc/state", lambda: setattr(kernel, "boot", "boot-2")),
+                          ("rate of etc/atto, the rest of etc/state",
+                           lambda: (simulation.etc_path / "atto").write_bytes(CS.pack(1, 5000)))):
+        event()
+        if source:
+            simulation = simulate(kernel)
+            assert simulation.source == source
+            rate = simulation.daemon.estimator.rate()
+            log.append("start: rate %+.4f ppm, rate error %.4f ppm, %s" % (*rate, source))
+        for last in (720133918, 720133918, 0, 720133918):
+            simulation.mark(rng.gauss(0, 1e-4), last)
+            simulation.run(1000)
+        log += ["@4000000068dcd2a5075bcd15 " + line for line in simulation.lines]
+        simulation.lines.clear()
+    assert bench_all.replay(log) == (24, [])
+    assert len(bench_all.replay(log[:1] + log[2:])[1]) > 2, "each mark counts"
 
 
 # ==== clockspeed: a simulated kernel ================================================================
