@@ -295,7 +295,7 @@ WILD, JUMP, SIZES = 0.03, 1e-3, 32.0
 # (marks needed, whether real time jumped before them, and whether the rate did): as many marks as unknowns,
 # and one to confirm.  Fewer can't be believed, but make a rival explanation wait.
 STEP, BEND, NOISY = (2, True, False), (3, True, True), (3, False, False)
-UNKNOWN_NS = 1e9      # a phase of which nothing is known, beside the noises
+UNKNOWN_NS = 1e9      # a phase of which nothing is known: far over any noise, and not too far for DIGITS
 HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
 FAR_SEC = 1e8         # next_mark's longest answer
 LEAST_WAIT_SEC = 64   # what time servers ask for
@@ -332,7 +332,7 @@ def reach(real_ns, sec):
 
 def foreseen(mean, cov, row):
     """-> (mean, variance) of the sum of the unknowns, each times its number in row."""
-    return dot(mean, row), dot([dot(each, row) for each in cov], row)
+    return dot(mean, row), max(dot([dot(each, row) for each in cov], row), 0.0)
 
 
 def carried(mean, cov, moves, wander_var, weather_var):
@@ -354,7 +354,7 @@ def updated(mean, cov, ahead_ns, excess_ns, noise_var):
     """Kalman's update by a mark: phase + excess * lean + noise."""
     off = ahead_ns - mean[PHASE] - excess_ns * mean[LEAN]
     with_mark = [row[PHASE] + excess_ns * row[LEAN] for row in cov]
-    var = with_mark[PHASE] + excess_ns * with_mark[LEAN]
+    var = max(with_mark[PHASE] + excess_ns * with_mark[LEAN], 0.0)
     noise_var = max(noise_var, DIGITS * var)
     var += noise_var
     gain = [p / var for p in with_mark]
@@ -548,6 +548,7 @@ def is_known(mean, cov, unknowns):
     every = range(unknowns)
     return ([len(row) for row in [mean] + cov] == [unknowns] * (unknowns + 1)
             and all(cov[i][i] >= 0 and cov[i][j] ** 2 <= cov[i][i] * cov[j][j] * 1.000001
+                    and abs(cov[i][j] - cov[j][i]) <= 1e-6 * math.sqrt(cov[i][i] * cov[j][j])
                     for i in every for j in every))
 
 
@@ -658,7 +659,7 @@ class Estimator:
         _, known_var = foreseen(self.bank.mean, self.bank.cov, reach(self.last.real_ns, sec))
         lean = self.bank.mean[LEAN]
         floor_var = (lean * self.path.gap(lean))**2 / 2   # if queueing leans, a wrong floor shifts
-        return max(known_var, 0.0) + wander_var * abs(sec)**3 / 3 + floor_var
+        return known_var + wander_var * abs(sec)**3 / 3 + floor_var
 
     def _error(self, sec):
         return math.sqrt(self._var(sec, self.bank.wander_var))
@@ -732,7 +733,7 @@ class Estimator:
         for _ in range(LOOKAHEAD):
             def error_after(sec):
                 _, known_var = foreseen(mean, cov, [1.0, sec])
-                return math.sqrt(max(known_var, 0.0) + self.bank.wander_var * sec**3 / 3)
+                return math.sqrt(known_var + self.bank.wander_var * sec**3 / 3)
             sec = max(LEAST_WAIT_SEC, wait_for(error_after, target_ns))
             mean, cov = carried(mean, cov, [1.0, sec, 0.0], self.bank.wander_var, 0.0)
             mean, cov = updated(mean, cov, 0.0, 0.0, noise_var)

@@ -1660,7 +1660,7 @@ DAY_NS = 86400 * 10**9
                                   "other way, 4 a mark", "20 us, wild", "w 1e-9, 2 ms, asked 10 ms"))
 def test_estimator_reaches_what_is_wanted(name):
     options, goals = {**bench_all.SPREADS, **bench_all.WITHOUT}[name]
-    found = bench_all.compare(options, (121, 138))  # whose first marks agree by luck, in the last of the worlds
+    found = bench_all.compare(options, (121, 138))  # in the last world their first marks agree by luck
     for name, most in dict(goals, honesty=bench_all.RATIO_MOST).items():
         assert getattr(found, name) < most * NOISE_OF_FEW_SEEDS
     assert found.honesty > bench_all.RATIO_LEAST / NOISE_OF_FEW_SEEDS and not found.outside
@@ -1809,15 +1809,19 @@ def test_the_wave_outlives_a_boot():
 
 
 def some_states():
-    """(class, state) of all kinds: settled, with a rate only, in doubt, after a boot; a bound."""
+    """(class, state) of all kinds: with a rate only, in doubt, after a boot, settled, impossible; a bound."""
     told, (doubting, tick_ns), (booted, _) = bench_all.Estimator(50, 10), settled(), settled(daily_ppm=1.0)
     assert told.rate() == pytest.approx((50, 10))
     for index in range(1, 4):
         doubting.mark(*later(doubting, tick_ns + index * 10**12, index**2 * 10**9), 10**6)
     booted.forget_phase(1.0)
     run = bench_all.simulate(SEED, 1, bench_all.WAN, bench_all.every(3600))
-    return [(type(each), each.state())
-            for each in (told, doubting, booted, run.estimator, bench_all.Bound(), run.bound)]
+    known = [(type(each), each.state())
+             for each in (told, doubting, booted, run.estimator, bench_all.Bound(), run.bound)]
+    odd = json.loads(json.dumps(doubting.state()))
+    for _, _, cov in odd["awake"]:
+        cov[1][2] = cov[2][1] = -(cov[1][1] * cov[2][2])**0.5
+    return known + [(bench_all.Estimator, odd)]
 
 
 def feed(one, tick_ns, off_ns=0):
@@ -1855,7 +1859,7 @@ def test_a_hostile_state_is_a_value_error_or_does_no_harm():
     rng, states, outcomes = random.Random(SEED), some_states(), set()
     for _ in range(400):
         kind, state = rng.choice(states)
-        for _ in range(rng.choice((1, 1, 2, 5))):
+        for _ in range(rng.choice((0, 1, 1, 2, 5))):
             state = damaged(state, rng)
         try:
             taken = kind.from_state(state)
