@@ -331,7 +331,7 @@ def reach(real_ns, sec):
 
 
 def foreseen(mean, cov, row):
-    """-> (mean, variance) of the sum of the unknowns, each times its number in row."""
+    """-> (mean, variance) of the sum of the unknowns, each times its number in row; never a negative one."""
     return dot(mean, row), max(dot([dot(each, row) for each in cov], row), 0.0)
 
 
