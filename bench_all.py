@@ -361,9 +361,9 @@ SPREADS = {
     "bursts": (world(4, Queues(out=bursts(5e-3)), every(1024)), dict(informed=1.4)),
     "bursts, 4 a mark": (world(4, Queues(out=bursts(5e-3)), every(1024, 4)), dict(informed=1.4)),
     "heavy tails": (world(4, Queues(out=heavy(5e-3)), every(1024)), dict(informed=1.4)),
-    "one way": (world(4, Queues(back=none), every(1024)), dict(ms=0.92)),
+    "one way": (world(4, Queues(back=none), every(1024)), dict(ms=0.1)),
     "other way, 4 a mark": (world(4, Queues(out=none, back=exponential(5e-3)), every(1024, 4)),
-                            dict(ms=0.92)),
+                            dict(ms=0.05)),
     # at most 0.7 of the packets of an estimator that knew no spreads and took one exchange a mark
     "30 days, asked 10 ms": (world(30, NEARER, asked(10e-3)), dict(ms=10, packets=89)),
     "30 days, w 1e-10, asked 10 ms": (world(30, NEARER, asked(10e-3), wander=1e-10), dict(ms=10, packets=36)),

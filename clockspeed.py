@@ -259,8 +259,7 @@ def clock_scale():
 # WAVE    Temperature makes the rate rise and fall by the day.  Some of the grid's models have two more
 #         unknowns, the amplitudes of cosine and sine of real time's day.
 # DOUBT   A mark that a wild one explains better than all models is held.  Later marks decide what explains
-#         the held ones best: they are wild, or real time stepped, or the rate jumped, or noise or wander
-#         grew, or nothing that was known holds.
+#         those held best: they are wild, or real time stepped, or the rate jumped, or noise or wander grew.
 # LIMITS  A floor that is longer one way shifts the clock, unseen.  A wave's harmonics are followed as wander.
 #
 # Units are ns, s and ns/s (0.001 ppm); phase and rate are real time minus counter.  NOTES.md has the sources.
@@ -288,11 +287,11 @@ NEVER = -200.0        # logarithm of the least likelihood beside the best, that 
 DIGITS = 1e-12        # the least share of a variance that a float's 16 digits can subtract well
 # What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
 # same in each decade; 1 us to 10 s and both signs make 2 ln(10^7) = 32, and its logarithm hardly matters.
-WILD, STEP, BEND, ANEW = 0.03, 1e-3, 1e-3, 1e-4
-SIZES = 32.0
-# (marks needed, what happened before them): as many as unknowns (the step; size and moment; phase and rate;
-# noise and wander) and one more to confirm.  Fewer can't be believed, but make a rival explanation wait.
-EXPLANATIONS = (2, "step"), (3, "bend"), (3, "anew"), (3, "noisy")
+WILD, JUMP, SIZES = 0.03, 1e-3, 32.0
+# (marks needed, whether real time jumped before them, and whether the rate did): as many marks as unknowns,
+# and one to confirm.  Fewer can't be believed, but make a rival explanation wait.
+STEP, BEND, NOISY = (2, True, False), (3, True, True), (3, False, False)
+UNKNOWN_NS = 1e9      # a phase of which nothing is known: far over any noise, and not too far for DIGITS
 HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
 FAR_SEC = 1e8         # next_mark's longest answer
 LEAST_WAIT_SEC = 64   # what time servers ask for
@@ -328,8 +327,8 @@ def reach(real_ns, sec):
 
 
 def foreseen(mean, cov, row):
-    """-> (mean, variance) of the sum of the unknowns, each times its number in row."""
-    return dot(mean, row), dot([dot(each, row) for each in cov], row)
+    """-> (mean, variance) of the sum of the unknowns, each times its number in row; never a negative one."""
+    return dot(mean, row), max(dot([dot(each, row) for each in cov], row), 0.0)
 
 
 def carried(mean, cov, moves, wander_var, weather_var):
@@ -351,7 +350,7 @@ def updated(mean, cov, ahead_ns, excess_ns, noise_var):
     """Kalman's update by a mark: phase + excess * lean + noise."""
     off = ahead_ns - mean[PHASE] - excess_ns * mean[LEAN]
     with_mark = [row[PHASE] + excess_ns * row[LEAN] for row in cov]
-    var = with_mark[PHASE] + excess_ns * with_mark[LEAN]
+    var = max(with_mark[PHASE] + excess_ns * with_mark[LEAN], 0.0)
     noise_var = max(noise_var, DIGITS * var)
     var += noise_var
     gain = [p / var for p in with_mark]
@@ -396,6 +395,7 @@ class Bank:
             both.append((sum([weight for weight, model in zip(weights, MODELS) if model.unknowns == kind]),
                          mean + more, [row + more for row in cov] + [[0.0] * WAVE for _ in more]))
         self.mean, self.cov = mixture(both)
+        self.wander_var, self.noise_var = self.typical("wander_var"), self.typical("noise_var")
 
     def typical(self, what):
         """The geometric mean of a model's variance, as the grid is one of factors."""
@@ -408,14 +408,9 @@ class Bank:
         marks may have agreed by luck, and in a long wait it would do much harm."""
         return sum([weight * model.wander_var for weight, model in zip(self.weights, MODELS)])
 
-    def changed(self, change):
-        """With each (mean, cov) that is awake replaced by change(model, mean, cov)."""
-        return Bank(self.weights, {number: change(MODELS[number], *known)
-                                   for number, known in self.awake.items()})
-
-    def learn(self, before, mark, excess_ns, excess_var, most, burst=0.0):
+    def learn(self, before, mark, excess_ns, excess_var, most):
         """Each filter's step from the mark before to this one -> (log evidence, Bank with at most so many of
-        each kind awake).  burst is wander in between in addition."""
+        each kind awake)."""
         sec, ahead_ns = gained(before, mark)
         moves = reach(before.real_ns, sec)
         row = moves[:LEAN] + [excess_ns] + moves[COS:]
@@ -424,7 +419,7 @@ class Bank:
         for number, model in enumerate(MODELS):
             expected, var = (foreseen(*self.awake[number], row) if number in self.awake
                              else asleep[model.unknowns])
-            var += (model.wander_var + burst) * sec**3 / 3 + model.noise_var + excess_var
+            var += model.wander_var * sec**3 / 3 + model.noise_var + excess_var
             logs.append(math.log((1 - SWITCH) * self.weights[number] + SWITCH * model.share)
                         - 0.5 * (math.log(2 * math.pi * var) + (ahead_ns - expected)**2 / var))
         top = max(logs)
@@ -435,38 +430,27 @@ class Bank:
         for number in likeliest(weights, most):
             model = MODELS[number]
             mean, cov = carried(*self.awake.get(number, self.kinds[model.unknowns]), moves,
-                                model.wander_var + burst, model.weather_var)
+                                model.wander_var, model.weather_var)
             mean, cov = updated(mean, cov, ahead_ns, excess_ns, model.noise_var + excess_var)
             awake[number] = [mean[PHASE] - ahead_ns] + mean[1:], cov
         return top + math.log(total), Bank(weights, awake)
 
-    def anchored(self, sec, excess_ns, excess_var, rate_var):
-        """With the phase of a mark sec after the last; the rate is less certain by rate_var."""
-        def anchor(model, mean, cov):
-            row = [-excess_ns * p for p in cov[LEAN]]
-            row[PHASE] = -excess_ns * row[LEAN] + model.noise_var + excess_var
-            cov = [row] + [[p] + old[1:] for p, old in zip(row[1:], cov[1:])]
-            cov[RATE][RATE] += model.wander_var * sec + rate_var
-            return [-excess_ns * mean[LEAN]] + mean[1:], cov
-        return self.changed(anchor)
-
-    def without(self, unknowns, rate_var):
-        """With some unknowns at 0, and the rate less certain by rate_var."""
-        def forget(model, mean, cov):
-            cov = [[0.0 if i in unknowns or j in unknowns else value for j, value in enumerate(row)]
-                   for i, row in enumerate(cov)]
+    def renewed(self, which, value, var, rate_var=0.0):
+        """With one of the unknowns known anew, whatever it was, and the rate less certain by rate_var."""
+        def renew(mean, cov):
+            cov = [[0.0 if which in (i, j) else p for j, p in enumerate(row)] for i, row in enumerate(cov)]
+            cov[which][which] = var
             cov[RATE][RATE] += rate_var
-            return [0.0 if i in unknowns else value for i, value in enumerate(mean)], cov
-        return self.changed(forget)
+            return mean[:which] + [value] + mean[which + 1:], cov
+        return Bank(self.weights, {number: renew(*known) for number, known in self.awake.items()})
 
 
 def likeliest(weights, most):
     """The numbers of the models that are to be kept, at most so many of each kind."""
-    numbers = sorted(range(len(MODELS)), key=lambda number: -weights[number])
     for kind in (PLAIN, WAVE):
-        best, *others = [number for number in numbers if MODELS[number].unknowns == kind][:most]
-        yield best
-        yield from [number for number in others if weights[number] >= ASLEEP * weights[best]]
+        numbers = [number for number, model in enumerate(MODELS) if model.unknowns == kind]
+        best = sorted(numbers, key=lambda number: -weights[number])[:most]
+        yield from [number for number in best if weights[number] >= ASLEEP * weights[best[0]]]
 
 
 # So many spreads are remembered: with more the floor is known better, slow changes are noticed later.  The
@@ -574,8 +558,6 @@ def wait_for(error_after, target_ns):
     near, far = 0.0, FAR_SEC
     if not error_after(near) < target_ns:
         return near
-    if error_after(far) < target_ns:
-        return far
     while far - near > 1.0:   # a second more or less is nothing to who asks each minute
         middle = (near + far) / 2
         near, far = (middle, far) if error_after(middle) < target_ns else (near, middle)
@@ -593,14 +575,14 @@ class Estimator:
         if not abs(rate_ppm) <= LIMIT_PPM:
             raise ValueError("a rate of %s ppm" % rate_ppm)
         mean = [0.0, rate_ppm * 1e3, 0.0, 0.0, 0.0]
-        deviations = [0.0, rate_error_ppm * 1e3, USUAL_LEAN, WAVE_PPM * 1e3, WAVE_PPM * 1e3]
+        deviations = [UNKNOWN_NS, rate_error_ppm * 1e3, USUAL_LEAN, WAVE_PPM * 1e3, WAVE_PPM * 1e3]
         cov = [[sd**2 if i == j else 0.0 for j in range(WAVE)] for i, sd in enumerate(deviations)]
         known = {kind: (mean[:kind], [row[:kind] for row in cov[:kind]]) for kind in (PLAIN, WAVE)}
         self.last = None        # the last mark used: phases are relative to it
         self.held = []          # marks doubted since
         self.path, self.exchanges = Path([], [], 0.0), 1
-        self._believe(Bank([model.share for model in MODELS],
-                           {number: known[model.unknowns] for number, model in enumerate(MODELS)}))
+        self.bank = Bank([model.share for model in MODELS],
+                         {number: known[model.unknowns] for number, model in enumerate(MODELS)})
 
     def mark(self, tick_ns, real_ns, spread_ns=None):
         """At counter value tick_ns real time was real_ns -> "used", "doubted" (held), "refused" (none)."""
@@ -608,86 +590,64 @@ class Estimator:
         if not fits(list(mark), MARK):
             return "refused"
         if self.last is None:
-            self._use(self._anchored(mark, 0.0, 0.0), [mark])
+            self._use(self._anew(mark, most=len(MODELS)), [mark])
             return "used"
         if tick_ns <= (self.held or [self.last])[-1].tick_ns:
             return "refused"
         for may_rise in (True, False):   # no floor is to rise only to find a mark of a burst wild
-            evidence, bank = self.bank.learn(self.last, mark, *self._excess(mark, may_rise), len(MODELS))
-            if evidence > self._any_size(mark, WILD) and is_possible(bank.mean):
+            evidence, bank = self._learn(self.bank, self.last, mark, len(MODELS), may_rise)
+            if evidence > self._wild(mark) and is_possible(bank.mean):
                 self._use(bank, [mark], may_rise)
                 return "used"
-            if self._excess(mark, False) == self._excess(mark):
-                break   # it does not rise
         self.held.append(mark)
-        explained = self._explained()
-        if explained is None:
-            return "doubted"
-        self._use(*explained)
-        return "used"
+        odds, need, bank = max(map(self._explain, (STEP, BEND, NOISY)), key=lambda found: found[0])
+        if odds > 0 and len(self.held) >= need and is_possible(bank.mean):
+            self._use(bank, self.held[-need:])
+        elif len(self.held) >= HELD_MAX:
+            self._use(self._anew(mark), [mark])
+        return "doubted" if self.held else "used"
 
-    def _excess(self, mark, may_rise=True):
-        return self.path.excess(mark.spread_ns, self.bank.mean[LEAN], may_rise)
+    def _learn(self, bank, before, mark, most=FEW, may_rise=True):
+        excess = self.path.excess(mark.spread_ns, self.bank.mean[LEAN], may_rise)
+        return bank.learn(before, mark, *excess, most)
 
-    def _learn(self, bank, before, mark, burst=0.0):
-        return bank.learn(before, mark, *self._excess(mark), FEW, burst)
-
-    def _anchored(self, mark, sec, rate_var):
-        return self.bank.anchored(sec, *self._excess(mark), rate_var)
+    def _anew(self, mark, bent=False, most=FEW):
+        """The bank with real time of that mark, whatever it was before."""
+        rate_var = 0.0
+        if self.last:
+            sec, ahead_ns = gained(self.last, mark)
+            rate_var = self.bank.wander_var * sec
+            if bent:   # by about as much as the mark is off
+                rate_var += min(2 * abs(ahead_ns - self._gain(sec)) / sec, UNKNOWN_PPM * 1e3) ** 2
+        bank = self.bank.renewed(PHASE, 0.0, UNKNOWN_NS**2, rate_var)
+        return self._learn(bank, mark, mark, most)[1]
 
     def _use(self, bank, marks, may_rise=True):
         for mark in marks:
             if mark.spread_ns is not None:
                 self.path = self.path.after(mark.spread_ns, self.exchanges, may_rise)
-        self.last, self.held = marks[-1], []
-        self._believe(bank)
-
-    def _believe(self, bank):
-        self.bank = bank
-        self.wander_var, self.noise_var = bank.typical("wander_var"), bank.typical("noise_var")
+        self.bank, self.last, self.held = bank, marks[-1], []
 
     def _gain(self, sec):
         """ns that real time is expected to gain on the counter, sec after (or before) the last mark used."""
         return dot(self.bank.mean, reach(self.last.real_ns, sec))
 
-    def _any_size(self, mark, chance):
-        """Log density of a mark off by any size from the predicted error up: a lucky one is not wild."""
+    def _wild(self, mark):
+        """Log density of a wild mark.  It is off by any size from the predicted error up."""
         sec, ahead_ns = gained(self.last, mark)
         size = abs(ahead_ns - self._gain(sec)) + self._error(sec) + 1.0  # ns: no clock is better
-        return math.log(chance / (SIZES * size))
+        return math.log(WILD / (SIZES * size))
 
-    def _explained(self):
-        """(bank, marks) of what explains the held marks better than that they are wild, or None."""
-        found = [self._explain(need, how) for need, how in EXPLANATIONS]
-        odds, need, bank = max(found, key=lambda explanation: explanation[0])
-        desperate = len(self.held) >= HELD_MAX
-        if not (desperate or odds > 0 and len(self.held) >= need):
-            return None
-        if is_possible(bank.mean):
-            return bank, self.held[-need:]
-        if not desperate:
-            return None
-        sec, _ = gained(self.last, self.held[-1])   # the time is that of the last mark, the rate as it was
-        return self._anchored(self.held[-1], sec, 0.0), self.held[-1:]
-
-    def _explain(self, need, how):
-        """(log odds against wild, need, bank) if the last marks held are right, and how it came."""
-        first, *later = self.held[-need:]
-        sec, ahead_ns = gained(self.last, first)
-        if how == "step":       # of real time: phase from the mark, rate as it was
-            odds, bank = self._any_size(first, STEP), self._anchored(first, sec, 0.0)
-        elif how == "anew":     # counter or real time are not what they were
-            odds, bank = self._any_size(first, ANEW), self._anchored(first, sec, 1e6 * UNKNOWN_PPM**2)
-        elif how == "bend":     # a jump of the rate at any moment since: as random as a burst of wander
-            jump = 2 * (ahead_ns - self._gain(sec)) / sec
-            odds = self._any_size(first, BEND)
-            _, bank = self._learn(self.bank, self.last, first, jump**2 / sec)
-        else:                   # noise or wander grew: the unlikely models were right
-            odds, bank = self._learn(self.bank, self.last, first)
-        odds -= self._any_size(first, WILD)
-        for before, mark in zip([first] + later, later):
+    def _explain(self, explanation):
+        """-> (log odds against wild, marks needed, Bank) if the last marks held are right."""
+        need, jumped, bent = explanation
+        odds, bank, before, marks = 0.0, self.bank, self.last, self.held[-need:]
+        if jumped:
+            before = marks.pop(0)
+            odds, bank = math.log(JUMP / WILD), self._anew(before, bent)
+        for mark in marks:
             evidence, bank = self._learn(bank, before, mark)
-            odds += evidence - self._any_size(mark, WILD)
+            odds, before = odds + evidence - self._wild(mark), mark
         return odds, need, bank
 
     def _var(self, sec, wander_var):
@@ -695,10 +655,10 @@ class Estimator:
         _, known_var = foreseen(self.bank.mean, self.bank.cov, reach(self.last.real_ns, sec))
         lean = self.bank.mean[LEAN]
         floor_var = (lean * self.path.gap(lean))**2 / 2   # if queueing leans, a wrong floor shifts
-        return max(known_var, 0.0) + wander_var * abs(sec)**3 / 3 + floor_var
+        return known_var + wander_var * abs(sec)**3 / 3 + floor_var
 
     def _error(self, sec):
-        return math.sqrt(self._var(sec, self.wander_var))
+        return math.sqrt(self._var(sec, self.bank.wander_var))
 
     def _sec(self, tick_ns):
         return (tick_ns - self.last.tick_ns) * 1e-9
@@ -724,9 +684,10 @@ class Estimator:
         Exact without a wave, whose error counts as one of the rate here: too much after a day.
         """
         sec = self._sec(tick_ns)
-        _, cov = carried(self.bank.mean, self.bank.cov, reach(self.last.real_ns, sec), self.wander_var, 0.0)
-        return [self._var(sec, self.wander_var), 2 * cov[PHASE][RATE],
-                cov[RATE][RATE] + cov[COS][COS] + cov[SIN][SIN], self.wander_var / 3]
+        wander_var = self.bank.wander_var
+        _, cov = carried(self.bank.mean, self.bank.cov, reach(self.last.real_ns, sec), wander_var, 0.0)
+        return [self._var(sec, wander_var), 2 * cov[PHASE][RATE],
+                cov[RATE][RATE] + cov[COS][COS] + cov[SIN][SIN], wander_var / 3]
 
     def rate(self):
         """-> (ppm, standard deviation in ppm) over whole days, as of the last mark used."""
@@ -740,11 +701,11 @@ class Estimator:
     def learned(self):
         """-> (wander per sqrt(s), noise of a usual mark in ns, queueing included)."""
         _, excess_var = self.path.excess(None, self.bank.mean[LEAN])
-        return math.sqrt(self.wander_var) * 1e-9, math.sqrt(self.noise_var + excess_var)
+        return math.sqrt(self.bank.wander_var) * 1e-9, math.sqrt(self.bank.noise_var + excess_var)
 
     def next_mark(self, tick_ns, target_ns):
         """Seconds from tick_ns until the predicted error reaches target_ns; 0 if it has, or in doubt."""
-        return self._wait(tick_ns, target_ns, self.wander_var)
+        return self._wait(tick_ns, target_ns, self.bank.wander_var)
 
     def _wait(self, tick_ns, target_ns, wander_var):
         if self.last is None or self.held:
@@ -763,14 +724,14 @@ class Estimator:
 
     def _worth(self, exchanges, target_ns):
         """Seconds that a packet buys in the marks to come: a Kalman filter of (phase, rate) looks ahead."""
-        noise_var = self.path.noise_var(self.noise_var, exchanges, self.bank.mean[LEAN])
+        noise_var = self.path.noise_var(self.bank.noise_var, exchanges, self.bank.mean[LEAN])
         mean, cov, total_sec = self.bank.mean[:PLAIN], [row[:PLAIN] for row in self.bank.cov[:PLAIN]], 0.0
         for _ in range(LOOKAHEAD):
             def error_after(sec):
                 _, known_var = foreseen(mean, cov, [1.0, sec])
-                return math.sqrt(max(known_var, 0.0) + self.wander_var * sec**3 / 3)
+                return math.sqrt(known_var + self.bank.wander_var * sec**3 / 3)
             sec = max(LEAST_WAIT_SEC, wait_for(error_after, target_ns))
-            mean, cov = carried(mean, cov, [1.0, sec, 0.0], self.wander_var, 0.0)
+            mean, cov = carried(mean, cov, [1.0, sec, 0.0], self.bank.wander_var, 0.0)
             mean, cov = updated(mean, cov, 0.0, 0.0, noise_var)
             total_sec += sec
         return total_sec / exchanges
@@ -778,13 +739,12 @@ class Estimator:
     def forget_phase(self, rate_error_ppm):
         """The counter started anew (a boot) or stood still: keep the rate, less certain by this much."""
         self.last, self.held = None, []
-        self._believe(self.bank.without([PHASE], (rate_error_ppm * 1e3) ** 2))
+        self.bank = self.bank.renewed(PHASE, 0.0, UNKNOWN_NS**2, (rate_error_ppm * 1e3) ** 2)
 
     def assume_rate(self, rate_ppm, rate_error_ppm):
         """Another program has measured the rate: what is known of wander, noise and path stays."""
         self.last, self.held = None, []
-        bank = self.bank.without([PHASE, RATE], (rate_error_ppm * 1e3) ** 2)
-        self._believe(bank.changed(lambda model, mean, cov: ([0.0, rate_ppm * 1e3] + mean[2:], cov)))
+        self.bank = self.bank.renewed(RATE, rate_ppm * 1e3, (rate_error_ppm * 1e3) ** 2)
 
     def state(self):
         """Plain data for JSON.  from_state(state()) goes on to the last bit."""
@@ -810,7 +770,7 @@ class Estimator:
             raise ValueError("damaged state, or of another release")
         self.last, self.held = (marks + [None])[0], marks[1:]
         self.path, self.exchanges = Path(*state["path"]), state["exchanges"]
-        self._believe(Bank(state["weights"], {number: (mean, cov) for number, mean, cov in state["awake"]}))
+        self.bank = Bank(state["weights"], {number: (mean, cov) for number, mean, cov in state["awake"]})
         if not is_possible(self.bank.mean):
             raise ValueError("a state with a rate of %s ppm" % self.rate()[0])
         return self
@@ -899,11 +859,10 @@ class Bound:
         """ValueError for what state() can't have given."""
         if not (fits(state, {"ranges": [[TIME] * 3], "ppm": [NUMBER]}) and len(state["ranges"]) <= PARTS + 3
                 and state["ranges"] == sorted(state["ranges"])
-                and all(earliest_ns <= latest_ns for _, earliest_ns, latest_ns in state["ranges"])
-                and fits((state["ppm"] or [0])[-1], (CHANGE_PPM, LIMIT_PPM))):
+                and all(earliest_ns <= latest_ns for _, earliest_ns, latest_ns in state["ranges"])):
             raise ValueError("damaged bound")
         self = cls()
-        self.allowed_ppm = state["ppm"][-1]  # earlier releases have rates before it
+        self.allowed_ppm = limited(max([CHANGE_PPM] + state["ppm"][-1:]), LIMIT_PPM)
         self.ranges = [Range(*each) for each in state["ranges"]]
         return self
 

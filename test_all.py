@@ -1487,23 +1487,14 @@ NOISE_OF_FEW_SEEDS = 1.3  # how much looser than bench_all's limits, which are f
 DAY_NS = 86400 * 10**9
 
 
-@pytest.mark.parametrize("name", ("w 1e-9, 4 a mark, 3600 s", "LAN, 8 a mark, 1024 s", "20 us, wild",
-                                  "w 1e-9, 2 ms, asked 10 ms"))
+@pytest.mark.parametrize("name", ("w 1e-9, 4 a mark, 3600 s", "LAN, 8 a mark, 1024 s", "one way",
+                                  "other way, 4 a mark", "20 us, wild", "w 1e-9, 2 ms, asked 10 ms"))
 def test_estimator_reaches_what_is_wanted(name):
     options, goals = {**bench_all.SPREADS, **bench_all.WITHOUT}[name]
-    found = bench_all.compare(options, [SEED, SEED + 1])
+    found = bench_all.compare(options, (121, 138))  # in the last world their first marks agree by luck
     for name, most in dict(goals, honesty=bench_all.RATIO_MOST).items():
         assert getattr(found, name) < most * NOISE_OF_FEW_SEEDS
     assert found.honesty > bench_all.RATIO_LEAST / NOISE_OF_FEW_SEEDS and not found.outside
-
-
-@pytest.mark.parametrize("out, back, lean", ((bench_all.exponential(5e-3), bench_all.none, 1),
-                                             (bench_all.none, bench_all.exponential(5e-3), -1),
-                                             (bench_all.exponential(5e-3), None, 0)))
-def test_estimator_learns_to_which_side_queueing_leans(out, back, lean):
-    run = bench_all.simulate(SEED, 1, bench_all.Queues(out=out, back=back), bench_all.every(1024))
-    assert run.estimator.bank.mean[2] == pytest.approx(lean, abs=0.35)
-    assert run.rms(bench_all.DAY / 2) < 1.5e-3
 
 
 @pytest.mark.parametrize("name", bench_all.CHANGES)
@@ -1520,9 +1511,9 @@ def test_no_floor_rises_only_to_find_a_mark_of_a_burst_wild():
     for off_ns, count in (25 * 10**6, 88), (0, 3):
         estimator = bench_all.simulate(SEED, 1, bench_all.WAN, bench_all.every(1024)).estimator
         for index, off_of_this in enumerate((0, 0, off_ns), 1):
-            tick_ns = estimator.last.tick_ns + 10**12
             spread_ns = min(estimator.path.spreads[:80]) + 35 * 10**6 + index
-            assert estimator.mark(tick_ns, estimator.real(tick_ns)[0] + off_of_this, spread_ns) == "used"
+            mark = later(estimator, estimator.last.tick_ns + 10**12, off_of_this)
+            assert estimator.mark(*mark, spread_ns) == "used"
         assert len(estimator.path.spreads) == count
 
 
@@ -1545,9 +1536,9 @@ def settled_state(noise=1e-4, days=1, **options):
 
 
 def settled(**options):
-    """An estimator after some days of marks -> (it, the tick of its last mark, real time then)."""
+    """An estimator after some days of marks -> (it, the tick of its last mark)."""
     estimator = bench_all.Estimator.from_state(json.loads(settled_state(**options)))
-    return estimator, estimator.last.tick_ns, estimator.real(estimator.last.tick_ns)[0]
+    return estimator, estimator.last.tick_ns
 
 
 def later(estimator, tick_ns, off_ns=0):
@@ -1556,21 +1547,19 @@ def later(estimator, tick_ns, off_ns=0):
 
 
 def test_a_lone_wild_mark_leaves_no_trace():
-    (estimator, tick_ns, _), twin = settled(), settled()[0]
-    assert estimator.mark(*later(estimator, tick_ns + 10**12, 10**9), 10**6) == "doubted"
-    assert estimator.doubts() and estimator.next_mark(tick_ns + 10**12, 10**9) == 0
-    assert estimator.next_mark_plan(tick_ns + 10**12, 10**9).wait_sec == 64
-    assert estimator.rate() == twin.rate()
-    for sec in (0, 10, 10**4, 10**7):
-        assert estimator.real(tick_ns + sec * 10**9) == twin.real(tick_ns + sec * 10**9)
-    mark = later(twin, tick_ns + 2 * 10**12)
+    (estimator, tick_ns), twin = settled(), settled()[0]
+    tick_ns += 10**12
+    assert estimator.mark(*later(estimator, tick_ns, 10**9), 10**6) == "doubted" and estimator.doubts()
+    assert (estimator.next_mark(tick_ns, 10**9), estimator.next_mark_plan(tick_ns, 10**9)) == (0, (64, 1))
+    assert (estimator.rate(), estimator.real(tick_ns)) == (twin.rate(), twin.real(tick_ns))
+    mark = later(twin, tick_ns + 10**12)
     assert estimator.mark(*mark) == twin.mark(*mark) == "used"
     assert dict(estimator.state(), exchanges=1) == twin.state(), "for ever"
 
 
 @pytest.mark.parametrize("step_ns", (-10**16, -10**9, 10**7, 36 * 10**11))
 def test_two_marks_that_agree_are_a_step(step_ns):
-    estimator, tick_ns, _ = settled()
+    estimator, tick_ns = settled()
     rate_ppm = estimator.rate()[0]
     marks = [later(estimator, tick_ns + index * 10**12, step_ns) for index in (1, 2)]
     assert [estimator.mark(*mark) for mark in marks] == ["doubted", "used"]
@@ -1580,9 +1569,10 @@ def test_two_marks_that_agree_are_a_step(step_ns):
 
 @pytest.mark.parametrize("ppm", (90500, -5000, 1500))
 def test_no_rate_over_1000_ppm_is_ever_believed(ppm):
-    for estimator, tick_ns, real_ns in settled(), (bench_all.Estimator(), 0, 18 * 10**17):
+    for estimator, tick_ns in settled(), (bench_all.Estimator(), 0):
+        real_ns = estimator.real(tick_ns)[0] if tick_ns else 18 * 10**17
         for index in range(1, 12):
-            estimator.mark(tick_ns + index * 10**11, real_ns + index * 10**11 + index * ppm * 10**5, 10**6)
+            estimator.mark(tick_ns + index * 10**11, real_ns + index * (10**11 + ppm * 10**5), 10**6)
             assert abs(estimator.rate()[0]) <= 1000 and abs(estimator.rate_at(tick_ns + 10**13)) <= 1000
         state = estimator.state()
         for _, mean, _ in state["awake"]:
@@ -1594,26 +1584,17 @@ def test_no_rate_over_1000_ppm_is_ever_believed(ppm):
 
 
 def test_nothing_hangs_for_ever_on_an_old_belief_and_each_mark_costs_little():
-    estimator, tick_ns, _ = settled()
-    rng, outcomes, used = random.Random(SEED), set(), []
-    for index in range(1, 25):
-        start = time.process_time()
-        outcomes.add(estimator.mark(tick_ns + index * 10**12, rng.randrange(10**18, 2 * 10**18), 10**6))
-        used.append(time.process_time() - start)
-    assert "used" in outcomes and sorted(used)[-3] < 0.1, "a slow core; 10 ms on a usual one"
-
-
-def test_a_new_estimator_knows_what_it_is_told():
-    estimator, models = bench_all.Estimator(50.0, 10.0), bench_all.CLOCKSPEED.MODELS
-    assert estimator.rate() == pytest.approx((50, 10))
-    assert list(estimator.bank.mean) == pytest.approx([0, 50e3, 0, 0, 0]), "the rest: more or less alike"
-    assert estimator.bank.cov[3][3]**0.5 == estimator.bank.cov[4][4]**0.5 < 300, "alike"
-    assert sum(model.share for model in models) == pytest.approx(1)
+    estimator, tick_ns = settled()
+    rng, start = random.Random(SEED), time.process_time()
+    outcomes = [estimator.mark(tick_ns + index * 10**12, rng.randrange(10**18, 2 * 10**18), 10**6)
+                for index in range(1, 25)]
+    assert "used" in outcomes
+    assert time.process_time() - start < 24 * 0.1, "on a slow core; 10 ms a mark on a usual one"
 
 
 def test_estimator_refuses_what_is_no_mark():
-    estimator, tick_ns, real_ns = settled()
-    state = estimator.state()
+    estimator, tick_ns = settled()
+    state, real_ns = estimator.state(), 18 * 10**17
     for mark in ((tick_ns, real_ns), (tick_ns - 1, real_ns), (None, real_ns), (tick_ns + 1, 1.5), ("1", "2"),
                  (1 << 65, real_ns), (tick_ns + 1, float("nan")), (True, real_ns), (tick_ns + 1, -1 << 200),
                  (tick_ns + 1, real_ns, -1), (tick_ns + 1, real_ns, 1e6), (tick_ns + 1, real_ns, 1 << 65)):
@@ -1621,20 +1602,21 @@ def test_estimator_refuses_what_is_no_mark():
     assert estimator.state() == state
 
 
-WORLDS = {}, {"daily_ppm": 1.0, "wander": 1e-10, "noise": 2e-3, "days": 3}
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_next_mark_is_monotone_and_exact(world):
-    estimator, tick_ns, _ = settled(**world)
-    targets_ns = [10**(exponent / 4) for exponent in range(12, 50)]
+@pytest.mark.parametrize("world", ({}, {"daily_ppm": 1.0, "wander": 1e-10, "noise": 2e-3, "days": 3}))
+def test_next_mark_and_variance_foretell_the_error(world):
+    estimator, tick_ns = settled(**world)
+    targets_ns = [-1, float("nan")] + [10**(exponent / 4) for exponent in range(12, 50)] + [float("inf")]
     waits = [estimator.next_mark(tick_ns, target_ns) for target_ns in targets_ns]
-    assert waits == sorted(waits) and waits[0] == 0 and waits[-1] > 10**6
+    assert waits == sorted(waits) and waits[:3] == [0, 0, 0]
+    assert waits[-2] > 10**6 and 1e8 - 1 < waits[-1] <= 1e8
     for target_ns, wait_sec in zip(targets_ns, waits):
         before_ns, after_ns = (estimator.real(tick_ns + int((wait_sec + sec) * 1e9))[1] for sec in (-2, 2))
-        assert wait_sec in (0, 1e8) or before_ns < target_ns < after_ns / 0.999
-    assert estimator.next_mark(tick_ns, float("nan")) == estimator.next_mark(tick_ns, -1) == 0
-    assert estimator.next_mark(tick_ns, float("inf")) == 1e8
+        assert wait_sec == 0 or wait_sec > 1e8 - 1 or before_ns < target_ns < after_ns / 0.999
+    tick_ns += 10**12
+    for sec in (0, 60, 3600, 21600, 43200, 86400, 10**6, 10**7):
+        foretold = sum(factor * sec**power for power, factor in enumerate(estimator.variance(tick_ns)))**0.5
+        error_ns = estimator.real(tick_ns + sec * 10**9)[1]
+        assert error_ns * 0.95 < foretold < error_ns * (3 if world and sec else 1.5 if sec else 1.0001)
 
 
 def test_a_plan_takes_many_exchanges_where_queueing_is_the_noise_and_one_where_wander_is():
@@ -1645,85 +1627,71 @@ def test_a_plan_takes_many_exchanges_where_queueing_is_the_noise_and_one_where_w
     assert bench_all.Estimator().next_mark_plan(0, 10**6) == (64, 1)
 
 
-@pytest.mark.parametrize("seed", (121, 138))
-def test_no_plan_waits_for_a_week_because_the_first_marks_agreed_by_luck(seed):
-    run = bench_all.simulate(seed, **bench_all.WITHOUT["w 1e-9, 2 ms, asked 10 ms"][0])
-    assert run.rms(7.5 * bench_all.DAY) < 10e-3, "or 110 ms and more"
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_variance_foretells_the_error(world):
-    estimator, tick_ns, _ = settled(**world)
-    tick_ns += 10**12
-    factors = estimator.variance(tick_ns)
-    for sec in (0, 60, 3600, 21600, 43200, 86400, 10**6, 10**7):
-        foretold = sum(factor * sec**power for power, factor in enumerate(factors))**0.5
-        error_ns = estimator.real(tick_ns + sec * 10**9)[1]
-        assert error_ns * 0.95 < foretold < error_ns * (3 if world else 1.5)
-    assert factors[0]**0.5 == pytest.approx(estimator.real(tick_ns)[1])
-
-
 def test_the_wave_outlives_a_boot():
-    estimator, tick_ns, _ = settled(days=6, daily_ppm=1.0, wander=1e-11, noise=1e-4)
-    expected = [estimator.real(tick_ns + DAY_NS + hour * 36 * 10**11)[0] for hour in range(24)]
-    rates = [estimator.rate_at(tick_ns + hour * 36 * 10**11) for hour in range(24)]
+    estimator, tick_ns = settled(days=6, daily_ppm=1.0, wander=1e-11)
+    hours_ns = [hour * 36 * 10**11 for hour in range(24)]
+    expected = [estimator.real(tick_ns + DAY_NS + hour_ns)[0] for hour_ns in hours_ns]
+    rates = [estimator.rate_at(tick_ns + hour_ns) for hour_ns in hours_ns]
     assert 1.8 < max(rates) - min(rates) < 2.2, "twice 1 ppm"
     estimator.forget_phase(0)
     assert estimator.mark(5 * 10**9, expected[0]) == "used", "the counter begins anew, a day later"
-    again = [estimator.real(5 * 10**9 + hour * 36 * 10**11)[0] for hour in range(24)]
+    again = [estimator.real(5 * 10**9 + hour_ns)[0] for hour_ns in hours_ns]
     assert max(abs(a - b) for a, b in zip(again, expected)) < 3 * 10**6, "without the wave it is 27 ms"
 
 
 def some_states():
-    """(class, state) of all kinds: new, with a rate only, settled, in doubt, after a boot; a bound."""
-    doubting, tick_ns, _ = settled()
+    """(class, state) of all kinds: with a rate only, in doubt, after a boot, settled, impossible; a bound."""
+    told, (doubting, tick_ns), (booted, _) = bench_all.Estimator(50, 10), settled(), settled(daily_ppm=1.0)
+    assert told.rate() == pytest.approx((50, 10))
     for index in range(1, 4):
         doubting.mark(*later(doubting, tick_ns + index * 10**12, index**2 * 10**9), 10**6)
-    booted = settled(daily_ppm=1.0)[0]
     booted.forget_phase(1.0)
     run = bench_all.simulate(SEED, 1, bench_all.WAN, bench_all.every(3600))
-    known = [bench_all.Estimator(), bench_all.Estimator(50.0, 10.0), doubting, booted, run.estimator,
-             bench_all.Bound(), run.bound]
-    return [(type(each), each.state()) for each in known]
+    known = [(type(each), each.state())
+             for each in (told, doubting, booted, run.estimator, bench_all.Bound(), run.bound)]
+    odd = json.loads(json.dumps(doubting.state()))
+    for _, _, cov in odd["awake"]:
+        cov[1][2] = cov[2][1] = -(cov[1][1] * cov[2][2])**0.5
+    return known + [(bench_all.Estimator, odd)]
 
 
-def feed(kind, one, tick_ns, off_ns=0):
+def feed(one, tick_ns, off_ns=0):
     """A mark, for an estimator or a bound."""
-    return one.mark(tick_ns, 18 * 10**17 + tick_ns + off_ns, 10**7, *[10**6] * (kind is bench_all.Bound))
+    real_ns, distance_ns = 18 * 10**17 + tick_ns + off_ns, [10**6] * isinstance(one, bench_all.Bound)
+    return one.mark(tick_ns, real_ns, 10**7, *distance_ns)
 
 
 def test_states_go_on_to_the_last_bit():
     for kind, state in some_states():
         text = json.dumps(state)
-        one, two = (kind.from_state(json.loads(text)) for _ in range(2))
+        one = two = kind.from_state(json.loads(text))
         assert json.dumps(one.state()) == text
         for index in range(1, 5):
             two = kind.from_state(json.loads(json.dumps(two.state())))
             mark = 8 * 10**14 + index * 10**12, index % 2 * 10**5
-            assert feed(kind, one, *mark) == feed(kind, two, *mark)
+            assert feed(one, *mark) == feed(two, *mark)
         assert json.dumps(one.state()) == json.dumps(two.state())
 
 
-def damage(state, rng):
-    """Change or drop something at a random depth."""
-    here, inner = {}, state
-    while inner and isinstance(inner, (dict, list)) and (not here or rng.random() > 0.15):
-        here, key = inner, rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
-        inner = here[key]
-    if here and rng.random() < 0.2:
-        del here[key]
-    elif here:
-        here[key] = rng.choice([None, True, 0, 1, -1, 1e300, -1e300, 1e30, -1e30, float("nan"), float("inf"),
-                                10**400, "x", [], {}, [[]], [1, 2, 3], 1e-300, 10**19, 0.5, 186])
+def damaged(value, rng):
+    """With something at a random depth changed or dropped."""
+    if not (value and isinstance(value, (dict, list))) or rng.random() < 0.1:
+        return rng.choice([None, True, 0, 1, -1, 1e300, -1e300, 1e30, -1e30, 10**400, 10**19, 0.5, 186, "x",
+                           [], {}, [[]], [1, 2, 3], 1e-300, float("nan"), float("inf")])
+    parts = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    key = rng.choice(list(parts))
+    part = parts.pop(key)
+    if rng.random() < 0.9:
+        parts[key] = damaged(part, rng)
+    return parts if isinstance(value, dict) else [parts[index] for index in sorted(parts)]
 
 
 def test_a_hostile_state_is_a_value_error_or_does_no_harm():
     rng, states, outcomes = random.Random(SEED), some_states(), set()
-    for _ in range(300):
+    for _ in range(400):
         kind, state = rng.choice(states)
-        state = json.loads(json.dumps(state))
-        for _ in range(rng.choice((1, 1, 2, 5))):
-            damage(state, rng)
+        for _ in range(rng.choice((0, 1, 1, 2, 5))):
+            state = damaged(state, rng)
         try:
             taken = kind.from_state(state)
         except ValueError:
@@ -1731,18 +1699,14 @@ def test_a_hostile_state_is_a_value_error_or_does_no_harm():
             continue
         outcomes.add("taken")
         for tick_ns in (10**15, 10**15 + 1, 10**17):
-            feed(kind, taken, tick_ns)
+            feed(taken, tick_ns)
         if kind is bench_all.Bound:
             assert taken.at(tick_ns)[0] <= taken.at(tick_ns)[1]
         else:
-            assert not taken.has_phase() or taken.real(tick_ns)[1] >= 0 and len(taken.variance(tick_ns)) == 4
+            assert taken.real(tick_ns)[1] >= 0 and len(taken.variance(tick_ns)) == 4
             assert taken.rate()[1] >= 0 and min(taken.learned()) > 0 and abs(taken.rate_at(tick_ns)) <= 1000
             assert taken.next_mark_plan(tick_ns, 1e6).wait_sec >= 64
     assert outcomes == {"ValueError", "taken"}
-    for state in (None, 1, "x", [], {}, float("nan")):
-        for kind in (bench_all.Estimator, bench_all.Bound):
-            with pytest.raises(ValueError):
-                kind.from_state(state)
 
 
 @pytest.mark.parametrize("world", ({}, {"daily_ppm": 1.0}, {"wander": 1e-10}))
@@ -1765,35 +1729,34 @@ def test_the_bound_is_what_marks_prove():
 def test_a_mark_that_contradicts_the_bound_begins_it_anew_and_wider():
     bound, outcomes = bench_all.Bound(), {}
     for index in range(1, 60):
-        tick_ns, lie_ns = index * 36 * 10**11, 10**10 * (index == 50)
-        outcomes[index] = bound.mark(tick_ns, 10**18 + tick_ns + lie_ns, 10**7, 10**6)
+        outcomes[index] = feed(bound, index * 36 * 10**11, 10**10 * (index == 50))
     assert [index for index in outcomes if outcomes[index] == "restarted"] == [50, 51]
-    assert bound.allowed_ppm == 4 * bench_all.load("clockspeed").CHANGE_PPM
+    assert bound.allowed_ppm == 4 * bench_all.CLOCKSPEED.CHANGE_PPM
     bound.forget()
     assert bound.at(10**15) is None
 
 
-def test_replay_makes_each_estimate_of_a_log_again():
-    estimator, bound, lines, rng = bench_all.Estimator(), bench_all.Bound(), [], random.Random(SEED)
-    start = "start: observing, CLOCK_MONOTONIC_RAW, scale utc, rate +5.0000 ppm, rate error 10.0000 ppm, "
-    events = {4: ("suspend: 100 s", lambda: estimator.forget_phase(0.0)),
-              8: ("counter: it went back by 3 s", lambda: estimator.forget_phase(1.0)),
-              12: (start + "rate of etc/state", lambda: estimator.forget_phase(1.0)),
-              16: (start + "rate of etc/atto, the rest of etc/state",
-                   lambda: estimator.assume_rate(5.0, 10.0))}
-    for index in range(1, 20):
-        tick_ns, spread_ns = index * 10**12, rng.randrange(2 * 10**7, 3 * 10**7)
-        mark = tick_ns, 18 * 10**17 + tick_ns + rng.randrange(10**6), spread_ns if index % 5 else None, 10**6
-        if index in events:
-            lines.append(events[index][0])
-            events[index][1]()
-            bound.forget()
-        found = bench_all.replayed(estimator, bound, *mark)
-        lines.append("@4000000068dcd2a5075bcd15 mark: tick %d ns, real %d ns, spread %s ns, distance %s ns,"
-                     " offset +0.000123456 s, %s" % (*mark[:2], *(mark[2:] if mark[2] else "--"), found))
-    assert bench_all.replay(lines) == (19, [])
-    assert bench_all.replay(lines + [start + "phase and rate of etc/state", lines[-1]])[0] == 20
-    assert len(bench_all.replay(lines[:5] + lines[6:])[1]) > 5, "each mark counts"
+def test_replay_makes_each_estimate_of_a_log_again(simulate):
+    kernel, log, rng = FakeKernel(ppm=5.0), [], random.Random(SEED)
+    for source, event in (("no rate known", lambda: None), (None, lambda: kernel.pass_by(100)),
+                          (None, lambda: setattr(kernel, "tick", 10**9)),
+                          ("phase and rate of etc/state", lambda: None),
+                          ("rate of etc/state", lambda: setattr(kernel, "boot", "boot-2")),
+                          ("rate of etc/atto, the rest of etc/state",
+                           lambda: (simulation.etc_path / "atto").write_bytes(CS.pack(1, 5000)))):
+        event()
+        if source:
+            simulation = simulate(kernel)
+            assert simulation.source == source
+            rate = simulation.daemon.estimator.rate()
+            log.append("start: rate %+.4f ppm, rate error %.4f ppm, %s" % (*rate, source))
+        for last in (720133918, 720133918, 0, 720133918):
+            simulation.mark(rng.gauss(0, 1e-4), last)
+            simulation.run(1000)
+        log += ["@4000000068dcd2a5075bcd15 " + line for line in simulation.lines]
+        simulation.lines.clear()
+    assert bench_all.replay(log) == (24, [])
+    assert len(bench_all.replay(log[:1] + log[2:])[1]) > 2, "each mark counts"
 
 
 # ==== clockspeed: a simulated kernel ================================================================
