@@ -2489,7 +2489,9 @@ def test_a_clock_without_hardware_clock_goes_forward_to_the_last_time_known(simu
             "which showed a time before the last one known"] * stepped
 
 
-def test_32_bits_of_time_are_enough_until_2038(monkeypatch):
+@pytest.mark.parametrize("layout, most_sec, names", [
+    (CS.TIMEX32, 2**31 - 1, {}), (CS.TIMEX_MUSL, 2**63 - 1, {"__adjtimex_time64": None})], ids=["glibc", "musl"])
+def test_32_bits_of_time_are_enough_until_2038(layout, most_sec, names, monkeypatch):
     """With the C library of a 32-bit system before Linux 5.1."""
     ctypes, given = pytest.importorskip("ctypes"), []
 
@@ -2498,16 +2500,16 @@ def test_32_bits_of_time_are_enough_until_2038(monkeypatch):
         return -1
 
     def adjtimex(buffer):
-        given.append(dict(zip(CS.TIMEX_FIELDS, CS.TIMEX32.unpack(buffer.raw[:128]))))
-        buffer[:128] = CS.TIMEX32.pack(*range(21))
+        given.append(dict(zip(CS.TIMEX_FIELDS, layout.unpack_from(buffer))))
+        layout.pack_into(buffer, 0, *range(21))
         return 5
-    libc = importlib.util.types.SimpleNamespace(adjtimex=adjtimex, syscall=syscall)
+    libc = importlib.util.types.SimpleNamespace(adjtimex=adjtimex, syscall=syscall, **names)
     monkeypatch.setattr(ctypes, "sizeof", lambda kind: 4)
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: libc)
-    assert CS.adjtimex(modes=2, freq=-7, sec=2**31 - 1) == dict(zip(CS.TIMEX_FIELDS, range(21)), state=5)
-    assert given == [dict(dict.fromkeys(CS.TIMEX_FIELDS, 0), modes=2, freq=-7, sec=2**31 - 1)]
+    assert CS.adjtimex(modes=2, freq=-7, sec=most_sec) == dict(zip(CS.TIMEX_FIELDS, range(21)), state=5)
+    assert given == [dict(dict.fromkeys(CS.TIMEX_FIELDS, 0), modes=2, freq=-7, sec=most_sec)]
     with pytest.raises(struct.error):
-        CS.adjtimex(sec=2**31)
+        CS.adjtimex(sec=most_sec + 1)
 
 
 def test_a_python_without_json_keeps_etc_atto_and_says_what_it_can_not_keep(simulate, monkeypatch):
