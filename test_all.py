@@ -2216,7 +2216,8 @@ def test_where_there_is_no_adjtimex_the_clock_is_nudged_and_set(monkeypatch):
 
 
 @pytest.mark.parametrize("layout, most_sec, names", [
-    (CS.TIMEX32, 2**31 - 1, {}), (CS.TIMEX_MUSL, 2**63 - 1, {"__adjtimex_time64": None})], ids=["glibc", "musl"])
+    pytest.param(CS.TIMEX32, 2**31 - 1, {}, id="glibc"),
+    pytest.param(CS.TIMEX_MUSL, 2**63 - 1, {"__adjtimex_time64": None}, id="musl")])
 def test_32_bits_of_time_are_enough_until_2038(layout, most_sec, names, monkeypatch):
     """With the C library of a 32-bit system before Linux 5.1."""
     ctypes, given = pytest.importorskip("ctypes"), []
