@@ -269,8 +269,8 @@ def prepare(sock, query):
              (0x06, 0, 0, 0), (0x06, 0, 0, 0xffff)]  # drop the packet; admit it
     program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in steps))
     with contextlib.suppress(OSError):  # not Linux: our own readings do
-        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, KERNEL_STAMPS)
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, program.buffer_info()[0]))
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, KERNEL_STAMPS)
 
 
 def exchange(sock, server):
