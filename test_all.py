@@ -3201,10 +3201,11 @@ def told(probe, *arguments):
 def test_one_cause_is_one_failure_and_what_follows_says_so():
     clockspeed = CHECK.check_clockspeed, None, said(status=1), None
     odd = CHECK.check_marks, {"now": {"problem": None}}
+    unseen = CHECK.check_owners, [], ["/none"], lambda path: os.listdir("/dev/null")
     found = [(topic,) + finding for topic, finding in CHECK.findings([
-        (CHECK.check_programs, HERE, ["none"]), clockspeed, (CHECK.check_counter, "jiffies"), odd])]
+        (CHECK.check_programs, HERE, ["none"]), clockspeed, (CHECK.check_counter, "jiffies"), odd, unseen])]
     assert [" ".join(each[:2]) for each in found] == [
-        "programs fail", "clockspeed warn", "counter fail", "marks warn"]
+        "programs fail", "clockspeed warn", "counter fail", "marks warn", "owners warn"]
     assert found[1][3] == "that follows from programs" and found[3][2] == "unable to look: 'last_mark'"
     assert [finding.level for _, finding in CHECK.findings([clockspeed])] == ["fail"]
 
@@ -3219,6 +3220,7 @@ def status(outcome="used", settling=False, observe_only=False, **now):
 def owned(uid, mode, roots=("/usr/bin/env", "/usr/bin/none"), private=()):
     """/usr/bin is that user's, with that mode, and all else is as it should be."""
     def lstat(path):
+        os.lstat(path)
         mode_of, uid_of = (mode, uid) if path == "/usr/bin" else (0o40755, 0)
         return os.stat_result((mode_of, 0, 0, 1, uid_of, 0, 0, 0, 0, 0))
     return roots, private, lstat, 77
@@ -3294,7 +3296,7 @@ def test_a_service_is_up_by_the_age_of_its_process(kept, tool, shown, age_sec, f
     assert re.match(finding, service) and "fail %s/clockspeed/log is not supervised" % tmp_path in log
     assert re.match("warn no clockspeed_adjust in {0}, {1}; .* {0}/$".format(*places), adjust)
     with process(["sleep", "60"]) as young:
-        assert 0 <= CHECK.age_sec(young.pid) < PATIENCE_SEC
+        assert 0 <= CHECK.age_sec(young.pid) < PATIENCE_SEC and CHECK.age_sec("0") == 0
 
 
 def test_whether_marks_are_read_from_the_fifo(tmp_path):
