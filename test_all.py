@@ -3271,8 +3271,8 @@ def disk(blocks, files=9, flags=0):
     ("space", disk(255), "fail .* is full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail .* read-only"),
     ("counter", ("tsc",), "ok tsc"), ("counter", ("hpet",), "warn hpet is slow"),
     ("counter", ("jiffies",), "fail jiffies counts milliseconds"),
-    ("scale", ("tai", "tai", "utc"), "fail clockspeed takes .* utc, the clients for tai; set CLOCK_SCALE"),
-    ("scale", ("tai", "utc", "tai"), "warn the clock counts tai, the time zone utc")])
+    ("scale", ("tai", "tai", {"scale": "utc"}), "fail clockspeed takes .* utc, the clients for tai; set CLOCK_"),
+    ("scale", ("tai", "utc", {"scale": "tai"}), "warn the clock counts tai, the time zone utc")])
 def test_a_probe_finds(probe, arguments, finding):
     found = told(getattr(CHECK, "check_" + probe), *arguments)
     assert re.match(finding, found), found
@@ -3354,6 +3354,18 @@ def test_check_looks_at_every_topic_and_counts(host):
     first, *rest = looks("CLOCK_IP=(x)\n")
     assert rest == ["0 ok, 0 warn, 1 fail"]
     assert first.startswith("fail  configuration: unable to read %s: line 3: " % host.conf)
+
+
+@pytest.mark.parametrize("env, status", [("CLOCK_IP=x", "{}"), ("", "["), ("", "[" * 10**5)])
+def test_check_does_not_rely_on_what_another_user_tells(env, status, host):
+    shutil.copy(path_of("clockctl-check"), host.home)
+    host.write("clockctl", "#!/bin/sh\ncase $1 in run) echo '%s' ;; status) cat HOME/status ;; esac\n".replace(
+        "HOME", host.home) % (env or "CLOCK_IP=x\nCLOCKSPEED_HOME=/\nCLOCKSPEED_BIN=/\nCLOCKSPEED_LOG=/"), 0o755)
+    host.write("status", status)
+    done = subprocess.run([sys.executable, host.home + "/clockctl-check"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=host.env)
+    assert (done.returncode, done.stderr.count(b"\n")) == (111, 1), done.stderr
+    assert done.stderr.startswith(b"clockctl-check: fatal: unable to understand clockctl: ")
 
 
 # ==== clockctl-graph ================================================================================
