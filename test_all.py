@@ -3271,7 +3271,7 @@ def disk(blocks, files=9, flags=0):
     ("space", disk(255), "fail .* is full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail .* read-only"),
     ("counter", ("tsc",), "ok tsc"), ("counter", ("hpet",), "warn hpet is slow"),
     ("counter", ("jiffies",), "fail jiffies counts milliseconds"),
-    ("scale", ("tai", "tai", {"scale": "utc"}), "fail clockspeed takes .* utc, the clients for tai; set CLOCK_"),
+    ("scale", ("tai", "tai", {"scale": "utc"}), "fail clockspeed takes .* utc, the clients for tai; set CLO"),
     ("scale", ("tai", "utc", {"scale": "tai"}), "warn the clock counts tai, the time zone utc")])
 def test_a_probe_finds(probe, arguments, finding):
     found = told(getattr(CHECK, "check_" + probe), *arguments)
@@ -3359,9 +3359,9 @@ def test_check_looks_at_every_topic_and_counts(host):
 @pytest.mark.parametrize("env, status", [("CLOCK_IP=x", "{}"), ("", "["), ("", "[" * 10**5)])
 def test_check_does_not_rely_on_what_another_user_tells(env, status, host):
     shutil.copy(path_of("clockctl-check"), host.home)
-    host.write("clockctl", "#!/bin/sh\ncase $1 in run) echo '%s' ;; status) cat HOME/status ;; esac\n".replace(
-        "HOME", host.home) % (env or "CLOCK_IP=x\nCLOCKSPEED_HOME=/\nCLOCKSPEED_BIN=/\nCLOCKSPEED_LOG=/"), 0o755)
-    host.write("status", status)
+    host.write("env", env or "CLOCK_IP=x\nCLOCKSPEED_HOME=/\nCLOCKSPEED_BIN=/\nCLOCKSPEED_LOG=/")
+    host.write("status --json", status)
+    host.write("clockctl", '#!/bin/sh\n[ "$1" != run ] || shift\ncat "%s/$*"\n' % host.home, 0o755)
     done = subprocess.run([sys.executable, host.home + "/clockctl-check"], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, env=host.env)
     assert (done.returncode, done.stderr.count(b"\n")) == (111, 1), done.stderr
@@ -3624,8 +3624,9 @@ def test_its_manual_and_what_it_says_of_wrong_usage(image):
             ("--remove --server ntp:a", "--remove goes with --purge, --root and --dry-run"),
             ("--no-such", "install [options], which --help explains (--no-such is unknown)")]:
         assert install(image, args, 100) == ["install: usage: " + said]
-    assert install(image, "--root /dev/null", 111) == [
-        "install: fatal: unable to use /dev/null: it is no directory"]
+    for root in ("/dev/null", str(image / "-")):
+        assert install(image, "--dry-run --root " + root.replace(str(image) + "/", ""), 111) == [
+            "install: fatal: unable to use %s: it is no directory" % root]
     full = ["sh", "-c", '"$@" >/dev/full', "sh"]
     assert install(image, "", 111, full) == ["install: fatal: unable to write output"]
     assert not tree(image)
@@ -3754,7 +3755,8 @@ KEEPS = "fatal: unable to start: %s runs and keeps the clock; stop it first: "
     ("start-stop-daemon -S -c nobody -x /src/svc/install 2>&1 | grep ': not root; '", START, NO_SCAN),
     ("echo '' >/python", "", "fatal: unable to find python3, version 3.8 or newer"),
     ("echo /tmp/python3 >/python; chmod 777 /tmp", "", "fatal: unable to use /tmp/python3: others .*"),
-    ("touch /usr/local/clockspeed/adjust", "", "fatal: unable to mkfifo .*/adjust: .*exists.*"),
+    ("touch /usr/local/clockspeed/adjust", "--dry-run", "fatal: unable to use .*/adjust: something else .*"),
+    ("mkdir /usr/local/bin; mkfifo /usr/local/bin/clockctl", "", "write .*/clockctl.new, since .* edited"),
     ("ln -s /tmp /usr/local/clockspeed/etc", "", "fatal: unable to use .*/etc: it is a link"),
     ("svc/install; cd /usr/local/clockspeed; [ \"$(echo $(stat -c %U . adjust mark etc /var/multilog/*))\" ="
      " 'root clocksd clocksd clockspeed multilog multilog multilog' ]", "",
