@@ -3261,12 +3261,14 @@ def disk(blocks, files=9, flags=0):
     ("marks", (status(mark_age_sec=2.6 * 10**6, next_mark_sec=None),), "ok .*marks: 10; $"),
     ("marks", (status("doubted"),), "warn .*one was doubted"),
     ("marks", (status(problem="it died"),), "warn how far the clock is off is not known"),
+    ("marks", (None,), "warn how far the clock is off is not known"),
     ("server", (said("after: y\nthis clock is 1 h ahead of x\n"),), "fail this.* ahead of x; `clockctl set`"),
     ("server", (said("this clock is 3 ms behind x", "c: warning: odd\n"),), "warn odd;.*\nok .* behind x"),
     ("server", (said("", "x: fatal: see `clockctl set`", 1),), "fail see `clockctl set`; $"),
     ("server", (said("this clock is 3 ms behind x", "", 2),), "fail it ended with 2; correct CLOCK_IP"),
     ("server", (said("", "x: warning: w\nx: fatal: none\nclockctl: fatal: z", 1),), "fail none; correct"),
     ("server", (said(),), "fail it ended with 0"),
+    ("server", (said("", "x" * 10**7, 1),), "fail xx"),  # and that at once
     ("space", disk(256), "ok 1 MB at /"), ("space", disk(10**6, files=0), "fail .* is full"),
     ("space", disk(255), "fail .* is full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail .* read-only"),
     ("counter", ("tsc",), "ok tsc"), ("counter", ("hpet",), "warn hpet is slow"),
@@ -3439,7 +3441,7 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     refused(run("clockctl-graph", "--svg", log + "/no/x", CLOCKSPEED_LOG=log), "write .*/x: No such file .*")
     assert len(shown("--csv")) == 201 and shown("--csv")[1] == (
         "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
-    for words in ["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"]:
+    for words in ["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"], ["--svg"]:
         assert run("clockctl-graph", *words).returncode == 100
 
 
