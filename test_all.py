@@ -3287,7 +3287,8 @@ def test_a_probe_finds(probe, arguments, finding):
     ("stat", "sv", "run: s: (pid 7) 5s; run: log: (pid 8) 5s", 3, "ok .* 3 s"),
     ("stat", "sv", "down: s: 5s; run: log: (pid 8) 5s", 50, "fail down"),
     ("death_tally", "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok .* 50 s")])
-def test_a_service_is_up_by_the_age_of_its_process(kept, tool, shown, age_sec, finding, tmp_path):
+def test_a_service_is_up_by_the_age_of_its_process(
+        kept, tool, shown, age_sec, finding, tmp_path, monkeypatch):
     def run_tool(command):
         assert command[0] == tool
         return said(shown)
@@ -3299,6 +3300,12 @@ def test_a_service_is_up_by_the_age_of_its_process(kept, tool, shown, age_sec, f
     assert re.match("warn no clockspeed_adjust in {0}, {1}; .* {0}/$".format(*places), adjust)
     with process(["sleep", "60"]) as young:
         assert 0 <= CHECK.age_sec(young.pid) < PATIENCE_SEC and CHECK.age_sec("0") == 0
+
+    def denied(path):
+        raise PermissionError
+    monkeypatch.setattr(os, "listdir", denied)
+    service, log, adjust = told(CHECK.check_services, places, run_tool).splitlines()
+    assert service.endswith("can't see whether %s/clockspeed is up; run this as root" % tmp_path)
 
 
 def test_whether_marks_are_read_from_the_fifo(tmp_path):
