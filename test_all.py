@@ -3333,11 +3333,11 @@ def test_root_looks_with_the_eyes_of_another(groups, tmp_path):
 def test_who_sets_the_clock_is_known_by_name_or_by_the_log(tmp_path):
     line = "@4000000000000e1a00000000 foreign: x\n"
     assert told(CHECK.check_rivals, tmp_path, line, 20000).startswith("ok")
-    for pid, name, words in (("1", "chronyd", "a"), ("2", "chronyd", "a\0-x"), ("3", "sh", "a\0-x"),
-                             ("4", "ntpd", "a\0-x")):
-        (tmp_path / pid).mkdir()
-        (tmp_path / pid / "comm").write_text(name + "\n")
-        (tmp_path / pid / "cmdline").write_text(words + "\0")
+    for pid, name in enumerate(("chronyd", "chronyd", "sh", "ntpd"), 1):  # the others' words are not read
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "comm").write_text(name + "\n")
+    (tmp_path / "1" / "cmdline").write_text("a\0")
+    (tmp_path / "2" / "cmdline").write_text("a\0-x\0")
     assert sorted(told(CHECK.check_rivals, tmp_path, line, 10000).splitlines()) == [
         "fail by clockspeed's log another program steers the clock; find and stop it",
         "fail chronyd sets the clock too, as process 1; stop and disable it",
