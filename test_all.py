@@ -3442,7 +3442,9 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     os.link(picture, str(tmp_path / "before"))
     assert shown("--svg", picture) == []
     assert (tmp_path / "before").read_text() == "what was there before"
-    elements = xml.etree.ElementTree.fromstring(picture.read_text()).iter()
+    elements = list(xml.etree.ElementTree.fromstring(picture.read_text()).iter())
+    words = {title, "offset +900 us", *labels, *re.split("  +", dates.strip())}
+    assert words < {each.text for each in elements}
     classes = [each.get("class") for each in elements if each.get("points", "").count(",") == 200]
     assert sorted(classes) == ["bound", "bound", "deviation", "deviation", "value"]
     refused(run("clockctl-graph", "--svg", log + "/no/x", CLOCKSPEED_LOG=log), "write .*/x: No such file .*")
