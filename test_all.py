@@ -3170,10 +3170,11 @@ def told(probe, *arguments):
 def test_one_cause_is_one_failure_and_what_follows_says_so():
     clockspeed = CHECK.check_clockspeed, None, said(status=1), None
     odd = CHECK.check_marks, {"now": {"problem": None}}
+    unseen = CHECK.check_owners, [], ["/none"], lambda path: os.listdir("/dev/null")
     found = [(topic,) + finding for topic, finding in CHECK.findings([
-        (CHECK.check_programs, HERE, ["none"]), clockspeed, (CHECK.check_counter, "jiffies"), odd])]
+        (CHECK.check_programs, HERE, ["none"]), clockspeed, (CHECK.check_counter, "jiffies"), odd, unseen])]
     assert [" ".join(each[:2]) for each in found] == [
-        "programs fail", "clockspeed warn", "counter fail", "marks warn"]
+        "programs fail", "clockspeed warn", "counter fail", "marks warn", "owners warn"]
     assert found[1][3] == "that follows from programs" and found[3][2] == "unable to look: 'last_mark'"
     assert [finding.level for _, finding in CHECK.findings([clockspeed])] == ["fail"]
 
@@ -3188,6 +3189,7 @@ def status(outcome="used", settling=False, observe_only=False, **now):
 def owned(uid, mode, roots=("/usr/bin/env", "/usr/bin/none"), private=()):
     """/usr/bin is that user's, with that mode, and all else is as it should be."""
     def lstat(path):
+        os.lstat(path)
         mode_of, uid_of = (mode, uid) if path == "/usr/bin" else (0o40755, 0)
         return os.stat_result((mode_of, 0, 0, 1, uid_of, 0, 0, 0, 0, 0))
     return roots, private, lstat, 77
@@ -3224,22 +3226,24 @@ def disk(blocks, files=9, flags=0):
     ("marks", (status(None, offset_sec=None, next_mark_sec=None),), "warn none in this boot.*read the log"),
     ("marks", (status(next_mark_sec=-601),), "warn .*, the next one is late"),
     ("marks", (status(next_mark_sec=-599),), "ok .*marks: 10; $"),
-    ("marks", (status(mark_age_sec=3 * 10**6, next_mark_sec=None),), "warn .*late"),
+    ("marks", (status(mark_age_sec=3 * 10**6),), "warn .*late"),  # the loop tries, but fails
     ("marks", (status(mark_age_sec=2.6 * 10**6, next_mark_sec=None),), "ok .*marks: 10; $"),
     ("marks", (status("doubted"),), "warn .*one was doubted"),
     ("marks", (status(problem="it died"),), "warn how far the clock is off is not known"),
+    ("marks", (None,), "warn how far the clock is off is not known"),
     ("server", (said("after: y\nthis clock is 1 h ahead of x\n"),), "fail this.* ahead of x; `clockctl set`"),
     ("server", (said("this clock is 3 ms behind x", "c: warning: odd\n"),), "warn odd;.*\nok .* behind x"),
     ("server", (said("", "x: fatal: see `clockctl set`", 1),), "fail see `clockctl set`; $"),
     ("server", (said("this clock is 3 ms behind x", "", 2),), "fail it ended with 2; correct CLOCK_IP"),
     ("server", (said("", "x: warning: w\nx: fatal: none\nclockctl: fatal: z", 1),), "fail none; correct"),
     ("server", (said(),), "fail it ended with 0"),
+    ("server", (said("", "x" * 10**7, 1),), "fail xx"),  # and that at once
     ("space", disk(256), "ok 1 MB at /"), ("space", disk(10**6, files=0), "fail .* is full"),
     ("space", disk(255), "fail .* is full"), ("space", disk(10**6, flags=os.ST_RDONLY), "fail .* read-only"),
     ("counter", ("tsc",), "ok tsc"), ("counter", ("hpet",), "warn hpet is slow"),
     ("counter", ("jiffies",), "fail jiffies counts milliseconds"),
-    ("scale", ("tai", "tai", "utc"), "fail clockspeed takes .* utc, the clients for tai; set CLOCK_SCALE"),
-    ("scale", ("tai", "utc", "tai"), "warn the clock counts tai, the time zone utc")])
+    ("scale", ("tai", "tai", {"scale": "utc"}), "fail clockspeed takes .* utc, the clients for tai; set CLO"),
+    ("scale", ("tai", "utc", {"scale": "tai"}), "warn the clock counts tai, the time zone utc")])
 def test_a_probe_finds(probe, arguments, finding):
     found = told(getattr(CHECK, "check_" + probe), *arguments)
     assert re.match(finding, found), found
@@ -3252,7 +3256,8 @@ def test_a_probe_finds(probe, arguments, finding):
     ("stat", "sv", "run: s: (pid 7) 5s; run: log: (pid 8) 5s", 3, "ok .* 3 s"),
     ("stat", "sv", "down: s: 5s; run: log: (pid 8) 5s", 50, "fail down"),
     ("death_tally", "s6-svstat", "up (pid 7 pgid 7) 5 seconds", 50, "ok .* 50 s")])
-def test_a_service_is_up_by_the_age_of_its_process(kept, tool, shown, age_sec, finding, tmp_path):
+def test_a_service_is_up_by_the_age_of_its_process(
+        kept, tool, shown, age_sec, finding, tmp_path, monkeypatch):
     def run_tool(command):
         assert command[0] == tool
         return said(shown)
@@ -3263,7 +3268,13 @@ def test_a_service_is_up_by_the_age_of_its_process(kept, tool, shown, age_sec, f
     assert re.match(finding, service) and "fail %s/clockspeed/log is not supervised" % tmp_path in log
     assert re.match("warn no clockspeed_adjust in {0}, {1}; .* {0}/$".format(*places), adjust)
     with process(["sleep", "60"]) as young:
-        assert 0 <= CHECK.age_sec(young.pid) < PATIENCE_SEC
+        assert 0 <= CHECK.age_sec(young.pid) < PATIENCE_SEC and CHECK.age_sec("0") == 0
+
+    def denied(path):
+        raise PermissionError
+    monkeypatch.setattr(os, "listdir", denied)
+    service, log, adjust = told(CHECK.check_services, places, run_tool).splitlines()
+    assert service.endswith("can't see whether %s/clockspeed is up; run this as root" % tmp_path)
 
 
 def test_whether_marks_are_read_from_the_fifo(tmp_path):
@@ -3291,11 +3302,11 @@ def test_root_looks_with_the_eyes_of_another(groups, tmp_path):
 def test_who_sets_the_clock_is_known_by_name_or_by_the_log(tmp_path):
     line = "@4000000000000e1a00000000 foreign: x\n"
     assert told(CHECK.check_rivals, tmp_path, line, 20000).startswith("ok")
-    for pid, name, words in (("1", "chronyd", "a"), ("2", "chronyd", "a\0-x"), ("3", "sh", "a\0-x"),
-                             ("4", "ntpd", "a\0-x")):
-        (tmp_path / pid).mkdir()
-        (tmp_path / pid / "comm").write_text(name + "\n")
-        (tmp_path / pid / "cmdline").write_text(words + "\0")
+    for pid, name in enumerate(("chronyd", "chronyd", "sh", "ntpd"), 1):  # the others' words are not read
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "comm").write_text(name + "\n")
+    (tmp_path / "1" / "cmdline").write_text("a\0")
+    (tmp_path / "2" / "cmdline").write_text("a\0-x\0")
     assert sorted(told(CHECK.check_rivals, tmp_path, line, 10000).splitlines()) == [
         "fail by clockspeed's log another program steers the clock; find and stop it",
         "fail chronyd sets the clock too, as process 1; stop and disable it",
@@ -3321,6 +3332,18 @@ def test_check_looks_at_every_topic_and_counts(host):
     first, *rest = looks("CLOCK_IP=(x)\n")
     assert rest == ["0 ok, 0 warn, 1 fail"]
     assert first.startswith("fail  configuration: unable to read %s: line 3: " % host.conf)
+
+
+@pytest.mark.parametrize("env, status", [("CLOCK_IP=x", "{}"), ("", "["), ("", "[" * 10**5)])
+def test_check_does_not_rely_on_what_another_user_tells(env, status, host):
+    shutil.copy(path_of("clockctl-check"), host.home)
+    host.write("env", env or "CLOCK_IP=x\nCLOCKSPEED_HOME=/\nCLOCKSPEED_BIN=/\nCLOCKSPEED_LOG=/")
+    host.write("status --json", status)
+    host.write("clockctl", '#!/bin/sh\n[ "$1" != run ] || shift\ncat "%s/$*"\n' % host.home, 0o755)
+    done = subprocess.run([sys.executable, host.home + "/clockctl-check"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=host.env)
+    assert (done.returncode, done.stderr.count(b"\n")) == (111, 1), done.stderr
+    assert done.stderr.startswith(b"clockctl-check: fatal: unable to understand clockctl: ")
 
 
 # ==== clockctl-graph ================================================================================
@@ -3388,13 +3411,15 @@ def test_standard_deviation_and_bound_are_two_things(tmp_path):
     os.link(picture, str(tmp_path / "before"))
     assert shown("--svg", picture) == []
     assert (tmp_path / "before").read_text() == "what was there before"
-    elements = xml.etree.ElementTree.fromstring(picture.read_text()).iter()
+    elements = list(xml.etree.ElementTree.fromstring(picture.read_text()).iter())
+    words = {title, "offset +900 us", *labels, *re.split("  +", dates.strip())}
+    assert words < {each.text for each in elements}
     classes = [each.get("class") for each in elements if each.get("points", "").count(",") == 200]
     assert sorted(classes) == ["bound", "bound", "deviation", "deviation", "value"]
     refused(run("clockctl-graph", "--svg", log + "/no/x", CLOCKSPEED_LOG=log), "write .*/x: No such file .*")
     assert len(shown("--csv")) == 201 and shown("--csv")[1] == (
         "2027-01-15T08:00:00Z,used,-0.001000000,0.000050000,0.000900000,12.000000000,0.010000000")
-    for words in ["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"]:
+    for words in ["offsets"], ["offset", "rate"], ["--csv", "--svg", "x"], ["--svg"]:
         assert run("clockctl-graph", *words).returncode == 100
 
 
@@ -3579,8 +3604,9 @@ def test_its_manual_and_what_it_says_of_wrong_usage(image):
             ("--remove --server ntp:a", "--remove goes with --purge, --root and --dry-run"),
             ("--no-such", "install [options], which --help explains (--no-such is unknown)")]:
         assert install(image, args, 100) == ["install: usage: " + said]
-    assert install(image, "--root /dev/null", 111) == [
-        "install: fatal: unable to use /dev/null: it is no directory"]
+    for root in ("/dev/null", str(image / "-")):
+        assert install(image, "--dry-run --root " + root.replace(str(image) + "/", ""), 111) == [
+            "install: fatal: unable to use %s: it is no directory" % root]
     full = ["sh", "-c", '"$@" >/dev/full', "sh"]
     assert install(image, "", 111, full) == ["install: fatal: unable to write output"]
     assert not tree(image)
@@ -3709,7 +3735,8 @@ KEEPS = "fatal: unable to start: %s runs and keeps the clock; stop it first: "
     ("start-stop-daemon -S -c nobody -x /src/svc/install 2>&1 | grep ': not root; '", START, NO_SCAN),
     ("echo '' >/python", "", "fatal: unable to find python3, version 3.8 or newer"),
     ("echo /tmp/python3 >/python; chmod 777 /tmp", "", "fatal: unable to use /tmp/python3: others .*"),
-    ("touch /usr/local/clockspeed/adjust", "", "fatal: unable to mkfifo .*/adjust: .*exists.*"),
+    ("touch /usr/local/clockspeed/adjust", "--dry-run", "fatal: unable to use .*/adjust: something else .*"),
+    ("mkdir /usr/local/bin; mkfifo /usr/local/bin/clockctl", "", "write .*/clockctl.new, since .* edited"),
     ("ln -s /tmp /usr/local/clockspeed/etc", "", "fatal: unable to use .*/etc: it is a link"),
     ("svc/install; cd /usr/local/clockspeed; [ \"$(echo $(stat -c %U . adjust mark etc /var/multilog/*))\" ="
      " 'root clocksd clocksd clockspeed multilog multilog multilog' ]", "",
