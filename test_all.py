@@ -3051,11 +3051,12 @@ def test_root_asks_as_clocksd_with_a_small_environment(groups, monkeypatch):
     nobody = CTL.pwd.getpwnam("nobody")
     monkeypatch.setattr(CTL.pwd, "getpwnam", lambda name: {"clocksd": nobody}[name])
     monkeypatch.setenv("SECRET", "1")
+    monkeypatch.setenv("TZ", "")  # which is UTC
     config = dict(CTL.DEFAULTS, CLOCK_KEY="7")
     said = CTL.output_of(["sh", "-c", "id -u; id -G; grep CapEff /proc/self/status; env"], config)
     uid, groups, _, capabilities, *env = said.decode().split()
     assert (int(uid), int(groups), int(capabilities, 16)) == (nobody.pw_uid, nobody.pw_gid, 0)
-    assert "CLOCK_KEY=7" in env and "SECRET=1" not in env
+    assert {"CLOCK_KEY=7", "TZ="} <= set(env) and not {"SECRET=1", "CLOCK_CA="} & set(env)
     assert CTL.output_of(["id", "-u"], config, user="missing") == b"0\n"
     with pytest.raises(CTL.Failure, match="^unable to run /none: No such file or directory$"):
         CTL.output_of(["/none"], config)
