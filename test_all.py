@@ -2450,10 +2450,11 @@ def test_clockspeed_becomes_its_user_gives_only_its_own_away_and_keeps_no_more_t
         assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
         assert code or status["NoNewPrivs"] == "1"
         assert "clockspeed: warning: unable to steer the clock: " in process.text()
-        process.write()
+        process.write(2 * CS.pack(0))
         process.wait_for("used\n")
         assert [os.stat(path).st_uid for path in (daemon.home, adjust, etc)] == [0, writer, nobody.pw_uid]
         assert process.end() == 0 and ("unable to write etc/state: " in process.text()) == bool(code)
+        assert len(contents(etc / "atto")) == 16
     process = daemon(*options, code=code)
     with open(adjust, "wb", 0) as fifo:
         adjust.unlink()  # which only root can make again
@@ -3131,11 +3132,13 @@ def trying(host, monkeypatch):
     assert os.listdir(host.home + "/mark") == []
 
 
-def test_try_shows_what_clockspeed_makes_of_the_answers(trying, confined, capfd):
+def test_try_shows_what_clockspeed_makes_of_the_answers(trying, confined, monkeypatch, capfd):
+    parse = CTL.parse_status
+    monkeypatch.setattr(CTL, "parse_status", lambda data: dict(parse(data), rate_ppm=-10.0))
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 0
     first, last = capfd.readouterr().out.splitlines()
-    assert re.fullmatch(r" \d s, mark 1: rate \+0\.00 ppm, give or take \d+\.\d\d", first)
-    assert last.endswith("By ntp 192.0.2.9 this machine's counter is off by 0 ns a day.")
+    assert re.fullmatch(r" \d s, mark 1: rate -10\.00 ppm, give or take 500\.00", first)
+    assert last.endswith("By ntp 192.0.2.9 this machine's counter is off by 864 ms a day.")
     assert trying.lines() == ["sntpclock:-r 2 -- 192.0.2.9"]
     shutil.copy("/bin/true", trying.bin + "/clockspeed")
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 111
