@@ -3039,6 +3039,10 @@ def test_set_asks_for_any_offset_and_says_first_that_it_may_not(host, confined, 
     host.stand_in("clockadd")
     assert host.says("set") == "set the clock: this process has no right to; run it as root"
     assert host.lines() == []
+    for rights in (1 << 25, 2**41 - 1 - (1 << 25)):  # CAP_SYS_TIME alone, and all others
+        with monkeypatch.context() as patch:
+            patch.setattr(CTL, "open", lambda _: io.StringIO("CapEff:\t%016x\n" % rights), raising=False)
+            assert CTL.may_set_clock() == (rights == 1 << 25)
     monkeypatch.setattr(CTL, "may_set_clock", lambda: True)
     with reading(host.adjust) as fifo:
         assert CTL.main(["clockctl", "set"]) == 0
