@@ -3009,11 +3009,15 @@ def test_why_there_is_no_mark_is_a_line(host, conf, answer, then, said):
         assert host.says("mark") == said and fifo.read(100) is None
 
 
-def test_a_mark_is_not_waited_for_by_a_full_fifo(host):
+def test_a_mark_waits_neither_for_a_full_fifo_nor_long_for_a_client(host, monkeypatch, capfd):
     with reading(host.adjust) as fifo:
         while fifo.write(bytes(4096)):
             pass
         assert host.says("mark") == "write HOME/adjust: Resource temporarily unavailable"
+        monkeypatch.setattr(CTL, "CLIENT_SEC", 1)
+        host.stand_in("sntpclock", then="exec sleep 3571")
+        assert CTL.main(["clockctl", "mark"]) == 111
+        assert capfd.readouterr().err.endswith("' timed out after 1 seconds\n")
 
 
 @pytest.mark.parametrize("ns, last, words", [
