@@ -15,7 +15,7 @@ DESCRIPTION
     The counter is CLOCK_MONOTONIC_RAW, which nobody steers, else CLOCK_MONOTONIC.
 
     Linux is given the rate by adjtimex, so that the clock runs right between wake-ups and after
-    clockspeed is killed.  What the clock is off by the kernel slews away at 500 ppm: 1.8 s take
+    clockspeed is killed.  The kernel slews away what the clock is off by, at 500 ppm: 1.8 s take
     an hour.  Faster slews need a wrong rate, which would stay if clockspeed were killed.  On
     other systems adjtime() nudges the clock every 3 seconds.
 
@@ -42,7 +42,7 @@ OPTIONS
     home     the directory below, instead of $CLOCKSPEED_HOME or /usr/local/clockspeed
 
 FILES (in home)
-    adjust      the FIFO, made with mode 0600; who may read it can keep clockspeed from starting
+    adjust      the FIFO, made 0600 if missing; who may read it can keep clockspeed from starting
     etc/atto    seconds of real time per tick (nanosecond), as the C clockspeed keeps it, whose
                 rate is taken when it wrote last, within 500 ppm of 1 ns
     etc/state   what is known, for the next start: written at each mark and each hour
@@ -50,9 +50,9 @@ FILES (in home)
     etc/lock    so that no second clockspeed runs on this home
 
     etc/status is JSON.  When the counter read tick_ns, the system clock read written_ns, and
-    real time was offset_ns more.  When it reads TICK, t = (TICK - tick_ns) / 10^9 seconds have
-    passed, and real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm), with a variance
-    of c0 + c1 t + c2 t^2 + c3 t^3 ns^2, the factors in `variance`.
+    real time was offset_ns more.  When the counter reads TICK, t = (TICK - tick_ns) / 10^9 seconds
+    have passed, and real time is written_ns + offset_ns + t (10^9 + 1000 rate_ppm), with a
+    variance of c0 + c1 t + c2 t^2 + c3 t^3 ns^2, the factors in `variance`.
 
     `bound` tells where real time certainly is, if the servers tell the truth.  With t counted
     from the tick_ns in `bound`, and with C = change_ppm sqrt(max(1, t / 86400)), real time is

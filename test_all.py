@@ -2419,10 +2419,11 @@ def test_clockspeed_becomes_its_user_gives_only_its_own_away_and_keeps_no_more_t
         assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
         assert code or status["NoNewPrivs"] == "1"
         assert "clockspeed: warning: unable to steer the clock: " in process.text()
-        process.write()
+        process.write(2 * CS.pack(0))
         process.wait_for("used\n")
         assert [os.stat(path).st_uid for path in (daemon.home, adjust, etc)] == [0, writer, nobody.pw_uid]
         assert process.end() == 0 and ("unable to write etc/state: " in process.text()) == bool(code)
+        assert len(contents(etc / "atto")) == 16
     process = daemon(*options, code=code)
     with open(adjust, "wb", 0) as fifo:
         adjust.unlink()  # which only root can make again
@@ -2977,11 +2978,15 @@ def test_why_there_is_no_mark_is_a_line(host, conf, answer, then, said):
         assert host.says("mark") == said and fifo.read(100) is None
 
 
-def test_a_mark_is_not_waited_for_by_a_full_fifo(host):
+def test_a_mark_waits_neither_for_a_full_fifo_nor_long_for_a_client(host, monkeypatch, capfd):
     with reading(host.adjust) as fifo:
         while fifo.write(bytes(4096)):
             pass
         assert host.says("mark") == "write HOME/adjust: Resource temporarily unavailable"
+        monkeypatch.setattr(CTL, "CLIENT_SEC", 1)
+        host.stand_in("sntpclock", then="exec sleep 3571")
+        assert CTL.main(["clockctl", "mark"]) == 111
+        assert capfd.readouterr().err.endswith("' timed out after 1 seconds\n")
 
 
 @pytest.mark.parametrize("ns, last, words", [
@@ -2994,10 +2999,23 @@ def test_view_shows_clockviews_lines_and_one_in_words(host, ns, last, words):
     assert host.lines() == ["sntpclock:-- 192.0.2.1", "clockview:", pack(ns, last).hex()]
 
 
-def test_set_asks_for_any_offset_and_says_first_that_it_may_not(host, monkeypatch, capfd):
+@pytest.fixture
+def confined(monkeypatch):
+    """Root may not become another user, as in a container, and there is no clocksd."""
+    def refuse(_):
+        raise PermissionError
+    monkeypatch.setattr(os, "setgroups", refuse)
+    monkeypatch.setattr(CTL.pwd, "getpwnam", {"root": pwd.getpwnam("root")}.__getitem__)
+
+
+def test_set_asks_for_any_offset_and_says_first_that_it_may_not(host, confined, monkeypatch, capfd):
     host.stand_in("clockadd")
     assert host.says("set") == "set the clock: this process has no right to; run it as root"
     assert host.lines() == []
+    for rights in (1 << 25, 2**41 - 1 - (1 << 25)):  # CAP_SYS_TIME alone, and all others
+        with monkeypatch.context() as patch:
+            patch.setattr(CTL, "open", lambda _: io.StringIO("CapEff:\t%016x\n" % rights), raising=False)
+            assert CTL.may_set_clock() == (rights == 1 << 25)
     monkeypatch.setattr(CTL, "may_set_clock", lambda: True)
     with reading(host.adjust) as fifo:
         assert CTL.main(["clockctl", "set"]) == 0
@@ -3020,11 +3038,12 @@ def test_root_asks_as_clocksd_with_a_small_environment(groups, monkeypatch):
     nobody = CTL.pwd.getpwnam("nobody")
     monkeypatch.setattr(CTL.pwd, "getpwnam", lambda name: {"clocksd": nobody}[name])
     monkeypatch.setenv("SECRET", "1")
+    monkeypatch.setenv("TZ", "")  # which is UTC
     config = dict(CTL.DEFAULTS, CLOCK_KEY="7")
     said = CTL.output_of(["sh", "-c", "id -u; id -G; grep CapEff /proc/self/status; env"], config)
     uid, groups, _, capabilities, *env = said.decode().split()
     assert (int(uid), int(groups), int(capabilities, 16)) == (nobody.pw_uid, nobody.pw_gid, 0)
-    assert "CLOCK_KEY=7" in env and "SECRET=1" not in env
+    assert {"CLOCK_KEY=7", "TZ="} <= set(env) and not {"SECRET=1", "CLOCK_CA="} & set(env)
     assert CTL.output_of(["id", "-u"], config, user="missing") == b"0\n"
     with pytest.raises(CTL.Failure, match="^unable to run /none: No such file or directory$"):
         CTL.output_of(["/none"], config)
@@ -3090,11 +3109,13 @@ def trying(host, monkeypatch):
     assert os.listdir(host.home + "/mark") == []
 
 
-def test_try_shows_what_clockspeed_makes_of_the_answers(trying, capfd):
+def test_try_shows_what_clockspeed_makes_of_the_answers(trying, confined, monkeypatch, capfd):
+    parse = CTL.parse_status
+    monkeypatch.setattr(CTL, "parse_status", lambda data: dict(parse(data), rate_ppm=-10.0))
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 0
     first, last = capfd.readouterr().out.splitlines()
-    assert re.fullmatch(r" \d s, mark 1: rate \+0\.00 ppm, give or take \d+\.\d\d", first)
-    assert last.endswith("By ntp 192.0.2.9 this machine's counter is off by 0 ns a day.")
+    assert re.fullmatch(r" \d s, mark 1: rate -10\.00 ppm, give or take 500\.00", first)
+    assert last.endswith("By ntp 192.0.2.9 this machine's counter is off by 864 ms a day.")
     assert trying.lines() == ["sntpclock:-r 2 -- 192.0.2.9"]
     shutil.copy("/bin/true", trying.bin + "/clockspeed")
     assert CTL.main(["clockctl", "try", "ntp:192.0.2.9"]) == 111
