@@ -1310,11 +1310,14 @@ VECTORS = (  # what is sent, how many bytes come back
     (b"ctai", 0), (b"", 0), (b"ctai" + bytes(15), 0), (b"stai" + bytes(28), 0), (b"cta", 0),
     (b"Ctai" + bytes(28), 0), (QUERY, 32), (b"ctai" * 7, 28), (b"ctai" * 5, 20), (b"ctai" * 5 + b"x", 21),
     (b"ctai" + bytes(252), 256), (b"ctai" * 76, 256))
-LACKS = {  # what the system lacks, without which there are no batches, or no IPv6
+LACKS = {  # what the system lacks, without which there are no batches, no IPv6, or large descriptors only
     "nothing": "", "ctypes": "sys.modules['ctypes'] = None",
     "recvmmsg": "import ctypes, types\n"
                 "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)",
-    "ipv6": "import socket; socket.has_dualstack_ipv6 = lambda: False"}
+    "ipv6": "import socket; socket.has_dualstack_ipv6 = lambda: False",
+    "small descriptors": "import resource; _, most = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+                         "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
+                         "for _ in range(min(1024, most - 99)): os.dup(2)"}
 HOSTS = ("127.0.0.1", "::1")
 TWO_SOCKETS = ("-i", HOSTS[0], "-i", HOSTS[1])
 
@@ -1352,7 +1355,8 @@ def replies_to(sock):
 
 @pytest.mark.parametrize("lack, args, scale", [
     ("nothing", (), "utc"), ("nothing", TWO_SOCKETS, "tai"), ("ctypes", (), "tai"),
-    ("ctypes", TWO_SOCKETS, "utc"), ("recvmmsg", (), "utc"), ("ipv6", (), "utc")])
+    ("ctypes", TWO_SOCKETS, "utc"), ("recvmmsg", (), "utc"), ("ipv6", (), "utc"),
+    ("small descriptors", TWO_SOCKETS, "utc")])
 @pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.long)])
 def test_taiclockd_answers_each_datagram_of_a_flood_as_specified_and_does_not_grow(lack, args, scale, rounds):
     rng, sizes_kb, label_zero_sec = random.Random(SEED), [], 2**62 + {"utc": 37, "tai": 10}[scale]
