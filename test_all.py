@@ -1094,17 +1094,18 @@ def nts_server(cookies):
 def test_no_answer_counts_that_is_not_the_servers_to_its_last_bit():
     server = nts_server([bytes(100)] * 8)
     queries = query, other_query = NTS.make_query(server), NTS.make_query(server)
-    answer, other = [sealed_answer(NTS_SIV, each, ntp_answer(each), [bytes(100)]) for each in queries]
+    answer, other = [sealed_answer(NTS_SIV, each, ntp_answer(each), 3 * [bytes(100)]) for each in queries]
     (_, a, _), (_, b, _) = NTS.split_fields(answer, 48)  # identifier and authenticator
     size, number = len(answer), int.from_bytes(answer, "big")
     wrong = [(number ^ 1 << bit).to_bytes(size, "big") for bit in range(8 * size)]
     wrong += [answer[:end] for end in range(size)]
     wrong += [answer + more for more in (b"\0", bytes(4), NTS.field(9, bytes(12)), answer[a:b], answer[b:])]
     wrong += [answer[:48] + answer[b:] + answer[a:b], answer[:48] + answer[b:], answer[:b] + other[b:], other,
-              answer[:a + 4] + NTS.identifier_of(other_query) + answer[b:]]
+              answer[:a + 4] + NTS.identifier_of(other_query) + answer[b:],
+              sealed_answer(NTS_SIV, other_query, ntp_answer(query))]
     assert [packet for packet in wrong if NTS.decode(server, query, packet)] == []
     assert len(server.keys.cookies) == 6 and NTS.decode(server, query, answer)
-    assert len(server.keys.cookies) == 7
+    assert len(server.keys.cookies) == 8, "the two that lacked, not the three that came"
 
 
 def test_a_query_asks_for_the_cookies_that_lack_and_fits_into_a_packet():
@@ -1468,7 +1469,8 @@ def test_taiclockd_takes_inherited_udp_sockets_and_no_others():
 
 def test_taiclockd_asks_the_kernel_where_it_can():
     assert SERVER.kernel_state() in (-1, 0, 5)
-    with taiclockd(lack="ctypes", CLOCK_SERVE="synced") as server:
+    others = dict(LISTEN_PID="1", LISTEN_FDS="1")  # sockets passed to another process
+    with taiclockd(lack="ctypes", CLOCK_SERVE="synced", **others) as server:
         assert server.stderr.readline() == (
             b"taiclockd: info: silent: the kernel does not say whether its clock is synchronised\n")
 
