@@ -1157,6 +1157,7 @@ def test_stored_keys_are_used_for_28_days_within_the_certificates_time_and_until
             server.choose = lambda good, siv, query, n: kiss(query, b"NTSN") if nak else good
             done = nts_run(authority, server.port, "-r", exchanges, "-t", 500, "-s", tmp_path, host=host)
             assert (done.returncode, server.sessions) == (status, sessions)
+            assert sorted(os.listdir(tmp_path)) == ["nts", "sources"]
 
 
 def drip(tls, grant):
