@@ -225,13 +225,15 @@ def serve(sockets, clock):
     except (AttributeError, ImportError, OSError):
         answer = answer_one
     alone = len(sockets) == 1  # reading it waits
+    poll, by_fd = select.poll(), {sock.fileno(): sock for sock in sockets}
     for sock in sockets:
         sock.setblocking(alone)
+        poll.register(sock, select.POLLIN)
     while True:
         answered = ignored = refused = 0
         due_sec = time.monotonic() + COUNT_SEC
         while time.monotonic() < due_sec:
-            for sock in sockets if alone else select.select(sockets, [], [])[0]:
+            for sock in sockets if alone else [by_fd[fd] for fd, _ in poll.poll()]:
                 received, queries, sent = answer(sock, clock)
                 answered += sent
                 ignored += received - queries

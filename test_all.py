@@ -457,7 +457,8 @@ def test_the_result_is_the_servers_offset(name, answer):
             ("127.0.0.1", "127.0.0.1", "utc", 123456789, 0), ("127.0.0.1", "0", "tai", -10**13 - 5, 27),
             ("::1", "::1", "utc", 0, 0), ("::1", "::1%1", "utc", SECOND_NS, 0)):
         with Rogue(functools.partial(answer, off_ns=off_ns), address) as server:
-            value_ns, spread_ns, _ = result_of(ask(name, server.port, hosts=[host], CLOCK_SCALE=scale))
+            done = ask(name, server.port, "-6" if ":" in host else "-4", hosts=[host], CLOCK_SCALE=scale)
+        value_ns, spread_ns, _ = result_of(done)
         assert abs(value_ns - off_ns - slow_sec * SECOND_NS) <= spread_ns < NEAR_NS
         assert len(server.queries) == len(set(server.queries)) == 10, "a cookie came twice"
 
@@ -1093,17 +1094,18 @@ def nts_server(cookies):
 def test_no_answer_counts_that_is_not_the_servers_to_its_last_bit():
     server = nts_server([bytes(100)] * 8)
     queries = query, other_query = NTS.make_query(server), NTS.make_query(server)
-    answer, other = [sealed_answer(NTS_SIV, each, ntp_answer(each), [bytes(100)]) for each in queries]
+    answer, other = [sealed_answer(NTS_SIV, each, ntp_answer(each), 3 * [bytes(100)]) for each in queries]
     (_, a, _), (_, b, _) = NTS.split_fields(answer, 48)  # identifier and authenticator
     size, number = len(answer), int.from_bytes(answer, "big")
     wrong = [(number ^ 1 << bit).to_bytes(size, "big") for bit in range(8 * size)]
     wrong += [answer[:end] for end in range(size)]
     wrong += [answer + more for more in (b"\0", bytes(4), NTS.field(9, bytes(12)), answer[a:b], answer[b:])]
     wrong += [answer[:48] + answer[b:] + answer[a:b], answer[:48] + answer[b:], answer[:b] + other[b:], other,
-              answer[:a + 4] + NTS.identifier_of(other_query) + answer[b:]]
+              answer[:a + 4] + NTS.identifier_of(other_query) + answer[b:],
+              sealed_answer(NTS_SIV, other_query, ntp_answer(query))]
     assert [packet for packet in wrong if NTS.decode(server, query, packet)] == []
     assert len(server.keys.cookies) == 6 and NTS.decode(server, query, answer)
-    assert len(server.keys.cookies) == 7
+    assert len(server.keys.cookies) == 8, "the two that lacked, not the three that came"
 
 
 def test_a_query_asks_for_the_cookies_that_lack_and_fits_into_a_packet():
@@ -1155,6 +1157,7 @@ def test_stored_keys_are_used_for_28_days_within_the_certificates_time_and_until
             server.choose = lambda good, siv, query, n: kiss(query, b"NTSN") if nak else good
             done = nts_run(authority, server.port, "-r", exchanges, "-t", 500, "-s", tmp_path, host=host)
             assert (done.returncode, server.sessions) == (status, sessions)
+            assert sorted(os.listdir(tmp_path)) == ["nts", "sources"]
 
 
 def drip(tls, grant):
@@ -1310,11 +1313,14 @@ VECTORS = (  # what is sent, how many bytes come back
     (b"ctai", 0), (b"", 0), (b"ctai" + bytes(15), 0), (b"stai" + bytes(28), 0), (b"cta", 0),
     (b"Ctai" + bytes(28), 0), (QUERY, 32), (b"ctai" * 7, 28), (b"ctai" * 5, 20), (b"ctai" * 5 + b"x", 21),
     (b"ctai" + bytes(252), 256), (b"ctai" * 76, 256))
-LACKS = {  # what the system lacks, without which there are no batches, or no IPv6
+LACKS = {  # what the system lacks, without which there are no batches, no IPv6, or large descriptors only
     "nothing": "", "ctypes": "sys.modules['ctypes'] = None",
     "recvmmsg": "import ctypes, types\n"
                 "ctypes.PyDLL = lambda _: types.SimpleNamespace(recvmmsg=lambda *_: -1, sendmmsg=None)",
-    "ipv6": "import socket; socket.has_dualstack_ipv6 = lambda: False"}
+    "ipv6": "import socket; socket.has_dualstack_ipv6 = lambda: False",
+    "small descriptors": "import resource; _, most = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+                         "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
+                         "for _ in range(min(1024, most - 99)): os.dup(2)"}
 HOSTS = ("127.0.0.1", "::1")
 TWO_SOCKETS = ("-i", HOSTS[0], "-i", HOSTS[1])
 
@@ -1352,7 +1358,8 @@ def replies_to(sock):
 
 @pytest.mark.parametrize("lack, args, scale", [
     ("nothing", (), "utc"), ("nothing", TWO_SOCKETS, "tai"), ("ctypes", (), "tai"),
-    ("ctypes", TWO_SOCKETS, "utc"), ("recvmmsg", (), "utc"), ("ipv6", (), "utc")])
+    ("ctypes", TWO_SOCKETS, "utc"), ("recvmmsg", (), "utc"), ("ipv6", (), "utc"),
+    ("small descriptors", TWO_SOCKETS, "utc")])
 @pytest.mark.parametrize("rounds", [20, pytest.param(1500, marks=pytest.mark.long)])
 def test_taiclockd_answers_each_datagram_of_a_flood_as_specified_and_does_not_grow(lack, args, scale, rounds):
     rng, sizes_kb, label_zero_sec = random.Random(SEED), [], 2**62 + {"utc": 37, "tai": 10}[scale]
@@ -1463,7 +1470,8 @@ def test_taiclockd_takes_inherited_udp_sockets_and_no_others():
 
 def test_taiclockd_asks_the_kernel_where_it_can():
     assert SERVER.kernel_state() in (-1, 0, 5)
-    with taiclockd(lack="ctypes", CLOCK_SERVE="synced") as server:
+    others = dict(LISTEN_PID="1", LISTEN_FDS="1")  # sockets passed to another process
+    with taiclockd(lack="ctypes", CLOCK_SERVE="synced", **others) as server:
         assert server.stderr.readline() == (
             b"taiclockd: info: silent: the kernel does not say whether its clock is synchronised\n")
 
