@@ -202,12 +202,12 @@ def normal(sigma):
     return lambda rng, index, exchanges: Noise(rng.gauss(0, sigma), None, 0.0, sigma**2)
 
 
-def wild(noise, share=0.03, where=()):
-    """Some marks, and those numbered in where, wrong by 0.05 to 5 s more; the others as without this."""
+def wild(noise):
+    """Three marks of a hundred wrong by 0.05 to 5 s more; the others as without this."""
     def draw(rng, index, exchanges):
         drawn = noise(rng, index, exchanges)
         apart = random.Random(repr(drawn.error_sec))
-        if not (apart.random() < share or index in where):
+        if apart.random() >= 0.03:
             return drawn
         more_sec = apart.uniform(0.05, 5) * apart.choice((-1, 1))
         return drawn._replace(error_sec=drawn.error_sec + more_sec, var=1e6)

@@ -118,6 +118,7 @@ import importlib.machinery
 import importlib.util
 import io
 import json
+import math
 import pathlib
 import pwd
 import random
@@ -126,6 +127,7 @@ import signal
 import socket
 import ssl
 import stat
+import statistics
 import struct
 import tempfile
 import threading
@@ -1487,287 +1489,7 @@ def test_taiclockd_refuses_wrong_arguments_and_variables(args, env, status, said
     assert (done.returncode, done.stderr) == (status, "taiclockd: %s\n" % said)
 
 
-# ==== the estimator =========================================================================
-
-
-bench_all = load("bench_all")  # the simulated worlds, and what is wanted in them
-NOISE_OF_FEW_SEEDS = 1.3  # how much looser than bench_all's limits, which are for many seeds
-DAY_NS = 86400 * 10**9
-
-
-@pytest.mark.parametrize("name", ("w 1e-9, 4 a mark, 3600 s", "LAN, 8 a mark, 1024 s", "one way",
-                                  "other way, 4 a mark", "20 us, wild", "w 1e-9, 2 ms, asked 10 ms"))
-def test_estimator_reaches_what_is_wanted(name):
-    options, goals = {**bench_all.SPREADS, **bench_all.WITHOUT}[name]
-    found = bench_all.compare(options, (121, 138))  # in the last world their first marks agree by luck
-    for name, most in dict(goals, honesty=bench_all.RATIO_MOST).items():
-        assert getattr(found, name) < most * NOISE_OF_FEW_SEEDS
-    assert found.honesty > bench_all.RATIO_LEAST / NOISE_OF_FEW_SEEDS and not found.outside
-
-
-@pytest.mark.parametrize("name", bench_all.CHANGES)
-def test_estimator_notices_a_change_of_path_or_clock(name):
-    (before, *after), worst = bench_all.after_change(bench_all.CHANGES[name], [SEED])
-    if name.startswith("floor"):
-        assert worst < 4 and max(after[5:]) < 2 * before
-    else:
-        assert after[0] > 1.5 * before, "or nothing happened"
-        assert after[3] < 2.5 * before
-
-
-def test_no_floor_rises_only_to_find_a_mark_of_a_burst_wild():
-    for off_ns, count in (25 * 10**6, 88), (0, 3):
-        estimator = bench_all.simulate(SEED, 1, bench_all.WAN, bench_all.every(1024)).estimator
-        for index, off_of_this in enumerate((0, 0, off_ns), 1):
-            spread_ns = min(estimator.path.spreads[:80]) + 35 * 10**6 + index
-            mark = later(estimator, estimator.last.tick_ns + 10**12, off_of_this)
-            assert estimator.mark(*mark, spread_ns) == "used"
-        assert len(estimator.path.spreads) == count
-
-
-def telling(spread_sec):
-    return lambda *args: bench_all.normal(1e-3)(*args)._replace(spread_sec=spread_sec)
-
-
-@pytest.mark.parametrize("noise, worse, most", [(telling(None), telling(0.02), 1.1)] + [
-    (bench_all.normal(2e-5), bench_all.wild(bench_all.normal(2e-5), 0.0, [index]), 2) for index in range(3)])
-def test_neither_a_spread_that_tells_nothing_nor_a_wild_beginning_does_much_harm(noise, worse, most):
-    errors = [bench_all.simulate(SEED, 1, each, bench_all.every(1024)).rms(bench_all.DAY / 2)
-              for each in (noise, worse)]
-    assert errors[1] < most * errors[0]
-
-
-@functools.lru_cache(None)
-def settled_state(noise=1e-4, days=1, **options):
-    run = bench_all.simulate(SEED, days, bench_all.normal(noise), bench_all.every(1024), **options)
-    return json.dumps(run.estimator.state())
-
-
-def settled(**options):
-    """An estimator after some days of marks -> (it, the tick of its last mark)."""
-    estimator = bench_all.Estimator.from_state(json.loads(settled_state(**options)))
-    return estimator, estimator.last.tick_ns
-
-
-def later(estimator, tick_ns, off_ns=0):
-    """A mark as the estimator expects it, or off by so much."""
-    return tick_ns, estimator.real(tick_ns)[0] + off_ns
-
-
-def test_a_lone_wild_mark_leaves_no_trace():
-    (estimator, tick_ns), twin = settled(), settled()[0]
-    tick_ns += 10**12
-    assert estimator.mark(*later(estimator, tick_ns, 10**9), 10**6) == "doubted" and estimator.doubts()
-    assert (estimator.next_mark(tick_ns, 10**9), estimator.next_mark_plan(tick_ns, 10**9)) == (0, (64, 1))
-    assert (estimator.rate(), estimator.real(tick_ns)) == (twin.rate(), twin.real(tick_ns))
-    mark = later(twin, tick_ns + 10**12)
-    assert estimator.mark(*mark) == twin.mark(*mark) == "used"
-    assert dict(estimator.state(), exchanges=1) == twin.state(), "for ever"
-
-
-@pytest.mark.parametrize("step_ns", (-10**16, -10**9, 10**7, 36 * 10**11))
-def test_two_marks_that_agree_are_a_step(step_ns):
-    estimator, tick_ns = settled()
-    rate_ppm = estimator.rate()[0]
-    marks = [later(estimator, tick_ns + index * 10**12, step_ns) for index in (1, 2)]
-    assert [estimator.mark(*mark) for mark in marks] == ["doubted", "used"]
-    assert abs(estimator.real(marks[1][0])[0] - marks[1][1]) < 10**6
-    assert abs(estimator.rate()[0] - rate_ppm) < 0.5, "never learned as drift"
-
-
-@pytest.mark.parametrize("ppm", (90500, -5000, 1500))
-def test_no_rate_over_1000_ppm_is_ever_believed(ppm):
-    for estimator, tick_ns in settled(), (bench_all.Estimator(), 0):
-        real_ns = estimator.real(tick_ns)[0] if tick_ns else 18 * 10**17
-        for index in range(1, 12):
-            estimator.mark(tick_ns + index * 10**11, real_ns + index * (10**11 + ppm * 10**5), 10**6)
-            assert abs(estimator.rate()[0]) <= 1000 and abs(estimator.rate_at(tick_ns + 10**13)) <= 1000
-        state = estimator.state()
-        for _, mean, _ in state["awake"]:
-            mean[1] = ppm * 1e3
-        with pytest.raises(ValueError):
-            bench_all.Estimator.from_state(state)
-    with pytest.raises(ValueError):
-        bench_all.Estimator(ppm)
-
-
-def test_nothing_hangs_for_ever_on_an_old_belief_and_each_mark_costs_little():
-    estimator, tick_ns = settled()
-    rng, start = random.Random(SEED), time.process_time()
-    outcomes = [estimator.mark(tick_ns + index * 10**12, rng.randrange(10**18, 2 * 10**18), 10**6)
-                for index in range(1, 25)]
-    assert "used" in outcomes
-    assert time.process_time() - start < 24 * 0.1, "on a slow core; 10 ms a mark on a usual one"
-
-
-def test_estimator_refuses_what_is_no_mark():
-    estimator, tick_ns = settled()
-    state, real_ns = estimator.state(), 18 * 10**17
-    for mark in ((tick_ns, real_ns), (tick_ns - 1, real_ns), (None, real_ns), (tick_ns + 1, 1.5), ("1", "2"),
-                 (1 << 65, real_ns), (tick_ns + 1, float("nan")), (True, real_ns), (tick_ns + 1, -1 << 200),
-                 (tick_ns + 1, real_ns, -1), (tick_ns + 1, real_ns, 1e6), (tick_ns + 1, real_ns, 1 << 65)):
-        assert estimator.mark(*mark) == "refused"
-    assert estimator.state() == state
-
-
-@pytest.mark.parametrize("world", ({}, {"daily_ppm": 1.0, "wander": 1e-10, "noise": 2e-3, "days": 3}))
-def test_next_mark_and_variance_foretell_the_error(world):
-    estimator, tick_ns = settled(**world)
-    targets_ns = [-1, float("nan")] + [10**(exponent / 4) for exponent in range(12, 50)] + [float("inf")]
-    waits = [estimator.next_mark(tick_ns, target_ns) for target_ns in targets_ns]
-    assert waits == sorted(waits) and waits[:3] == [0, 0, 0]
-    assert waits[-2] > 10**6 and 1e8 - 1 < waits[-1] <= 1e8
-    for target_ns, wait_sec in zip(targets_ns, waits):
-        before_ns, after_ns = (estimator.real(tick_ns + int((wait_sec + sec) * 1e9))[1] for sec in (-2, 2))
-        assert wait_sec == 0 or wait_sec > 1e8 - 1 or before_ns < target_ns < after_ns / 0.999
-    tick_ns += 10**12
-    for sec in (0, 60, 3600, 21600, 43200, 86400, 10**6, 10**7):
-        foretold = sum(factor * sec**power for power, factor in enumerate(estimator.variance(tick_ns)))**0.5
-        error_ns = estimator.real(tick_ns + sec * 10**9)[1]
-        assert error_ns * 0.95 < foretold < error_ns * (3 if world and sec else 1.5 if sec else 1.0001)
-
-
-def test_a_plan_takes_many_exchanges_where_queueing_is_the_noise_and_one_where_wander_is():
-    estimator = bench_all.simulate(SEED, 1, bench_all.WAN, bench_all.every(1024)).estimator
-    for target_ns, least, most in (10**6, 2, 8), (10**9, 1, 1):
-        assert least <= estimator.next_mark_plan(estimator.last.tick_ns, target_ns).exchanges <= most
-        assert estimator.next_mark_plan(estimator.last.tick_ns, target_ns, 1).exchanges == 1
-    assert bench_all.Estimator().next_mark_plan(0, 10**6) == (64, 1)
-
-
-def test_the_wave_outlives_a_boot():
-    estimator, tick_ns = settled(days=6, daily_ppm=1.0, wander=1e-11)
-    hours_ns = [hour * 36 * 10**11 for hour in range(24)]
-    expected = [estimator.real(tick_ns + DAY_NS + hour_ns)[0] for hour_ns in hours_ns]
-    rates = [estimator.rate_at(tick_ns + hour_ns) for hour_ns in hours_ns]
-    assert 1.8 < max(rates) - min(rates) < 2.2, "twice 1 ppm"
-    estimator.forget_phase(0)
-    assert estimator.mark(5 * 10**9, expected[0]) == "used", "the counter begins anew, a day later"
-    again = [estimator.real(5 * 10**9 + hour_ns)[0] for hour_ns in hours_ns]
-    assert max(abs(a - b) for a, b in zip(again, expected)) < 3 * 10**6, "without the wave it is 27 ms"
-
-
-def some_states():
-    """(class, state) of all kinds: with a rate only, in doubt, after a boot, settled, impossible; a bound."""
-    told, (doubting, tick_ns), (booted, _) = bench_all.Estimator(50, 10), settled(), settled(daily_ppm=1.0)
-    assert told.rate() == pytest.approx((50, 10))
-    for index in range(1, 4):
-        doubting.mark(*later(doubting, tick_ns + index * 10**12, index**2 * 10**9), 10**6)
-    booted.forget_phase(1.0)
-    run = bench_all.simulate(SEED, 1, bench_all.WAN, bench_all.every(3600))
-    known = [(type(each), each.state())
-             for each in (told, doubting, booted, run.estimator, bench_all.Bound(), run.bound)]
-    odd = json.loads(json.dumps(doubting.state()))
-    for _, _, cov in odd["awake"]:
-        cov[1][2] = cov[2][1] = -(cov[1][1] * cov[2][2])**0.5
-    return known + [(bench_all.Estimator, odd)]
-
-
-def feed(one, tick_ns, off_ns=0):
-    """A mark, for an estimator or a bound."""
-    real_ns, distance_ns = 18 * 10**17 + tick_ns + off_ns, [10**6] * isinstance(one, bench_all.Bound)
-    return one.mark(tick_ns, real_ns, 10**7, *distance_ns)
-
-
-def test_states_go_on_to_the_last_bit():
-    for kind, state in some_states():
-        text = json.dumps(state)
-        one = two = kind.from_state(json.loads(text))
-        assert json.dumps(one.state()) == text
-        for index in range(1, 5):
-            two = kind.from_state(json.loads(json.dumps(two.state())))
-            mark = 8 * 10**14 + index * 10**12, index % 2 * 10**5
-            assert feed(one, *mark) == feed(two, *mark)
-        assert json.dumps(one.state()) == json.dumps(two.state())
-
-
-def damaged(value, rng):
-    """With something at a random depth changed or dropped."""
-    if not (value and isinstance(value, (dict, list))) or rng.random() < 0.1:
-        return rng.choice([None, True, 0, 1, -1, 1e300, -1e300, 1e30, -1e30, 10**400, 10**19, 0.5, 186, "x",
-                           [], {}, [[]], [1, 2, 3], 1e-300, float("nan"), float("inf")])
-    parts = dict(value) if isinstance(value, dict) else dict(enumerate(value))
-    key = rng.choice(list(parts))
-    part = parts.pop(key)
-    if rng.random() < 0.9:
-        parts[key] = damaged(part, rng)
-    return parts if isinstance(value, dict) else [parts[index] for index in sorted(parts)]
-
-
-def test_a_hostile_state_is_a_value_error_or_does_no_harm():
-    rng, states, outcomes = random.Random(SEED), some_states(), set()
-    for _ in range(400):
-        kind, state = rng.choice(states)
-        for _ in range(rng.choice((0, 1, 1, 2, 5))):
-            state = damaged(state, rng)
-        try:
-            taken = kind.from_state(state)
-        except ValueError:
-            outcomes.add("ValueError")
-            continue
-        outcomes.add("taken")
-        for tick_ns in (10**15, 10**15 + 1, 10**17):
-            feed(taken, tick_ns)
-        if kind is bench_all.Bound:
-            assert taken.at(tick_ns)[0] <= taken.at(tick_ns)[1]
-        else:
-            assert taken.real(tick_ns)[1] >= 0 and len(taken.variance(tick_ns)) == 4
-            assert taken.rate()[1] >= 0 and min(taken.learned()) > 0 and abs(taken.rate_at(tick_ns)) <= 1000
-            assert taken.next_mark_plan(tick_ns, 1e6).wait_sec >= 64
-    assert outcomes == {"ValueError", "taken"}
-
-
-@pytest.mark.parametrize("world", ({}, {"daily_ppm": 1.0}, {"wander": 1e-10}))
-def test_real_time_is_within_the_bound_which_grows_slowly_in_the_dark(world):
-    noise = bench_all.Queues(asymmetry_sec=0.1 if world else 0.0)
-    run = bench_all.simulate(SEED, 3, noise, bench_all.every(7200), bench_all.TwoPoints, dark_days=1, **world)
-    assert not run.outside
-    assert world or (run.widths[-1][1] - run.widths[-290][1]) / 2 < 15e-6 * 86400 / 10
-
-
-def test_the_bound_is_what_marks_prove():
-    """That its formula carries it on is tested with clockctl, which does that."""
-    bound = bench_all.Bound()
-    assert bound.at(5) is None and bound.coefficients() is None and bound.mark(5, 5, None, 1) == "refused"
-    assert bound.mark(10**12, 10**18, 10**7, 10**6) == "used"
-    assert bound.at(10**12) == (10**18 - 11 * 10**6, 10**18 + 11 * 10**6)
-    assert bound.at(2 * 10**12)[1] - 10**18 == 10**12 + 11 * 10**6 + 10**9, "1000 ppm before a second mark"
-
-
-def test_a_mark_that_contradicts_the_bound_begins_it_anew_and_wider():
-    bound, outcomes = bench_all.Bound(), {}
-    for index in range(1, 60):
-        outcomes[index] = feed(bound, index * 36 * 10**11, 10**10 * (index == 50))
-    assert [index for index in outcomes if outcomes[index] == "restarted"] == [50, 51]
-    assert bound.allowed_ppm == 4 * bench_all.CLOCKSPEED.CHANGE_PPM
-    bound.forget()
-    assert bound.at(10**15) is None
-
-
-def test_replay_makes_each_estimate_of_a_log_again(simulate):
-    kernel, log, rng = FakeKernel(ppm=5.0), [], random.Random(SEED)
-    for source, event in (("no rate known", lambda: None), (None, lambda: kernel.pass_by(100)),
-                          (None, lambda: setattr(kernel, "tick", 10**9)),
-                          ("phase and rate of etc/state", lambda: None),
-                          ("rate of etc/state", lambda: setattr(kernel, "boot", "boot-2")),
-                          ("rate of etc/atto, the rest of etc/state",
-                           lambda: (simulation.etc_path / "atto").write_bytes(CS.pack(1, 5000)))):
-        event()
-        if source:
-            simulation = simulate(kernel)
-            assert simulation.source == source
-            rate = simulation.daemon.estimator.rate()
-            log.append("start: rate %+.4f ppm, rate error %.4f ppm, %s" % (*rate, source))
-        for last in (720133918, 720133918, 0, 720133918):
-            simulation.mark(rng.gauss(0, 1e-4), last)
-            simulation.run(1000)
-        log += ["@4000000068dcd2a5075bcd15 " + line for line in simulation.lines]
-        simulation.lines.clear()
-    assert bench_all.replay(log) == (24, [])
-    assert len(bench_all.replay(log[:1] + log[2:])[1]) > 2, "each mark counts"
-
-
-# ==== clockspeed: a simulated kernel ================================================================
+# ==== a simulated kernel ============================================================================
 CS = load("clockspeed")
 HOUR_NS = 3600 * 10**9
 ONE_MS = SNTP.pack_quality(10**6, 0)  # what a mark of that spread tells
@@ -1844,6 +1566,361 @@ class FakeKernel:
     def given_ppm(self):
         return self.fields["freq"] / 65536 + (self.fields["tick"] - 10000) * 100
 
+
+# ==== the estimator =================================================================================
+DAY_NS, WAIT_SEC = 86400 * 10**9, 1024.0
+
+
+def noisy(sigma_sec, spread_sec=None):
+    """A mark that is off by that, and tells no spread, or one that means nothing."""
+    return lambda rng, exchanges: (rng.gauss(0, sigma_sec), spread_sec)
+
+
+def queues(out_sec=5e-3, back_sec=5e-3, floor_sec=0.02, more_sec=0.0):
+    """A mark of exchanges with queueing on a path, which may be longer one way for good."""
+    def exchange(rng, exchanges):
+        out, back = (floor_sec + min(rng.expovariate(1) * mean_sec for _ in range(exchanges))
+                     for mean_sec in (out_sec, back_sec))
+        return (out + more_sec - back) / 2, (out + more_sec + back) / 2
+    return exchange
+
+
+class Life:
+    """An estimator and a bound, which get marks of a counter whose rate wanders, and has a daily wave."""
+
+    def __init__(self, exchange, wander=1e-9, daily_ppm=0.0, seed=SEED):
+        self.exchange, self.ppm, self.wander, self.daily_ppm = exchange, 50.0, wander, daily_ppm
+        self.rng, self.kernel = random.Random(seed), FakeKernel()
+        self.estimator, self.bound = CS.Estimator(), CS.Bound()
+        self.samples, self.widths_ns = [], []  # (error, predicted error); of the bound
+
+    def run(self, sec, samples=4):
+        """Let so many counter seconds pass."""
+        kernel = self.kernel
+        for _ in range(samples):
+            self.ppm += self.rng.gauss(0, 1e6 * self.wander * (sec / samples)**0.5)
+            kernel.ppm = self.ppm + self.daily_ppm * math.sin(2 * math.pi / 86400 * kernel.elapsed)
+            kernel.sleep(sec / samples)
+            real_ns, error_ns = self.estimator.real(kernel.tick)
+            self.samples.append((real_ns - kernel.real, error_ns))
+            earliest_ns, latest_ns = self.bound.at(kernel.tick) or (0, 2 * kernel.real)
+            assert earliest_ns <= kernel.real <= latest_ns
+            self.widths_ns.append(latest_ns - earliest_ns)
+        return self
+
+    def mark(self, exchanges=1, wrong_sec=0.0):
+        error_sec, spread_sec = self.exchange(self.rng, exchanges)
+        spread_ns = spread_sec and round(spread_sec * 1e9)
+        mark = self.kernel.tick, self.kernel.real + round((error_sec + wrong_sec) * 1e9), spread_ns
+        if self.estimator.mark(*mark) == "used":
+            self.bound.mark(*mark, 10**6)
+
+    def settle(self, days=1.0, wait_sec=WAIT_SEC, exchanges=1, wild=()):
+        """Marks in good order, but those whose numbers are in wild."""
+        for number in range(round(days * 86400 / wait_sec)):
+            self.mark(exchanges, self.rng.uniform(0.05, 5) if number in wild else 0)
+            self.run(wait_sec)
+        return self
+
+    def rms_sec(self, since, until=None):
+        """Of the error, from a sample on."""
+        return statistics.fmean(error**2 for error, _ in self.samples[since:until])**0.5 / 1e9
+
+
+@pytest.mark.parametrize("exchange, wait_sec, exchanges, most_sec", [
+    (queues(), 3600.0, 4, 0.8e-3), (queues(50e-6, 50e-6, 100e-6), WAIT_SEC, 8, 25e-6),
+    (queues(back_sec=0), WAIT_SEC, 1, 0.13e-3), (queues(out_sec=0), WAIT_SEC, 4, 0.07e-3)])
+def test_estimator_reaches_what_is_wanted(exchange, wait_sec, exchanges, most_sec):
+    life = Life(exchange).settle(4, wait_sec, exchanges)
+    quarter = len(life.samples) // 4
+    assert life.rms_sec(quarter) < most_sec
+    honesty = statistics.fmean((error / sigma)**2 for error, sigma in life.samples[quarter:])**0.5
+    assert 0.5 < honesty < 1.8, "its standard deviation is true"
+
+
+def test_estimator_keeps_the_error_that_is_asked_for_even_if_the_first_marks_agree_by_luck():
+    for seed in 1, 20, 44:  # in the last two a plan that trusted them would leave the clock 0.14 s off
+        life = Life(noisy(2e-3), seed=seed)
+        for number in range(60):
+            life.mark()
+            wait_sec = life.estimator.next_mark_plan(life.kernel.tick, 10**7).wait_sec
+            life.run(min(wait_sec, 541.0 * 3**min(number, 8)), 16)
+        assert life.rms_sec(240) < 0.01
+        assert max(abs(error) for error, _ in life.samples) < 6 * 10**7
+
+
+@pytest.mark.parametrize("floor_sec, then_sec", [(0.02, 0.05), (0.05, 0.02)])
+@pytest.mark.parametrize("exchanges", (1, 4))
+def test_estimator_notices_another_floor_of_the_path(floor_sec, then_sec, exchanges):
+    life = Life(queues(floor_sec=floor_sec)).settle(2, exchanges=exchanges)
+    before_sec, number = life.rms_sec(300), len(life.samples)
+    life.exchange = queues(floor_sec=then_sec)
+    life.settle(8 * WAIT_SEC / 86400, exchanges=exchanges)
+    assert max(abs(error) / sigma for error, sigma in life.samples[number:]) < 4
+    assert life.rms_sec(number + 20) < 2 * before_sec, "from the sixth mark on"
+
+
+@pytest.mark.parametrize("sigma_sec, ppm, step_ns", [(20e-6, 1, 0), (20e-6, -100, 0), (20e-6, 0, 10**6),
+                                                     (2e-3, 0, -HOUR_NS)])
+def test_estimator_notices_a_change_of_clock(sigma_sec, ppm, step_ns):
+    life = Life(noisy(sigma_sec)).settle(2)
+    before_sec, number = life.rms_sec(300), len(life.samples)
+    life.ppm += ppm
+    life.kernel.real += step_ns
+    life.run(WAIT_SEC).settle(4 * WAIT_SEC / 86400)
+    assert life.rms_sec(number, number + 4) > 1.5 * before_sec, "or nothing happened"
+    assert life.rms_sec(number + 16) < 2.5 * before_sec, "after the fourth mark"
+
+
+def test_no_floor_rises_only_to_find_a_mark_of_a_burst_wild():
+    for off_ns, count in (25 * 10**6, 87), (0, 3):
+        estimator = Life(queues()).settle().estimator
+        for index, off_of_this in enumerate((0, 0, off_ns), 1):
+            spread_ns = min(estimator.path.spreads[:80]) + 35 * 10**6 + index
+            mark = later(estimator, estimator.last.tick_ns + 10**12, off_of_this)
+            assert estimator.mark(*mark, spread_ns) == "used"
+        assert len(estimator.path.spreads) == count
+
+
+@pytest.mark.parametrize("exchange, worse, wild, most", [(noisy(1e-3), noisy(1e-3, 0.02), (), 1.1)] + [
+    (noisy(2e-5), noisy(2e-5), wild, 2) for wild in ((0,), (1,), (2,), range(20, 999, 30))])
+def test_neither_a_spread_that_tells_nothing_nor_a_wild_mark_does_much_harm(exchange, worse, wild, most):
+    good, bad = Life(exchange).settle(2), Life(worse).settle(2, wild=wild)
+    assert bad.rms_sec(300) < most * good.rms_sec(300)
+
+
+@functools.lru_cache(None)
+def settled_state(noise=1e-4, days=1, **options):
+    return json.dumps(Life(noisy(noise), **options).settle(days).estimator.state())
+
+
+def settled(**options):
+    """An estimator after some days of marks -> (it, the tick of its last mark)."""
+    estimator = CS.Estimator.from_state(json.loads(settled_state(**options)))
+    return estimator, estimator.last.tick_ns
+
+
+def later(estimator, tick_ns, off_ns=0):
+    """A mark as the estimator expects it, or off by so much."""
+    return tick_ns, estimator.real(tick_ns)[0] + off_ns
+
+
+def test_a_lone_wild_mark_leaves_no_trace():
+    (estimator, tick_ns), twin = settled(), settled()[0]
+    tick_ns += 10**12
+    assert estimator.mark(*later(estimator, tick_ns, 10**9), 10**6) == "doubted" and estimator.doubts()
+    assert (estimator.next_mark(tick_ns, 10**9), estimator.next_mark_plan(tick_ns, 10**9)) == (0, (64, 1))
+    assert (estimator.rate(), estimator.real(tick_ns)) == (twin.rate(), twin.real(tick_ns))
+    mark = later(twin, tick_ns + 10**12)
+    assert estimator.mark(*mark) == twin.mark(*mark) == "used"
+    assert dict(estimator.state(), exchanges=1) == twin.state(), "for ever"
+
+
+@pytest.mark.parametrize("step_ns", (-10**16, -10**9, 10**7, 36 * 10**11))
+def test_two_marks_that_agree_are_a_step(step_ns):
+    estimator, tick_ns = settled()
+    rate_ppm = estimator.rate()[0]
+    marks = [later(estimator, tick_ns + index * 10**12, step_ns) for index in (1, 2)]
+    assert [estimator.mark(*mark) for mark in marks] == ["doubted", "used"]
+    assert abs(estimator.real(marks[1][0])[0] - marks[1][1]) < 10**6
+    assert abs(estimator.rate()[0] - rate_ppm) < 0.5, "never learned as drift"
+
+
+@pytest.mark.parametrize("ppm", (90500, -5000, 1500))
+def test_no_rate_over_1000_ppm_is_ever_believed(ppm):
+    for estimator, tick_ns in settled(), (CS.Estimator(), 0):
+        real_ns = estimator.real(tick_ns)[0] if tick_ns else 18 * 10**17
+        for index in range(1, 12):
+            estimator.mark(tick_ns + index * 10**11, real_ns + index * (10**11 + ppm * 10**5), 10**6)
+            assert abs(estimator.rate()[0]) <= 1000 and abs(estimator.rate_at(tick_ns + 10**13)) <= 1000
+        state = estimator.state()
+        for _, mean, _ in state["awake"]:
+            mean[1] = ppm * 1e3
+        with pytest.raises(ValueError):
+            CS.Estimator.from_state(state)
+    with pytest.raises(ValueError):
+        CS.Estimator(ppm)
+
+
+def test_nothing_hangs_for_ever_on_an_old_belief_and_each_mark_costs_little():
+    estimator, tick_ns = settled()
+    rng, start = random.Random(SEED), time.process_time()
+    outcomes = [estimator.mark(tick_ns + index * 10**12, rng.randrange(10**18, 2 * 10**18), 10**6)
+                for index in range(1, 25)]
+    assert "used" in outcomes
+    assert time.process_time() - start < 24 * 0.1, "on a slow core; 10 ms a mark on a usual one"
+
+
+def test_estimator_refuses_what_is_no_mark():
+    estimator, tick_ns = settled()
+    state, real_ns = estimator.state(), 18 * 10**17
+    for mark in ((tick_ns, real_ns), (tick_ns - 1, real_ns), (None, real_ns), (tick_ns + 1, 1.5), ("1", "2"),
+                 (1 << 65, real_ns), (tick_ns + 1, float("nan")), (True, real_ns), (tick_ns + 1, -1 << 200),
+                 (tick_ns + 1, real_ns, -1), (tick_ns + 1, real_ns, 1e6), (tick_ns + 1, real_ns, 1 << 65)):
+        assert estimator.mark(*mark) == "refused"
+    assert estimator.state() == state
+
+
+@pytest.mark.parametrize("world", ({}, {"daily_ppm": 1.0, "wander": 1e-10, "noise": 2e-3, "days": 3}))
+def test_next_mark_and_variance_foretell_the_error(world):
+    estimator, tick_ns = settled(**world)
+    targets_ns = [-1, float("nan")] + [10**(exponent / 4) for exponent in range(12, 50)] + [float("inf")]
+    waits = [estimator.next_mark(tick_ns, target_ns) for target_ns in targets_ns]
+    assert waits == sorted(waits) and waits[:3] == [0, 0, 0]
+    assert waits[-2] > 10**6 and 1e8 - 1 < waits[-1] <= 1e8
+    for target_ns, wait_sec in zip(targets_ns, waits):
+        before_ns, after_ns = (estimator.real(tick_ns + int((wait_sec + sec) * 1e9))[1] for sec in (-2, 2))
+        assert wait_sec == 0 or wait_sec > 1e8 - 1 or before_ns < target_ns < after_ns / 0.999
+    tick_ns += 10**12
+    for sec in (0, 60, 3600, 21600, 43200, 86400, 10**6, 10**7):
+        foretold = sum(factor * sec**power for power, factor in enumerate(estimator.variance(tick_ns)))**0.5
+        error_ns = estimator.real(tick_ns + sec * 10**9)[1]
+        assert error_ns * 0.95 < foretold < error_ns * (3 if world and sec else 1.5 if sec else 1.0001)
+
+
+def test_a_plan_takes_many_exchanges_where_queueing_is_the_noise_and_one_where_wander_is():
+    estimator = Life(queues()).settle().estimator
+    for target_ns, least, most in (10**6, 2, 8), (10**9, 1, 1):
+        assert least <= estimator.next_mark_plan(estimator.last.tick_ns, target_ns).exchanges <= most
+        assert estimator.next_mark_plan(estimator.last.tick_ns, target_ns, 1).exchanges == 1
+    assert CS.Estimator().next_mark_plan(0, 10**6) == (64, 1)
+
+
+def test_the_wave_outlives_a_boot():
+    estimator, tick_ns = settled(days=6, daily_ppm=1.0, wander=1e-11)
+    hours_ns = [hour * 36 * 10**11 for hour in range(24)]
+    expected = [estimator.real(tick_ns + DAY_NS + hour_ns)[0] for hour_ns in hours_ns]
+    rates = [estimator.rate_at(tick_ns + hour_ns) for hour_ns in hours_ns]
+    assert 1.8 < max(rates) - min(rates) < 2.2, "twice 1 ppm"
+    estimator.forget_phase(0)
+    assert estimator.mark(5 * 10**9, expected[0]) == "used", "the counter begins anew, a day later"
+    again = [estimator.real(5 * 10**9 + hour_ns)[0] for hour_ns in hours_ns]
+    assert max(abs(a - b) for a, b in zip(again, expected)) < 3 * 10**6, "without the wave it is 27 ms"
+
+
+def some_states():
+    """(class, state) of all kinds: with a rate only, in doubt, after a boot, settled, impossible; a bound."""
+    told, (doubting, tick_ns), (booted, _) = CS.Estimator(50, 10), settled(), settled(daily_ppm=1.0)
+    assert told.rate() == pytest.approx((50, 10))
+    for index in range(1, 4):
+        doubting.mark(*later(doubting, tick_ns + index * 10**12, index**2 * 10**9), 10**6)
+    booted.forget_phase(1.0)
+    life = Life(queues()).settle(wait_sec=3600.0)
+    known = [(type(each), each.state())
+             for each in (told, doubting, booted, life.estimator, CS.Bound(), life.bound)]
+    odd = json.loads(json.dumps(doubting.state()))
+    for _, _, cov in odd["awake"]:
+        cov[1][2] = cov[2][1] = -(cov[1][1] * cov[2][2])**0.5
+    return known + [(CS.Estimator, odd)]
+
+
+def feed(one, tick_ns, off_ns=0):
+    """A mark, for an estimator or a bound."""
+    real_ns, distance_ns = 18 * 10**17 + tick_ns + off_ns, [10**6] * isinstance(one, CS.Bound)
+    return one.mark(tick_ns, real_ns, 10**7, *distance_ns)
+
+
+def test_states_go_on_to_the_last_bit():
+    for kind, state in some_states():
+        text = json.dumps(state)
+        one = two = kind.from_state(json.loads(text))
+        assert json.dumps(one.state()) == text
+        for index in range(1, 5):
+            two = kind.from_state(json.loads(json.dumps(two.state())))
+            mark = 8 * 10**14 + index * 10**12, index % 2 * 10**5
+            assert feed(one, *mark) == feed(two, *mark)
+        assert json.dumps(one.state()) == json.dumps(two.state())
+
+
+def damaged(value, rng):
+    """With something at a random depth changed or dropped."""
+    if not (value and isinstance(value, (dict, list))) or rng.random() < 0.1:
+        return rng.choice([None, True, 0, 1, -1, 1e300, -1e300, 1e30, -1e30, 10**400, 10**19, 0.5, 186, "x",
+                           [], {}, [[]], [1, 2, 3], 1e-300, float("nan"), float("inf")])
+    parts = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    key = rng.choice(list(parts))
+    part = parts.pop(key)
+    if rng.random() < 0.9:
+        parts[key] = damaged(part, rng)
+    return parts if isinstance(value, dict) else [parts[index] for index in sorted(parts)]
+
+
+def test_a_hostile_state_is_a_value_error_or_does_no_harm():
+    rng, states, outcomes = random.Random(SEED), some_states(), set()
+    for _ in range(400):
+        kind, state = rng.choice(states)
+        for _ in range(rng.choice((0, 1, 1, 2, 5))):
+            state = damaged(state, rng)
+        try:
+            taken = kind.from_state(state)
+        except ValueError:
+            outcomes.add("ValueError")
+            continue
+        outcomes.add("taken")
+        for tick_ns in (10**15, 10**15 + 1, 10**17):
+            feed(taken, tick_ns)
+        if kind is CS.Bound:
+            assert taken.at(tick_ns)[0] <= taken.at(tick_ns)[1]
+        else:
+            assert taken.real(tick_ns)[1] >= 0 and len(taken.variance(tick_ns)) == 4
+            assert taken.rate()[1] >= 0 and min(taken.learned()) > 0 and abs(taken.rate_at(tick_ns)) <= 1000
+            assert taken.next_mark_plan(tick_ns, 1e6).wait_sec >= 64
+    assert outcomes == {"ValueError", "taken"}
+
+
+@pytest.mark.parametrize("world", ({}, {"daily_ppm": 1.0}, {"wander": 1e-10}))
+def test_real_time_is_within_the_bound_which_grows_slowly_in_the_dark(world):
+    life = Life(queues(more_sec=0.2 if world else 0.0), **world).settle(3, 7200.0).run(86400, 300)
+    assert world or (life.widths_ns[-1] - life.widths_ns[-290]) / 2 < 15e-6 * DAY_NS / 10
+
+
+def test_the_bound_is_what_marks_prove():
+    """That its formula carries it on is tested with clockctl, which does that."""
+    bound = CS.Bound()
+    assert bound.at(5) is None and bound.coefficients() is None and bound.mark(5, 5, None, 1) == "refused"
+    assert bound.mark(10**12, 10**18, 10**7, 10**6) == "used"
+    assert bound.at(10**12) == (10**18 - 11 * 10**6, 10**18 + 11 * 10**6)
+    assert bound.at(2 * 10**12)[1] - 10**18 == 10**12 + 11 * 10**6 + 10**9, "1000 ppm before a second mark"
+
+
+def test_a_mark_that_contradicts_the_bound_begins_it_anew_and_wider():
+    bound, outcomes = CS.Bound(), {}
+    for index in range(1, 60):
+        outcomes[index] = feed(bound, index * 36 * 10**11, 10**10 * (index == 50))
+    assert [index for index in outcomes if outcomes[index] == "restarted"] == [50, 51]
+    assert bound.allowed_ppm == 4 * CS.CHANGE_PPM
+    bound.forget()
+    assert bound.at(10**15) is None
+
+
+def test_replay_makes_each_estimate_of_a_log_again(simulate, tmp_path):
+    kernel, log, rng = FakeKernel(ppm=5.0), [], random.Random(SEED)
+    for source, event in (("no rate known", lambda: None), (None, lambda: kernel.pass_by(100)),
+                          (None, lambda: setattr(kernel, "tick", 10**9)),
+                          ("phase and rate of etc/state", lambda: None),
+                          ("rate of etc/state", lambda: setattr(kernel, "boot", "boot-2")),
+                          ("rate of etc/atto, the rest of etc/state",
+                           lambda: (simulation.etc_path / "atto").write_bytes(CS.pack(1, 5000)))):
+        event()
+        if source:
+            simulation = simulate(kernel)
+            assert simulation.source == source
+            rate = simulation.daemon.estimator.rate()
+            log.append("start: rate %+.4f ppm, rate error %.4f ppm, %s" % (*rate, source))
+        for last in (720133918, 720133918, 0, 720133918):
+            simulation.mark(rng.gauss(0, 1e-4), last)
+            simulation.run(1000)
+        log += ["@4000000068dcd2a5075bcd15 " + line for line in simulation.lines]
+        simulation.lines.clear()
+    path = tmp_path / "log"
+    for lines, said in (log, r"24 marks, 0 differ\n"), (log[:1] + log[2:], r"23 marks, \d\d differ\n(.|\n)*"):
+        path.write_text("\n".join(lines))
+        done = subprocess.run([sys.executable, os.path.join(HERE, "bench_all.py"), "replay", str(path)],
+                              stdout=subprocess.PIPE)
+        assert re.fullmatch(said, done.stdout.decode()) and done.returncode == (0 if lines is log else 111)
+
+
+# ==== clockspeed: on a simulated kernel =============================================================
 
 class Simulation:
     """clockspeed on a FakeKernel, with its files in home/etc; `lines` is what it said after the start."""
