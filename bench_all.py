@@ -262,27 +262,27 @@ class Queues:
         return Noise(error, spread, lean * excess, 0.0 if lean else excess**2 / 3)
 
 
-# When the next mark comes, and of how many exchanges: f(estimator, rng, sec, index) -> (s, exchanges).
+# When the next mark comes, and of how many exchanges: f(estimator, sec, index) -> (s, exchanges).
 
 def every(interval, exchanges=1):
-    return lambda estimator, rng, sec, index: (interval, exchanges)
+    return lambda estimator, sec, index: (interval, exchanges)
 
 
 def asked(target_sec):
     """As clockctl asks: the wait grows threefold at most."""
-    def wait(estimator, rng, sec, index):
+    def wait(estimator, sec, index):
         plan = estimator.next_mark_plan(TICK0_NS + int(sec * 1e9), target_sec * 1e9)
         return min(plan.wait_sec, 541.0 * 3**min(index, 8)), plan.exchanges
     return wait
 
 
 class Run:
-    """What a run gave: the samples, the outcomes of its marks [(sec, outcome)], packets, how often real time
-    was not within the bound, and the bound's widths [(sec, s)]."""
+    """What a run gave: the samples, how many marks and packets, how often real time was not within the bound,
+    and the bound's widths [(sec, s)]."""
 
     def __init__(self, estimator, wander):
         self.estimator, self.informed, self.bound = estimator, Informed(wander), Bound()
-        self.samples, self.marks, self.packets, self.outside, self.widths = [], [], 0, 0, []
+        self.samples, self.marks, self.packets, self.outside, self.widths = [], 0, 0, 0, []
 
     def take(self, sec, tick_ns, real_ns, steady):
         """A sample; steady is real minus counter without the daily wave."""
@@ -301,7 +301,7 @@ class Run:
         if outcome == "used":
             self.bound.mark(tick_ns, marked_ns, spread_ns, round(DISTANCE_SEC * 1e9))
         self.informed.mark(sec, steady + drawn.error_sec, drawn.mean_sec, drawn.var)
-        self.marks.append((sec, outcome))
+        self.marks += 1
         self.packets += exchanges
 
     def rms(self, since, until=math.inf):
@@ -316,11 +316,10 @@ def rms(values):
 
 
 def simulate(seed, days, noise, schedule, make=Estimator, sample_sec=300.0, dark_days=0, **counter):
-    """One estimator in one world, then dark_days without marks.  Wander, noise and schedule draw from
-    generators of their own, so that a seed gives the same noise to different estimators, with or without wild
-    marks.
+    """One estimator in one world, then dark_days without marks.  Wander and noise draw from generators of
+    their own, so that a seed gives the same noise to different estimators, with or without wild marks.
     """
-    counter_rng, noise_rng, schedule_rng = [random.Random("%s %d" % (what, seed)) for what in "cns"]
+    counter_rng, noise_rng = (random.Random("%s %d" % (what, seed)) for what in "cn")
     counter = Counter(counter_rng, **counter)
     run = Run(make(), counter.wander)
     next_mark, next_sample, exchanges = 0.0, sample_sec, 1
@@ -333,8 +332,8 @@ def simulate(seed, days, noise, schedule, make=Estimator, sample_sec=300.0, dark
             run.take(*now)
             next_sample += sample_sec
         if sec == next_mark:
-            run.mark(*now, noise(noise_rng, len(run.marks), exchanges), exchanges)
-            wait_sec, exchanges = schedule(run.estimator, schedule_rng, sec, len(run.marks) - 1)
+            run.mark(*now, noise(noise_rng, run.marks, exchanges), exchanges)
+            wait_sec, exchanges = schedule(run.estimator, sec, run.marks - 1)
             next_mark += wait_sec if next_mark + wait_sec <= days * DAY else math.inf
     return run
 
