@@ -283,7 +283,7 @@ WAVE_CHANCE, WAVE_PPM, WEATHER_PPM, WAVE_WANDERS = 0.15, 0.6, 0.08, (1e-11, 1e-1
 USUAL_LEAN, LEAN_DRIFT = 0.25, 0.01   # (1: queueing is one way only), and its change from mark to mark
 SWITCH = 1e-3         # chance that wander or noise change between two marks: some times a year, marked hourly
 SILENT = 1e-2         # a model so much less likely than the best has no say: a hundred of them would shout
-ASLEEP = 1e-3         # one so much less likely follows the mixture; with more of these the dark is misjudged
+DORMANT = 1e-3        # one so much less likely follows the mixture; with more of these the dark is misjudged
 FEW = 8               # models of each kind are kept while explanations are tried, so that a mark costs little
 NEVER = -200.0        # logarithm of the least likelihood beside the best, that nothing underflows
 DIGITS = 1e-12        # the least share of a variance that a float's 16 digits can subtract well
@@ -292,7 +292,7 @@ DIGITS = 1e-12        # the least share of a variance that a float's 16 digits c
 WILD, JUMP, SIZES = 0.03, 1e-3, 32.0
 # (marks needed, whether real time jumped before them, and whether the rate did): as many marks as unknowns,
 # and one to confirm.  Fewer can't be believed, but make a rival explanation wait.
-STEP, BEND, NOISY = (2, True, False), (3, True, True), (3, False, False)
+STEP, RATE_JUMP, NOISY = (2, True, False), (3, True, True), (3, False, False)
 UNKNOWN_NS = 1e9      # a phase of which nothing is known: far over any noise, and not too far for DIGITS
 HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
 FAR_SEC = 1e8         # next_mark's longest answer
@@ -416,11 +416,11 @@ class Bank:
         sec, ahead_ns = gained(before, mark)
         moves = reach(before.real_ns, sec)
         row = moves[:LEAN] + [excess_ns] + moves[COS:]
-        asleep = {kind: foreseen(*known, row) for kind, known in self.kinds.items()}
+        dormant = {kind: foreseen(*known, row) for kind, known in self.kinds.items()}
         logs = []
         for number, model in enumerate(MODELS):
             expected, var = (foreseen(*self.awake[number], row) if number in self.awake
-                             else asleep[model.unknowns])
+                             else dormant[model.unknowns])
             var += model.wander_var * sec**3 / 3 + model.noise_var + excess_var
             logs.append(math.log((1 - SWITCH) * self.weights[number] + SWITCH * model.share)
                         - 0.5 * (math.log(2 * math.pi * var) + (ahead_ns - expected)**2 / var))
@@ -452,7 +452,7 @@ def likeliest(weights, most):
     for kind in (PLAIN, WAVE):
         numbers = [number for number, model in enumerate(MODELS) if model.unknowns == kind]
         best = sorted(numbers, key=lambda number: -weights[number])[:most]
-        yield from [number for number in best if weights[number] >= ASLEEP * weights[best[0]]]
+        yield from [number for number in best if weights[number] >= DORMANT * weights[best[0]]]
 
 
 # So many spreads are remembered: with more the floor is known better, slow changes are noticed later.  The
@@ -592,7 +592,7 @@ class Estimator:
         if not fits(list(mark), MARK):
             return "refused"
         if self.last is None:
-            self._use(self._anew(mark, most=len(MODELS)), [mark])
+            self._use(self._restarted(mark, most=len(MODELS)), [mark])
             return "used"
         if tick_ns <= (self.held or [self.last])[-1].tick_ns:
             return "refused"
@@ -602,24 +602,24 @@ class Estimator:
                 self._use(bank, [mark], may_rise)
                 return "used"
         self.held.append(mark)
-        odds, need, bank = max(map(self._explain, (STEP, BEND, NOISY)), key=lambda found: found[0])
+        odds, need, bank = max(map(self._explain, (STEP, RATE_JUMP, NOISY)), key=lambda found: found[0])
         if odds > 0 and len(self.held) >= need and is_possible(bank.mean):
             self._use(bank, self.held[-need:])
         elif len(self.held) >= HELD_MAX:
-            self._use(self._anew(mark), [mark])
+            self._use(self._restarted(mark), [mark])
         return "doubted" if self.held else "used"
 
     def _learn(self, bank, before, mark, most=FEW, may_rise=True):
         excess = self.path.excess(mark.spread_ns, self.bank.mean[LEAN], may_rise)
         return bank.learn(before, mark, *excess, most)
 
-    def _anew(self, mark, bent=False, most=FEW):
+    def _restarted(self, mark, rate_jumped=False, most=FEW):
         """The bank with real time of that mark, whatever it was before."""
         rate_var = 0.0
         if self.last:
             sec, ahead_ns = gained(self.last, mark)
             rate_var = self.bank.wander_var * sec
-            if bent:   # by about as much as the mark is off
+            if rate_jumped:   # by about as much as the mark is off
                 rate_var += min(2 * abs(ahead_ns - self._gain(sec)) / sec, UNKNOWN_PPM * 1e3) ** 2
         bank = self.bank.renewed(PHASE, 0.0, UNKNOWN_NS**2, rate_var)
         return self._learn(bank, mark, mark, most)[1]
@@ -642,11 +642,11 @@ class Estimator:
 
     def _explain(self, explanation):
         """-> (log odds against wild, marks needed, Bank) if the last marks held are right."""
-        need, jumped, bent = explanation
+        need, stepped, rate_jumped = explanation
         odds, bank, before, marks = 0.0, self.bank, self.last, self.held[-need:]
-        if jumped:
+        if stepped:
             before = marks.pop(0)
-            odds, bank = math.log(JUMP / WILD), self._anew(before, bent)
+            odds, bank = math.log(JUMP / WILD), self._restarted(before, rate_jumped)
         for mark in marks:
             evidence, bank = self._learn(bank, before, mark)
             odds, before = odds + evidence - self._wild(mark), mark

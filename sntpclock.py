@@ -322,7 +322,7 @@ def gained(then, now):
     return gain_ns - doubt_ns, gain_ns + doubt_ns
 
 
-def vote(ranges):
+def agreed_range(ranges):
     """-> (first and last point that is in the most of the ranges, in how many), by Marzullo's algorithm."""
     votes = {point: sum(lo <= point <= hi for lo, hi in ranges) for pair in ranges for point in pair}
     most = max(votes.values())
@@ -330,18 +330,18 @@ def vote(ranges):
     return min(winners), max(winners), most
 
 
-def weigh(samples, end, tai_minus_clock_ns):
+def server_range(samples, end, tai_minus_clock_ns):
     """-> the Result of a server's samples.  Where they contradict each other, the most of them count."""
-    least_ns, most_ns, _ = vote([(answer.sent_ns - came.clock_ns + gained(came, end)[0],
-                                  answer.received_ns - sent.clock_ns + gained(sent, end)[1])
-                                 for answer, sent, came in samples])
+    least_ns, most_ns, _ = agreed_range([
+        (answer.sent_ns - came.clock_ns + gained(came, end)[0],
+         answer.received_ns - sent.clock_ns + gained(sent, end)[1]) for answer, sent, came in samples])
     delay_ns = min(came.clock_ns - sent.clock_ns - (answer.sent_ns - answer.received_ns)
                    for answer, sent, came in samples)
     return Result((least_ns + most_ns) // 2 - tai_minus_clock_ns, (most_ns - least_ns + 1) // 2, delay_ns,
                   *samples[-1].answer[2:])
 
 
-def conclude(servers, settings):
+def vote(servers, settings):
     """What the servers prove together -> 16 bytes of an adjustment; ValueError.  Sets their verdicts."""
     voters = {}  # with their ranges, widened by how far each may be off true time
     for server in servers:
@@ -350,7 +350,7 @@ def conclude(servers, settings):
             voters[server] = offset_ns - spread_ns - distance_ns, offset_ns + spread_ns + distance_ns
     if not voters:
         raise ValueError("no usable answer; " + "; ".join(map(troubles, servers)))
-    least_ns, most_ns, votes = vote(voters.values())
+    least_ns, most_ns, votes = agreed_range(voters.values())
     if 2 * votes <= len(voters):
         raise ValueError(NO_MAJORITY)
     for server, (lo, hi) in voters.items():
@@ -420,7 +420,7 @@ def report(servers, settings, now_sec):
 
 
 def measure(settings):
-    """Ask all servers at once, conclude, and report -> 16 bytes of an adjustment; ValueError."""
+    """Ask all servers at once, have them vote, and report -> 16 bytes of an adjustment; ValueError."""
     by_address = {}  # a server with several names is asked once, and has one vote
 
     def ask_host(host):
@@ -433,11 +433,11 @@ def measure(settings):
     servers = list(dict.fromkeys(server for host in hosts for server in host.servers))
     for server in servers:
         if server.samples:
-            server.result = weigh(server.samples, end, settings.tai_minus_clock_ns)
+            server.result = server_range(server.samples, end, settings.tai_minus_clock_ns)
         elif not server.failures:
             server.failures["timed out"] = 1
     try:
-        return conclude(servers, settings)
+        return vote(servers, settings)
     finally:
         report(servers, settings, end.clock_ns // 10**9)
 # ==== end shared ====

@@ -645,9 +645,9 @@ def test_what_servers_prove_together(module, line, results, wanted):
         servers[-1].result = module.Result(offset_ns, spread_ns, 0, distance_ns, 1, "-")
     if isinstance(wanted, str):
         with pytest.raises(ValueError, match=wanted):
-            module.conclude(servers, settings)
+            module.vote(servers, settings)
     else:
-        assert module.conclude(servers, settings) == module.pack(wanted[0], module.pack_quality(*wanted[1:]))
+        assert module.vote(servers, settings) == module.pack(wanted[0], module.pack_quality(*wanted[1:]))
         assert [server.verdict for server in servers][:2] in (["agreed"], ["agreed", "agreed"])
         assert servers[-1].verdict == ("falseticker" if results[-1][0] == 40 else "agreed")
 
@@ -689,7 +689,7 @@ def test_delays_and_a_slew_or_step_move_the_result_by_no_more_than_the_spread(mo
         there_ns = 10**18 + start_ns + rng.randrange(20 * 10**6)
         sent, came = read(start_ns), read(start_ns + 20 * 10**6)
         sample = module.Sample(module.Answer(there_ns, there_ns + 9, 0, 1, "-"), sent, came)
-        value_ns, spread_ns, delay_ns, *_ = module.weigh([sample], read(end_ns), 7)
+        value_ns, spread_ns, delay_ns, *_ = module.server_range([sample], read(end_ns), 7)
         assert abs(10**18 + end_ns - read(end_ns).clock_ns - 7 - value_ns) <= spread_ns < 13500000
         assert delay_ns == came.clock_ns - sent.clock_ns - 9
 
