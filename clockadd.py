@@ -85,7 +85,7 @@ def unpack(packet):
 # ==== shared by some: adjtimex and stepping ====
 # struct timex with fields of 64 bits, as clock_adjtime64 has it too, and of 32; `sec` and `frac` are its time
 TIMEX, TIMEX32 = struct.Struct("=I4x4qi4x8qi4x5qi44x"), struct.Struct("=I4ii8ii5ii44x")
-TIMEX_MUSL = struct.Struct("@I4li3l2q3li5li44x")  # since 1.2 on 32 bits: the time alone has 64
+TIMEX_MUSL = struct.Struct("@I4li3l2q3li5li44x")  # on 32 bits since 1.2: only its time has 64
 TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick "
                 "ppsfreq jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
 ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000

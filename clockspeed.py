@@ -78,8 +78,8 @@ OUTPUT
     stop:     TERM or INT came
 
 ENVIRONMENT
-    CLOCK_SCALE  what the system clock counts, utc or tai (right/ time zones), if not what the
-                 time zone tells
+    CLOCK_SCALE  what the system clock counts: utc, or tai (the right/ time zones); without it
+                 the time zone tells
     CLOCK_ERROR  the error to be kept (0.010, 10ms): etc/status then tells when the next mark is
                  wanted, and of how many exchanges
 
@@ -202,7 +202,7 @@ def unpack_quality(last):
 # ==== shared by some: adjtimex and stepping ====
 # struct timex with fields of 64 bits, as clock_adjtime64 has it too, and of 32; `sec` and `frac` are its time
 TIMEX, TIMEX32 = struct.Struct("=I4x4qi4x8qi4x5qi44x"), struct.Struct("=I4ii8ii5ii44x")
-TIMEX_MUSL = struct.Struct("@I4li3l2q3li5li44x")  # since 1.2 on 32 bits: the time alone has 64
+TIMEX_MUSL = struct.Struct("@I4li3l2q3li5li44x")  # on 32 bits since 1.2: only its time has 64
 TIMEX_FIELDS = ("modes offset freq maxerror esterror status constant precision tolerance sec frac tick "
                 "ppsfreq jitter shift stabil jitcnt calcnt errcnt stbcnt tai").split()
 ADJ_SETOFFSET, ADJ_MICRO, ADJ_NANO, STA_NANO = 0x100, 0x1000, 0x2000, 0x2000
@@ -290,9 +290,11 @@ DIGITS = 1e-12        # the least share of a variance that a float's 16 digits c
 # What a contradicting mark may be, as chances per mark.  Sizes are unknown: a density of 1/(SIZES |e|) is the
 # same in each decade; 1 us to 10 s and both signs make 2 ln(10^7) = 32, and its logarithm hardly matters.
 WILD, JUMP, SIZES = 0.03, 1e-3, 32.0
-# (marks needed, whether real time jumped before them, and whether the rate did): as many marks as unknowns,
-# and one to confirm.  Fewer can't be believed, but make a rival explanation wait.
-STEP, RATE_JUMP, NOISY = (2, True, False), (3, True, True), (3, False, False)
+# What may explain contradicting marks: real time stepped before them, or the rate jumped too, or noise or
+# wander grew.  `need` is how many such marks it takes: one for each unknown, and one to confirm.  Fewer can't
+# be believed, but make a rival explanation wait.
+Explanation = collections.namedtuple("Explanation", "need stepped rate_jumped")
+STEP, RATE_JUMP, NOISY = Explanation(2, True, False), Explanation(3, True, True), Explanation(3, False, False)
 UNKNOWN_NS = 1e9      # a phase of which nothing is known: far over any noise, and not too far for DIGITS
 HELD_MAX = 8          # so many contradictions in a row by wild marks: once in 10^12; the old belief has to go
 FAR_SEC = 1e8         # next_mark's longest answer
@@ -602,9 +604,10 @@ class Estimator:
                 self._use(bank, [mark], may_rise)
                 return "used"
         self.held.append(mark)
-        odds, need, bank = max(map(self._explain, (STEP, RATE_JUMP, NOISY)), key=lambda found: found[0])
-        if odds > 0 and len(self.held) >= need and is_possible(bank.mean):
-            self._use(bank, self.held[-need:])
+        found = [(explanation, *self._explain(explanation)) for explanation in (STEP, RATE_JUMP, NOISY)]
+        explanation, odds, bank = max(found, key=lambda each: each[1])
+        if odds > 0 and len(self.held) >= explanation.need and is_possible(bank.mean):
+            self._use(bank, self.held[-explanation.need:])
         elif len(self.held) >= HELD_MAX:
             self._use(self._restarted(mark), [mark])
         return "doubted" if self.held else "used"
@@ -614,7 +617,7 @@ class Estimator:
         return bank.learn(before, mark, *excess, most)
 
     def _restarted(self, mark, rate_jumped=False, most=FEW):
-        """The bank with real time of that mark, whatever it was before."""
+        """The bank if real time is what that mark says, whatever it was before."""
         rate_var = 0.0
         if self.last:
             sec, ahead_ns = gained(self.last, mark)
@@ -641,16 +644,15 @@ class Estimator:
         return math.log(WILD / (SIZES * size))
 
     def _explain(self, explanation):
-        """-> (log odds against wild, marks needed, Bank) if the last marks held are right."""
-        need, stepped, rate_jumped = explanation
-        odds, bank, before, marks = 0.0, self.bank, self.last, self.held[-need:]
-        if stepped:
+        """-> (log odds against wild, Bank) if that explains the last marks held."""
+        odds, bank, before, marks = 0.0, self.bank, self.last, self.held[-explanation.need:]
+        if explanation.stepped:
             before = marks.pop(0)
-            odds, bank = math.log(JUMP / WILD), self._restarted(before, rate_jumped)
+            odds, bank = math.log(JUMP / WILD), self._restarted(before, explanation.rate_jumped)
         for mark in marks:
             evidence, bank = self._learn(bank, before, mark)
             odds, before = odds + evidence - self._wild(mark), mark
-        return odds, need, bank
+        return odds, bank
 
     def _var(self, sec, wander_var):
         """Square of the expected error of real time in ns^2, sec after (or before) the last mark used."""

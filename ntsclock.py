@@ -142,7 +142,7 @@ def clock_scale():
 #
 # A script has KIND, KERNEL_STAMPS, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
 # query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and decode(server, query,
-# packet) -> Answer, or None when that is none to the query.  All three may raise OSError and ValueError.
+# packet) -> Answer, or None for what does not answer the query.  All three may raise OSError and ValueError.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
@@ -193,7 +193,7 @@ class Server:
     def __init__(self, settings, host, address=None):
         numeric = numeric_name(address) if address else host
         self.name = host if numeric == host else host + "/" + numeric
-        self.settings, self.address, self.servers = settings, address, [self]  # or those of a host
+        self.settings, self.address, self.servers = settings, address, [self]  # a host has others
         self.samples, self.failures = [], collections.Counter()
         self.over = False  # is it not to be asked any more?
         self.result = self.verdict = None  # a Result; "agreed" or "falseticker"
@@ -636,9 +636,11 @@ def export_keys(secret):
             for direction in (0, 1)]
 
 
+Grant = collections.namedtuple("Grant", "server port cookies")  # server "": the host that was asked
+
+
 def read_grant(data):
-    """What a host says in key establishment -> (name of its NTP server, or "" for itself, port, cookies), or
-    None when that is not all yet; ValueError."""
+    """What a host says in key establishment -> Grant, or None when that is not all yet; ValueError."""
     said, at = {kind: [] for kind in range(8)}, 0
     while not said[END]:
         body_at = at + HEAD.size
@@ -665,7 +667,7 @@ def read_grant(data):
     cookies = list(filter(is_cookie, said[NEW_COOKIE]))[:COOKIES]
     if not cookies:
         raise ValueError("it sent no cookie")
-    return server, int.from_bytes(port, "big"), cookies
+    return Grant(server, int.from_bytes(port, "big"), cookies)
 
 
 def is_cookie(cookie):
@@ -819,7 +821,7 @@ def validity(tls, ssl):
 
 
 def ask_for_keys(tls, end_ns):
-    """-> what read_grant() returns; OSError, ValueError."""
+    """-> Grant; OSError, ValueError."""
     if tls.selected_alpn_protocol() != PROTOCOL:
         raise ValueError("it does not speak " + PROTOCOL)
     tls.sendall(KE_QUERY)
@@ -848,18 +850,20 @@ def establish(host, settings):
         context = make_context(ssl, keylog_path, settings.letters.get("-c"))
         with socket.create_connection((name, settings.port), limit_ns / 2e9) as plain, \
                 context.wrap_socket(plain, server_hostname=name) as tls:  # of two addresses, one may be dead
-            (server, port, cookies), address = ask_for_keys(tls, end_ns), tls.getpeername()
-            times_sec = validity(tls, ssl)
-        secrets = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
-        if server:
-            address = look_up(settings, server, port)[0]
+            grant, address = ask_for_keys(tls, end_ns), tls.getpeername()
+            since_sec, until_sec = validity(tls, ssl)
+        query_key, answer_key = export_keys(secret_of(os.pread(keylog, KE_BYTES, 0)))
+        if grant.server:
+            address = look_up(settings, grant.server, grant.port)[0]
     except (OSError, ValueError) as err:
         raise ValueError("key establishment: " + tls_reason(err)) from None
     finally:
         os.close(keylog)
     numeric = numeric_name(address)
-    settings.tell(2, "%s: new keys, %d cookies, NTP at %s port %d" % (host, len(cookies), numeric, port))
-    return Keys(host, settings.port, numeric, port, *times_sec, *secrets, cookies)
+    settings.tell(2, "%s: new keys, %d cookies, NTP at %s port %d"
+                  % (host, len(grant.cookies), numeric, grant.port))
+    return Keys(host, settings.port, numeric, grant.port, since_sec, until_sec, query_key, answer_key,
+                grant.cookies)
 
 
 def find_servers(host):

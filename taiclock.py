@@ -60,7 +60,7 @@ USAGE = "taiclock [-46f] [-r exchanges] [-h ms] [-t ms] [-T ms] [-e ms] [-l days
         "[-s dir] host... | clockview"
 KIND = "tai"  # in dir/sources
 ECHO = 20, 20  # the cookie, most of it
-KERNEL_STAMPS = False  # a server stamps its answer some microseconds after the query came, as late as we do
+KERNEL_STAMPS = False  # a server reads its clock once it has woken up; reading ours as late balances that
 
 
 # ==== shared by all: messages ====
@@ -140,7 +140,7 @@ def clock_scale():
 #
 # A script has KIND, KERNEL_STAMPS, ECHO (where an answer repeats 4 bytes of its query's cookie, and where the
 # query has them), find_servers(host) -> [Server], make_query(server) -> bytes, and decode(server, query,
-# packet) -> Answer, or None when that is none to the query.  All three may raise OSError and ValueError.
+# packet) -> Answer, or None for what does not answer the query.  All three may raise OSError and ValueError.
 COUNTER = getattr(time, "CLOCK_MONOTONIC_RAW", time.CLOCK_MONOTONIC)  # the former is never slewed nor set
 COUNTER_PPM = 500  # no counter is further off, since no kernel's clock could make up for it
 STEERED_PPM = 250  # a clock that runs away from the counter faster is slewed, which kernels do by 500 or more
@@ -191,7 +191,7 @@ class Server:
     def __init__(self, settings, host, address=None):
         numeric = numeric_name(address) if address else host
         self.name = host if numeric == host else host + "/" + numeric
-        self.settings, self.address, self.servers = settings, address, [self]  # or those of a host
+        self.settings, self.address, self.servers = settings, address, [self]  # a host has others
         self.samples, self.failures = [], collections.Counter()
         self.over = False  # is it not to be asked any more?
         self.result = self.verdict = None  # a Result; "agreed" or "falseticker"
